@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Lint, types and tests. Arguments go to pytest:
+#
+#     scripts/test.sh -k store
+#
+# The environment is .venv in the checkout, made on the first run (see venv.sh).
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
+
+cd "$root"
+failed=()
+"$python" -m ruff check || failed+=("ruff check")
+"$python" -m ruff format --check || failed+=("ruff format")
+"$python" -m mypy || failed+=("mypy")
+# The last one, so that the last line says how many tests passed.
+"$python" -m pytest "$@" || failed+=("pytest")
+
+if ((${#failed[@]})); then
+    printf 'Failed: %s\n' "${failed[@]}" >&2
+    exit 1
+fi
