@@ -1,0 +1,50 @@
+"""JPEG data sets in one LMDB file, fed to PyTorch training through NVIDIA DALI.
+
+The names below are imported when first used, so that ``import dali_lmdb`` needs neither torch nor DALI.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from dali_lmdb.errors import DaliLmdbError, RecordError, SourceError, StateError, StoreError
+
+if TYPE_CHECKING:
+    from dali_lmdb.loaders.dali import DaliLoader
+    from dali_lmdb.loaders.torch import ImageFolderLMDB, TorchLoader
+    from dali_lmdb.plan.augment import EvalTransform, TrainTransform
+    from dali_lmdb.store import Store, open_store
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "DaliLoader": "dali_lmdb.loaders.dali",
+    "EvalTransform": "dali_lmdb.plan.augment",
+    "ImageFolderLMDB": "dali_lmdb.loaders.torch",
+    "Store": "dali_lmdb.store",
+    "TorchLoader": "dali_lmdb.loaders.torch",
+    "TrainTransform": "dali_lmdb.plan.augment",
+    "open_store": "dali_lmdb.store",
+}
+
+__all__ = [
+    "DaliLmdbError",
+    "DaliLoader",
+    "EvalTransform",
+    "ImageFolderLMDB",
+    "RecordError",
+    "SourceError",
+    "StateError",
+    "Store",
+    "StoreError",
+    "TorchLoader",
+    "TrainTransform",
+    "open_store",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,73 @@
+"""Everything this package raises on purpose about data, devices and saved states.
+
+::
+
+    DaliLmdbError
+    ├── StoreError               a store cannot be used
+    │   ├── StoreNotFoundError   nothing at that path
+    │   ├── StoreFormatError     not an LMDB file, not one of ours, or a newer format
+    │   └── StoreDamagedError    truncated or altered bytes
+    ├── RecordError              one record cannot be read or decoded
+    ├── SourceError              images to convert or to read are missing or unusable
+    ├── ConversionError          a store cannot be written
+    ├── StateError               a saved state belongs to other data or settings
+    └── DeviceError              the device that was asked for is not there
+
+Wrong arguments raise ``ValueError``; our own bugs raise ``AssertionError``. The commands
+turn this tree into one line and exit code 1 and leave every other traceback alone.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "ConversionError",
+    "DaliLmdbError",
+    "DeviceError",
+    "RecordError",
+    "SourceError",
+    "StateError",
+    "StoreDamagedError",
+    "StoreError",
+    "StoreFormatError",
+    "StoreNotFoundError",
+]
+
+
+class DaliLmdbError(Exception):
+    """Base of all errors of this package; the message is one line."""
+
+
+class StoreError(DaliLmdbError):
+    """A store cannot be used."""
+
+
+class StoreNotFoundError(StoreError):
+    """There is no store at the path."""
+
+
+class StoreFormatError(StoreError):
+    """The file is not an LMDB file, not one of this package, or of a newer format."""
+
+
+class StoreDamagedError(StoreError):
+    """The file is truncated or its bytes are not what was written."""
+
+
+class RecordError(DaliLmdbError):
+    """One record cannot be read or decoded; the message names store, index, name and cause."""
+
+
+class SourceError(DaliLmdbError):
+    """Images to convert or to read are missing or unusable."""
+
+
+class ConversionError(DaliLmdbError):
+    """A store cannot be written."""
+
+
+class StateError(DaliLmdbError):
+    """A saved state belongs to other data or other settings."""
+
+
+class DeviceError(DaliLmdbError):
+    """The device that was asked for is not there."""

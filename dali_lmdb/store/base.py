@@ -1,0 +1,115 @@
+"""What everything that holds records can do, whatever the file behind it."""
+
+from __future__ import annotations
+
+import zlib
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dali_lmdb.errors import RecordError, StoreError
+
+__all__ = ["Store"]
+
+
+class Store(ABC):
+    """Read-only records, each the bytes of an image file with a label; made by ``open_store``.
+
+    Attributes:
+        path: what was opened, to name it in messages.
+    """
+
+    path: Path
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def classes(self) -> list[str]:
+        """Class names; a label is a position in it."""
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Identity of the data set: records, labels and their order."""
+
+    @abstractmethod
+    def column(self, name: str) -> npt.NDArray[Any]:
+        """A whole index column, read-only, of shape (len,): see ``layout.INDEX_SCHEMA``."""
+
+    @abstractmethod
+    def gather(self, name: str, records: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+        """One index column at some records: shape (len(records),), the column's dtype."""
+
+    @abstractmethod
+    def arrays(self, records: npt.NDArray[np.int64]) -> list[npt.NDArray[np.uint8]]:
+        """The bytes of some records, each read-only, uint8 of shape (num_bytes,).
+
+        Raises:
+            StoreDamagedError: the file is not what its index says.
+        """
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """The record's path inside its source, ``class/file``.
+
+        Raises:
+            IndexError: no such record.
+        """
+
+    @property
+    def labels(self) -> npt.NDArray[np.int32]:
+        """Label of every record, int32 of shape (len,)."""
+        return self.column("label")
+
+    def read(self, index: int) -> memoryview:
+        """The bytes of one record, read-only.
+
+        Args:
+            index: in [0, len).
+
+        Raises:
+            IndexError: no such record.
+            StoreDamagedError: the file is not what its index says.
+        """
+        return self.arrays(np.array([self._checked(index)]))[0].data
+
+    def where(self, index: int) -> str:
+        """``STORE: record 41 (n01440764/x.JPEG)``, to begin an error message with."""
+        try:
+            return f"{self.path}: record {index} ({self.name(index)})"
+        except StoreError:
+            return f"{self.path}: record {index}"
+
+    def check(self, index: int) -> None:
+        """Compare one record with its checksum.
+
+        Raises:
+            RecordError: the bytes are not those that were written.
+        """
+        if zlib.crc32(self.read(index)) != int(self.gather("crc32", np.array([index]))[0]):
+            raise RecordError(f"{self.where(index)}: wrong checksum; the file was damaged, convert it again")
+
+    def _checked(self, index: int) -> int:
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {self.path}: expected 0 to {len(self) - 1}")
+        return index
+
+    def close(self) -> None:  # noqa: B027  most stores have nothing to do
+        """Nothing is buffered; memory maps go when the last view of them does."""
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[type[Store], tuple[str]]:
+        return type(self), (str(self.path),)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.path)!r}, {len(self)} records, {len(self.classes)} classes)"

@@ -1,0 +1,231 @@
+"""The store's format: keys, index columns, kinds of image, versions. The only file that knows them.
+
+==================  ==========================================================================
+key                 value
+==================  ==========================================================================
+8 bytes big-endian  the image file's bytes, untouched; the key is the record's index
+``__index__``       Arrow IPC stream, one row per record, columns of ``INDEX_SCHEMA``
+``__names__``       Arrow IPC stream, one string per record: the path inside the source
+``__meta__``        JSON, see ``Meta``
+==================  ==========================================================================
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import json
+import zlib
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from dali_lmdb.errors import StoreDamagedError, StoreFormatError
+
+__all__ = [
+    "FORMAT_VERSION",
+    "INDEX_KEY",
+    "INDEX_SCHEMA",
+    "META_KEY",
+    "NAMES_KEY",
+    "Change",
+    "Kind",
+    "Meta",
+    "fingerprint",
+    "record_key",
+]
+
+FORMAT_VERSION = 1
+INDEX_KEY = b"__index__"
+NAMES_KEY = b"__names__"
+META_KEY = b"__meta__"
+
+
+class Kind(enum.IntEnum):
+    """What an image file is, as far as its decoder cares; the index column ``kind``."""
+
+    UNKNOWN = 0
+    """Not looked at, or nothing known decodes it."""
+    JPEG_BASELINE = 1
+    JPEG_EXTENDED = 2
+    """Sequential, 8 bit, Huffman, but not baseline (SOF1)."""
+    JPEG_PROGRESSIVE = 3
+    JPEG_GRAYSCALE = 4
+    """One component, baseline or extended."""
+    JPEG_CMYK = 5
+    """Four components."""
+    JPEG_CPU_ONLY = 6
+    """Arithmetic coding, 12 bit, lossless or two components: no GPU decoder takes it."""
+    PNG = 7
+    WEBP = 8
+    BMP = 9
+    TIFF = 10
+    GIF = 11
+    PNM = 12
+    OTHER = 13
+    """Pillow opens it; none of the above."""
+
+    @property
+    def decodes_on_gpu(self) -> bool:
+        """Whether nvJPEG decodes it with CUDA or in hardware (nvJPEG documentation, "supported formats")."""
+        return Kind.JPEG_BASELINE <= self <= Kind.JPEG_CMYK
+
+
+class Change(enum.IntFlag):
+    """What the converter did to the source's bytes; the index column ``change``."""
+
+    NONE = 0
+    TRANSCODED = 1
+    RESIZED = 2
+
+
+INDEX_SCHEMA = pa.schema(
+    [
+        pa.field("label", pa.int32(), nullable=False),
+        pa.field("height", pa.int32(), nullable=False),  # as stored, EXIF orientation not applied
+        pa.field("width", pa.int32(), nullable=False),
+        pa.field("num_bytes", pa.uint32(), nullable=False),
+        pa.field("crc32", pa.uint32(), nullable=False),  # zlib.crc32 of the value
+        # Where the value starts in the file; 0 where the writer could not know it (look it up).
+        pa.field("file_offset", pa.uint64(), nullable=False),
+        pa.field("kind", pa.uint8(), nullable=False),
+        pa.field("change", pa.uint8(), nullable=False),
+    ]
+)
+_NAMES_SCHEMA = pa.schema([pa.field("name", pa.large_string(), nullable=False)])
+
+
+def record_key(index: int) -> bytes:
+    """The key of a record: its index in 8 bytes, big-endian, so that LMDB's order is the record order."""
+    return index.to_bytes(8, "big")
+
+
+def fingerprint(labels: npt.NDArray[np.int32], crc32: npt.NDArray[np.uint32]) -> str:
+    """Identity of a data set: SHA-256 (first 32 hex digits) over labels and CRCs in record order.
+
+    Args:
+        labels, crc32: int32 and uint32 of shape (n,).
+    """
+    pairs = np.empty(len(labels), dtype=[("label", "<i4"), ("crc32", "<u4")])
+    pairs["label"], pairs["crc32"] = labels, crc32
+    return hashlib.sha256(pairs.tobytes()).hexdigest()[:32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Meta:
+    """The value of ``__meta__``."""
+
+    num_records: int
+    classes: list[str]
+    fingerprint: str
+    txnid: int
+    """LMDB's number of the transaction that wrote it. A rewritten copy has another one, and file
+    offsets in the index then say nothing."""
+    index_crc32: int
+    names_crc32: int
+    made: dict[str, Any] = field(default_factory=dict)
+    """Version of the package, time, source and options."""
+    shard: dict[str, Any] | None = None
+    """``{"index", "count", "set"}`` in one shard of several: its place, how many, the set's name."""
+    format: int = FORMAT_VERSION
+
+    def to_bytes(self) -> bytes:
+        """JSON, UTF-8."""
+        return json.dumps(asdict(self), ensure_ascii=False).encode()
+
+    @classmethod
+    def from_bytes(cls, raw: bytes, *, path: object) -> Meta:
+        """Parse and check.
+
+        Raises:
+            StoreFormatError: a newer format.
+            StoreDamagedError: not the JSON that ``to_bytes`` writes.
+        """
+        try:
+            values = json.loads(raw)
+            version = values["format"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise StoreDamagedError(f"{path}: damaged: __meta__ is not JSON; convert it again") from None
+        if version != FORMAT_VERSION:
+            raise StoreFormatError(
+                f"{path}: format {version!r}, this version reads {FORMAT_VERSION}; "
+                "update dali_lmdb or convert it again"
+            )
+        try:
+            meta = cls(**values)
+        except TypeError:
+            meta = None
+        if meta is None or not _well_formed(meta):
+            raise StoreDamagedError(f"{path}: damaged: __meta__ has unexpected fields; convert it again")
+        return meta
+
+
+def _well_formed(meta: Meta) -> bool:
+    integers = (meta.num_records, meta.txnid, meta.index_crc32, meta.names_crc32)
+    return (
+        all(type(value) is int and value >= 0 for value in integers)
+        and isinstance(meta.fingerprint, str)
+        and isinstance(meta.classes, list)
+        and all(isinstance(name, str) for name in meta.classes)
+        and isinstance(meta.made, dict)
+        and (meta.shard is None or isinstance(meta.shard, dict))
+    )
+
+
+def _to_ipc(batch: pa.RecordBatch) -> pa.Buffer:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batch.schema) as stream:
+        stream.write_batch(batch)
+    return sink.getvalue()
+
+
+def _from_ipc(buffer: pa.Buffer, schema: pa.Schema, num_records: int) -> pa.RecordBatch | None:
+    """The one batch of a stream, without a copy; None if it is anything else."""
+    try:
+        batch = pa.ipc.open_stream(buffer).read_next_batch()
+        batch.validate(full=False)
+    except (pa.ArrowException, StopIteration, OSError, EOFError):
+        return None
+    if batch.schema != schema or batch.num_rows != num_records or any(c.null_count for c in batch.columns):
+        return None
+    return batch
+
+
+def index_to_ipc(columns: dict[str, npt.NDArray[Any]]) -> pa.Buffer:
+    """``__index__`` from columns named as in ``INDEX_SCHEMA``, each of shape (n,)."""
+    arrays = [pa.array(columns[field.name], type=field.type) for field in INDEX_SCHEMA]
+    return _to_ipc(pa.RecordBatch.from_arrays(arrays, schema=INDEX_SCHEMA))
+
+
+def index_from_ipc(view: memoryview, *, num_records: int, path: object) -> dict[str, npt.NDArray[Any]]:
+    """Columns of ``__index__`` as arrays on the same memory.
+
+    Raises:
+        StoreDamagedError: not a stream of ``INDEX_SCHEMA`` with ``num_records`` rows.
+    """
+    batch = _from_ipc(pa.py_buffer(view), INDEX_SCHEMA, num_records)
+    if batch is None:
+        raise StoreDamagedError(f"{path}: damaged: __index__ is not readable; convert it again")
+    return {name: batch.column(name).to_numpy(zero_copy_only=True) for name in batch.schema.names}
+
+
+def names_to_ipc(names: pa.Array) -> pa.Buffer:
+    """``__names__`` from an Arrow array of n strings."""
+    return _to_ipc(pa.RecordBatch.from_arrays([names.cast(pa.large_string())], schema=_NAMES_SCHEMA))
+
+
+def names_from_ipc(view: memoryview, *, num_records: int, crc32: int, path: object) -> pa.Array:
+    """Names of all records, an Arrow array of strings on the same memory.
+
+    Raises:
+        StoreDamagedError: not the bytes that were written.
+    """
+    batch = None
+    if zlib.crc32(view) == crc32:
+        batch = _from_ipc(pa.py_buffer(view), _NAMES_SCHEMA, num_records)
+    if batch is None:
+        raise StoreDamagedError(f"{path}: damaged: __names__ is not readable; convert it again")
+    return batch.column(0)

@@ -1,0 +1,337 @@
+"""Bounds-checked look-ups in an LMDB file, straight from its pages.
+
+liblmdb trusts the pages it maps: a flipped bit in a value's size makes it read past the end of
+the file, and the process dies with SIGBUS. It also forbids opening a file twice in a process and
+carrying an environment across ``fork``. A published store only needs look-ups, and those are a
+few bounded reads, so this module does them on a read-only map of its own. Nothing in a file can
+make it touch a byte outside the map, the map may be shared by threads and forked processes, and
+it lives exactly as long as the arrays taken from it. Writing is liblmdb's work (``writer.py``).
+
+Format: LMDB 0.9, data version 1, little-endian, 64 bit; names as in liblmdb's ``mdb.c``::
+
+    page      pgno u64 | pad u16 | flags u16 | lower u16, upper u16 (overflow: pages u32) | ...
+    meta      page header | magic u32 | version u32 | address u64 | mapsize u64
+              | free db (48 bytes, its pad is the page size) | main db (48 bytes) | last_pg | txnid
+    node      lo u16 | hi u16 | flags u16 | ksize u16 | key | value
+              (branch: the child's page number in lo, hi, flags; leaf: the value's size in lo, hi;
+              with F_BIGDATA the value is the number of the overflow page that holds it)
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from dali_lmdb.errors import StoreDamagedError, StoreFormatError, StoreNotFoundError
+
+__all__ = ["Extent", "PageFile"]
+
+_MAGIC = 0xBEEFC0DE
+_DATA_VERSION = 1
+_PAGE_HEADER_BYTES = 16
+_META_BYTES = 152  # up to and including txnid, from the start of the page
+_P_BRANCH, _P_LEAF, _P_OVERFLOW = 0x01, 0x02, 0x04
+_P_KIND = 0x07
+_F_BIGDATA = 0x01
+_MAX_DEPTH = 32  # CURSOR_STACK in mdb.c
+_NODE = struct.Struct("<HHHH")
+_DB = struct.Struct("<IHHQQQQQ")  # pad, flags, depth, branch, leaf, overflow pages, entries, root
+_NO_PAGE = (1 << 64) - 1
+_MADV_RANDOM = getattr(mmap, "MADV_RANDOM", None)
+
+
+class Extent(NamedTuple):
+    """Where a value lies in the file, in bytes."""
+
+    offset: int
+    length: int
+
+
+class _Meta(NamedTuple):
+    page_size: int
+    entries: int
+    root: int
+    last_page: int
+    txnid: int
+
+
+class PageFile:
+    """A read-only map of one LMDB file.
+
+    Attributes:
+        data: the whole file, uint8 of shape (file size,); slices of it keep the map alive.
+        entries: number of keys in the main database.
+        txnid: number of the last committed transaction.
+
+    Raises:
+        StoreNotFoundError: no file at ``path``.
+        StoreFormatError: a folder, or not an LMDB file of data version 1.
+        StoreDamagedError: the file is shorter than its pages.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        try:
+            if self.path.is_dir():
+                raise StoreFormatError(f"{path}: a folder, expected an LMDB file; name the file inside it")
+            with open(self.path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if size < _META_BYTES:
+                    raise StoreFormatError(
+                        f"{path}: {size} bytes, not an LMDB file; give a store made by: dali-lmdb convert"
+                    )
+                map_ = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except FileNotFoundError:
+            raise StoreNotFoundError(
+                f"no store at {path}; make one with: dali-lmdb convert IMAGES {path}"
+            ) from None
+        except OSError as error:
+            raise StoreNotFoundError(f"{path}: cannot be read: {error.strerror}; check its permissions") from None
+        if _MADV_RANDOM is not None:
+            map_.madvise(_MADV_RANDOM)  # records are read in random order; the kernel's guess would be wrong
+        self.data: npt.NDArray[np.uint8] = np.frombuffer(map_, dtype=np.uint8)
+        self._view = memoryview(map_)
+        meta = self._newest_meta()
+        self.page_size, self.entries, self._root, self.last_page, self.txnid = meta
+        if (self.last_page + 1) * self.page_size > size:
+            raise StoreDamagedError(
+                f"{path}: truncated: {size:,} bytes, its pages need {(self.last_page + 1) * self.page_size:,}; "
+                "copy or convert it again"
+            )
+
+    def find(self, key: bytes) -> Extent | None:
+        """Where the value of ``key`` lies, or None if there is no such key.
+
+        Raises:
+            StoreDamagedError: a page on the way is not what LMDB writes.
+        """
+        if self._root == _NO_PAGE:
+            return None
+        page = self._root
+        for _ in range(_MAX_DEPTH):
+            base, flags, pointers = self._page(page)
+            if flags == _P_LEAF:
+                position = self._bisect(base, pointers, key, first=0)
+                if position < len(pointers) and self._key(base, pointers[position]) == key:
+                    return self._value(base, pointers[position])
+                return None
+            if not pointers:
+                raise self._damaged(page, "an empty branch page")
+            # The child left of the first greater key; the first node's key is not used by LMDB.
+            position = self._bisect(base, pointers, key, first=1)
+            if position == len(pointers) or self._key(base, pointers[position]) != key:
+                position -= 1
+            page = self._child(base, pointers[position])
+        raise self._damaged(page, "a tree deeper than LMDB makes")
+
+    def record_extents(self, num_records: int) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint32]]:
+        """Where the values of the 8-byte big-endian keys 0 .. num_records - 1 lie.
+
+        Reads the leaf pages only (about 30 bytes a record), never the values.
+
+        Returns:
+            (offsets, lengths): uint64 and uint32 of shape (num_records,), in bytes.
+
+        Raises:
+            StoreDamagedError: a key is missing or out of order, or a page is damaged.
+        """
+        offsets = np.zeros(num_records, dtype=np.uint64)
+        lengths = np.zeros(num_records, dtype=np.uint32)
+        done = 0
+        for page in self._leaf_pages():
+            if done == num_records:
+                break
+            base, _, pointers = self._page(page)
+            done += self._leaf_extents(page, base, pointers, done, offsets, lengths)
+        if done != num_records:
+            raise StoreDamagedError(
+                f"{self.path}: {done} records in order, expected {num_records}; convert it again"
+            )
+        return offsets, lengths
+
+    def last_leaf(self) -> tuple[int, int]:
+        """First and one-past-last byte of the rightmost leaf page; (0, 0) in an empty file."""
+        if self._root == _NO_PAGE:
+            return 0, 0
+        page = self._root
+        for _ in range(_MAX_DEPTH):
+            base, flags, pointers = self._page(page)
+            if flags == _P_LEAF:
+                return base, base + self.page_size
+            if not pointers:
+                break
+            page = self._child(base, pointers[-1])
+        raise self._damaged(page, "no rightmost leaf")
+
+    def view(self, extent: Extent) -> memoryview:
+        """The bytes of an extent that ``find`` returned; a read-only view of the map."""
+        return self._view[extent.offset : extent.offset + extent.length]
+
+    def _newest_meta(self) -> _Meta:
+        """The valid meta page with the greater transaction number, as mdb_env_pick_meta chooses it."""
+        first = self._meta_at(0)
+        # The second meta lies one page further; if the first is damaged, try the sizes LMDB allows.
+        sizes = [first.page_size] if first else [1 << bits for bits in range(8, 16)]
+        second = next((meta for size in sizes if (meta := self._meta_at(size)) is not None), None)
+        metas = [meta for meta in (first, second) if meta is not None]
+        if not metas:
+            raise StoreFormatError(
+                f"{self.path}: not an LMDB file of data version {_DATA_VERSION}; "
+                "give a store made by: dali-lmdb convert"
+            )
+        return max(metas, key=lambda meta: meta.txnid)
+
+    def _meta_at(self, base: int) -> _Meta | None:
+        if base + _META_BYTES > len(self._view):
+            return None
+        magic, version = struct.unpack_from("<II", self._view, base + 16)
+        if magic != _MAGIC or version != _DATA_VERSION:
+            return None
+        page_size = _DB.unpack_from(self._view, base + 40)[0]
+        *_, entries, root = _DB.unpack_from(self._view, base + 88)
+        last_page, txnid = struct.unpack_from("<QQ", self._view, base + 136)
+        if page_size not in (1 << bits for bits in range(8, 16)):
+            return None
+        return _Meta(page_size, entries, root, last_page, txnid)
+
+    def _page(self, page: int) -> tuple[int, int, tuple[int, ...]]:
+        """(first byte, P_BRANCH or P_LEAF, node offsets inside the page) of a tree page."""
+        base = page * self.page_size
+        if page > self.last_page or base + self.page_size > len(self._view):
+            raise self._damaged(page, f"outside the file's {self.last_page + 1} pages")
+        number, _, flags, lower, upper = struct.unpack_from("<QHHHH", self._view, base)
+        kind = flags & _P_KIND
+        if number != page or kind not in (_P_BRANCH, _P_LEAF):
+            raise self._damaged(page, "not a tree page")
+        if not _PAGE_HEADER_BYTES <= lower <= upper <= self.page_size or lower % 2:
+            raise self._damaged(page, "impossible free space")
+        count = (lower - _PAGE_HEADER_BYTES) // 2
+        pointers = struct.unpack_from(f"<{count}H", self._view, base + _PAGE_HEADER_BYTES)
+        if count and (min(pointers) < lower or max(pointers) + _NODE.size > self.page_size):
+            raise self._damaged(page, "a node outside the page")
+        return base, kind, pointers
+
+    def _key(self, base: int, pointer: int) -> bytes:
+        key_bytes = _NODE.unpack_from(self._view, base + pointer)[3]
+        start = pointer + _NODE.size
+        if start + key_bytes > self.page_size:
+            raise self._damaged(base // self.page_size, "a key outside the page")
+        return bytes(self._view[base + start : base + start + key_bytes])
+
+    def _bisect(self, base: int, pointers: tuple[int, ...], key: bytes, first: int) -> int:
+        """Position of the first node, from ``first`` on, whose key is not less than ``key``."""
+        low, high = first, len(pointers)
+        while low < high:
+            middle = (low + high) // 2
+            if self._key(base, pointers[middle]) < key:
+                low = middle + 1
+            else:
+                high = middle
+        return low
+
+    def _child(self, base: int, pointer: int) -> int:
+        low, high, flags, _ = _NODE.unpack_from(self._view, base + pointer)
+        return low | high << 16 | flags << 32
+
+    def _value(self, base: int, pointer: int) -> Extent:
+        low, high, flags, key_bytes = _NODE.unpack_from(self._view, base + pointer)
+        length = low | high << 16
+        start = pointer + _NODE.size + key_bytes
+        page = base // self.page_size
+        if flags == 0:
+            if start + length > self.page_size:
+                raise self._damaged(page, "a value outside the page")
+            return Extent(base + start, length)
+        if flags != _F_BIGDATA or start + 8 > self.page_size:
+            raise self._damaged(page, "a node of an unexpected kind")
+        (first,) = struct.unpack_from("<Q", self._view, base + start)
+        return self._overflow(first, length)
+
+    def _overflow(self, page: int, length: int) -> Extent:
+        base = page * self.page_size
+        offset = base + _PAGE_HEADER_BYTES
+        if page > self.last_page or offset + length > len(self._view):
+            raise self._damaged(page, "a value outside the file")
+        number, _, flags, pages = struct.unpack_from("<QHHI", self._view, base)
+        if number != page or flags & _P_KIND != _P_OVERFLOW:
+            raise self._damaged(page, "not an overflow page")
+        if pages * self.page_size < _PAGE_HEADER_BYTES + length:
+            raise self._damaged(page, "a value longer than its pages")
+        return Extent(offset, length)
+
+    def _leaf_pages(self) -> list[int]:
+        """Numbers of all leaf pages in key order."""
+        level = [] if self._root == _NO_PAGE else [self._root]
+        for _ in range(_MAX_DEPTH):
+            below: list[int] = []
+            for page in level:
+                base, kind, pointers = self._page(page)
+                if kind == _P_LEAF:
+                    return level
+                below.extend(self._child(base, pointer) for pointer in pointers)
+                if len(below) > self.last_page:
+                    raise self._damaged(page, "more children than the file has pages")
+            level = below
+            if not level:
+                return level
+        raise self._damaged(self._root, "a tree deeper than LMDB makes")
+
+    def _leaf_extents(
+        self,
+        page: int,
+        base: int,
+        pointers: tuple[int, ...],
+        done: int,
+        offsets: npt.NDArray[np.uint64],
+        lengths: npt.NDArray[np.uint32],
+    ) -> int:
+        """Fill offsets and lengths from record ``done`` on with one leaf page; the number of records in it."""
+        nodes = np.asarray(pointers[: len(offsets) - done], dtype=np.int64)
+        if len(nodes) == 0 or nodes.max() + 24 > self.page_size:
+            # A node of ours is at least 8 + 8 bytes; 24 is needed to read an overflow page's number.
+            return self._leaf_extents_one_by_one(base, pointers, done, offsets, lengths)
+        body = self.data[base : base + self.page_size]
+        head = body[nodes[:, None] + np.arange(24)]  # node header, key, and 8 bytes of value
+        fields = head[:, :8].view("<u2").astype(np.uint64)
+        keys = np.ascontiguousarray(head[:, 8:16]).view(">u8")[:, 0].astype(np.uint64)
+        expected = np.arange(done, done + len(nodes), dtype=np.uint64)
+        good = (fields[:, 3] == 8) & (keys == expected)
+        count = int(len(nodes) if good.all() else np.argmin(good))
+        size = fields[:, 0] | fields[:, 1] << np.uint64(16)
+        big = fields[:, 2] == _F_BIGDATA
+        first = np.ascontiguousarray(head[:, 16:24]).view("<u8")[:, 0].astype(np.uint64)
+        inline = (base + nodes + 16).astype(np.uint64)
+        if (first[:count][big[:count]] > self.last_page).any() or (fields[:count, 2] > _F_BIGDATA).any():
+            raise self._damaged(page, "a value outside the file")
+        where = np.where(big, first * np.uint64(self.page_size) + np.uint64(_PAGE_HEADER_BYTES), inline)
+        limit = np.where(big, len(self._view), base + self.page_size).astype(np.uint64)
+        if (where[:count] + size[:count] > limit[:count]).any():
+            raise self._damaged(page, "a value outside the file")
+        offsets[done : done + count] = where[:count]
+        lengths[done : done + count] = size[:count]
+        return count
+
+    def _leaf_extents_one_by_one(
+        self,
+        base: int,
+        pointers: tuple[int, ...],
+        done: int,
+        offsets: npt.NDArray[np.uint64],
+        lengths: npt.NDArray[np.uint32],
+    ) -> int:
+        count = 0
+        for pointer in pointers[: len(offsets) - done]:
+            if self._key(base, pointer) != (done + count).to_bytes(8, "big"):
+                break
+            offsets[done + count], lengths[done + count] = self._value(base, pointer)
+            count += 1
+        return count
+
+    def _damaged(self, page: int, what: str) -> StoreDamagedError:
+        return StoreDamagedError(f"{self.path}: damaged: page {page}: {what}; convert it again")

@@ -1,0 +1,170 @@
+"""Writing a store's LMDB file: records in order, then the index. Publishing it is the converter's work."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from dali_lmdb.errors import ConversionError
+from dali_lmdb.store import layout
+from dali_lmdb.store.pages import PageFile
+
+__all__ = ["StoreWriter"]
+
+_MAP_STEP_BYTES = 1 << 30  # address space only: the file grows by what is written
+_PAGE_BYTES = 4096
+
+
+class StoreWriter:
+    """Append records to an unpublished LMDB file, in transactions that are durable when ``commit`` returns.
+
+    Args:
+        path: the partial file; created if absent, continued if present.
+
+    Attributes:
+        num_records: records committed so far.
+
+    Raises:
+        ConversionError: not a file this class left behind, or the disk refuses.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        try:
+            # The converter holds a lock of its own; LMDB's would leave a second file behind.
+            self._env = lmdb.open(
+                str(path), subdir=False, lock=False, map_size=_MAP_STEP_BYTES, max_dbs=0, readahead=False
+            )
+        except lmdb.Error as error:
+            raise ConversionError(f"{path}: cannot be written: {error}; remove it or use --restart") from error
+        self._need_bytes = os.path.getsize(path)
+        with self._env.begin() as transaction:
+            self.finished = transaction.get(layout.META_KEY) is not None
+        self.num_records = 0 if self.finished else self._env.stat()["entries"]
+
+    def commit(self, values: list[bytes]) -> None:
+        """Write values as the next records, in one durable transaction.
+
+        Raises:
+            ConversionError: disk full, or another error of the disk; earlier commits stay.
+        """
+        self._reserve(sum(len(value) + 2 * _PAGE_BYTES for value in values))
+        with self._writing() as transaction:
+            for index, value in enumerate(values, start=self.num_records):
+                transaction.put(layout.record_key(index), value, append=True)
+        self.num_records += len(values)
+
+    def record_extents(self) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint32]]:
+        """Offsets and lengths of the committed records, as ``PageFile.record_extents``.
+
+        An offset is 0 where writing the index will move the value: small values lie in leaf pages,
+        and the rightmost leaf is copied when keys are added behind it.
+        """
+        pages = PageFile(self.path)
+        self._extents = pages.record_extents(self.num_records)
+        offsets, lengths = self._extents
+        start, end = pages.last_leaf()
+        moving = (offsets >= start) & (offsets < end)
+        return np.where(moving, np.uint64(0), offsets), lengths
+
+    def checksums(self, start: int, stop: int) -> npt.NDArray[np.uint32]:
+        """CRC-32 of the records start .. stop - 1, read back from the file; may be called in any thread.
+
+        Returns:
+            uint32 of shape (n,), n being fewer than asked for at the end.
+        """
+        offsets, lengths = self._extents
+        # pread, not the map: pages that are touched in a map count as this process's memory.
+        with open(self.path, "rb", buffering=0) as file:
+            values = (
+                os.pread(file.fileno(), length, offset)
+                for offset, length in zip(offsets[start:stop].tolist(), lengths[start:stop].tolist(), strict=True)
+            )
+            return np.array([zlib.crc32(value) for value in values], dtype=np.uint32)
+
+    def finish(
+        self,
+        columns: dict[str, npt.NDArray[Any]],
+        names: pa.Array,
+        *,
+        classes: list[str],
+        made: dict[str, Any],
+        shard: dict[str, Any] | None = None,
+    ) -> layout.Meta:
+        """Add index, names and meta; the file is then a complete store.
+
+        Args:
+            columns: the columns of ``layout.INDEX_SCHEMA``, each of shape (num_records,).
+            names: Arrow array of num_records strings.
+            classes, made, shard: see ``layout.Meta``.
+
+        Raises:
+            ConversionError: the disk refuses.
+        """
+        index, name_stream = layout.index_to_ipc(columns), layout.names_to_ipc(names)
+        self._reserve(index.size + name_stream.size + 16 * _PAGE_BYTES)
+        with self._writing() as transaction:
+            meta = layout.Meta(
+                num_records=self.num_records,
+                classes=classes,
+                fingerprint=layout.fingerprint(columns["label"], columns["crc32"]),
+                txnid=transaction.id(),
+                index_crc32=zlib.crc32(index),
+                names_crc32=zlib.crc32(name_stream),
+                made=made,
+                shard=shard,
+            )
+            transaction.put(layout.INDEX_KEY, index)
+            transaction.put(layout.NAMES_KEY, name_stream)
+            transaction.put(layout.META_KEY, meta.to_bytes())
+        self.finished = True
+        return meta
+
+    def close(self) -> None:
+        """Release the file."""
+        self._env.close()
+
+    def _reserve(self, num_bytes: int) -> None:
+        self._need_bytes += num_bytes
+        size = self._env.info()["map_size"]
+        if self._need_bytes > size:
+            steps = -(-2 * self._need_bytes // _MAP_STEP_BYTES)
+            self._env.set_mapsize(steps * _MAP_STEP_BYTES)
+
+    def _writing(self) -> _Transaction:
+        return _Transaction(self)
+
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _Transaction:
+    """A write transaction whose failures, at commit too, are ``ConversionError``."""
+
+    def __init__(self, writer: StoreWriter) -> None:
+        self._writer = writer
+        self._transaction = writer._env.begin(write=True)
+
+    def __enter__(self) -> lmdb.Transaction:
+        return self._transaction.__enter__()
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        try:
+            self._transaction.__exit__(kind, error, trace)
+        except (lmdb.Error, OSError) as cause:
+            error = cause
+        if isinstance(error, (lmdb.Error, OSError)):
+            raise ConversionError(
+                f"{self._writer.path}: cannot be written: {error}; make room or mend the disk, "
+                "then run the same command again to go on"
+            ) from error
