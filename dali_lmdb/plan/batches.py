@@ -1,0 +1,95 @@
+"""The plan of one rank's step: which records, and how each is augmented. No image is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from dali_lmdb.plan.augment import Augmentation, Transform
+from dali_lmdb.plan.order import Shuffle, StepPlan, epoch_order
+from dali_lmdb.store import Store
+
+__all__ = ["BatchPlan", "Planner"]
+
+# Positions whose records are computed at once: numpy's cost per call is then small beside the arithmetic
+# (1.6 µs a record instead of 11 µs for batches of 256; 1.28 million records, one core).
+_POSITIONS_AT_ONCE = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchPlan:
+    """One rank's part of one global step."""
+
+    epoch: int
+    start: int
+    """Positions of the epoch consumed, over all ranks, before this step."""
+    end: int
+    """Positions consumed after it."""
+    records: npt.NDArray[np.int64]
+    """Record indices, shape (n,)."""
+
+
+class Planner:
+    """Plans of a rank's steps, a pure function of (epoch, start) apart from a small cache.
+
+    Args:
+        store: where labels and sizes come from.
+        transform: how images are augmented.
+        steps: how positions are dealt to ranks.
+        seed: of order and augmentation.
+        shuffle: see ``epoch_order``.
+    """
+
+    def __init__(
+        self, store: Store, *, transform: Transform, steps: StepPlan, seed: int, shuffle: Shuffle
+    ) -> None:
+        self.store, self.transform, self.steps = store, transform, steps
+        self.seed, self.shuffle = seed, shuffle
+        self._ready: dict[tuple[int, int], npt.NDArray[np.int64]] = {}
+
+    def plan(self, epoch: int, start: int) -> BatchPlan | None:
+        """The step that begins at position ``start``; None when the epoch has no more step for this rank."""
+        records = self._records(epoch, start)
+        if records is None:
+            return None
+        return BatchPlan(epoch=epoch, start=start, end=self.steps.end_of_step(start), records=records)
+
+    def plans(self, epoch: int, start: int) -> Iterator[BatchPlan]:
+        """All steps of ``epoch`` from position ``start`` on."""
+        while (plan := self.plan(epoch, start)) is not None:
+            yield plan
+            start = plan.end
+
+    def augment(self, plan: BatchPlan) -> Augmentation:
+        """How the plan's images are augmented, from the sizes in the store's index."""
+        heights = self.store.gather("height", plan.records)
+        widths = self.store.gather("width", plan.records)
+        return self.transform.augment(plan.records, heights, widths, seed=self.seed, epoch=plan.epoch)
+
+    def labels(self, plan: BatchPlan) -> npt.NDArray[np.int64]:
+        """Labels of the plan's records, shape (n,)."""
+        return self.store.gather("label", plan.records).astype(np.int64)
+
+    def _records(self, epoch: int, start: int) -> npt.NDArray[np.int64] | None:
+        if (epoch, start) not in self._ready:
+            self._ready = self._chunk(epoch, start)
+        return self._ready.pop((epoch, start), None)
+
+    def _chunk(self, epoch: int, start: int) -> dict[tuple[int, int], npt.NDArray[np.int64]]:
+        positions: dict[int, npt.NDArray[np.int64]] = {}
+        for _ in range(max(1, _POSITIONS_AT_ONCE // self.steps.batch_size)):
+            part = self.steps.positions(start)
+            if part is None:
+                break
+            positions[start] = part
+            start = self.steps.end_of_step(start)
+        if not positions:
+            return {}
+        order = epoch_order(self.steps.num_positions, seed=self.seed, epoch=epoch, shuffle=self.shuffle)
+        records = order(np.concatenate(list(positions.values())))
+        bounds = np.cumsum([len(part) for part in positions.values()])[:-1]
+        parts = np.split(records, bounds)
+        return {(epoch, start): part for start, part in zip(positions, parts, strict=True)}

@@ -1,0 +1,64 @@
+"""Where a loader is in its data: a few integers and the identity of the data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from dali_lmdb.errors import StateError
+
+__all__ = ["LoaderState"]
+
+_MUST_AGREE = ("fingerprint", "num_records", "seed", "shuffle")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderState:
+    """A place in the epochs of a data set; no rank, batch size or world size."""
+
+    seed: int
+    epoch: int
+    position: int
+    """Positions of the epoch consumed, over all ranks."""
+    shuffle: str
+    fingerprint: str
+    num_records: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, for a checkpoint."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LoaderState:
+        """Back from ``to_dict``.
+
+        Raises:
+            StateError: not such a dictionary.
+        """
+        names = {field.name for field in fields(cls)}
+        if set(values) != names:
+            raise StateError(
+                f"loader state: has {sorted(values)}, expected {sorted(names)}; "
+                "it was not made by this version's state_dict()"
+            )
+        return cls(**values)
+
+    def check_against(self, own: LoaderState, *, where: str) -> None:
+        """Compare with the state of the loader that is to go on from it.
+
+        Raises:
+            StateError: another data set, seed or order; the message prints both sides.
+        """
+        differences = [
+            f"{name} {getattr(self, name)!r} (here {getattr(own, name)!r})"
+            for name in _MUST_AGREE
+            if getattr(self, name) != getattr(own, name)
+        ]
+        if differences:
+            raise StateError(
+                f"{where}: the state was saved with {', '.join(differences)}; "
+                "resume with the same data set and settings, or start anew"
+            )
+        if not 0 <= self.position <= self.num_records:
+            raise StateError(f"{where}: the state's position is {self.position}, expected 0 to {self.num_records}")
