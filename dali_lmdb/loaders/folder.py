@@ -1,0 +1,69 @@
+"""An image folder read in place, for the classic path without a store."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torchvision.datasets import ImageFolder
+
+from dali_lmdb.errors import RecordError, SourceError
+from dali_lmdb.store import Store
+
+__all__ = ["FolderStore"]
+
+
+class FolderStore(Store):
+    """The records of a folder with one folder for each class, found by torchvision's ``ImageFolder``.
+
+    Only labels and names are known; there is no index with sizes or checksums.
+
+    Raises:
+        SourceError: no such folder, no class folders in it, or a class without images.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        try:
+            folder = ImageFolder(str(path))
+        except (OSError, RuntimeError) as error:
+            raise SourceError(
+                f"{path}: cannot be read as an image folder: {error}; expected CLASS/IMAGE files"
+            ) from error
+        self._classes = folder.classes
+        self._files = [file for file, _ in folder.samples]
+        self._labels = np.array(folder.targets, dtype=np.int32)
+        names = "\n".join(self.name(index) for index in range(len(self)))
+        self._fingerprint = "folder-" + hashlib.sha256(names.encode()).hexdigest()[:32]
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    @property
+    def classes(self) -> list[str]:
+        return self._classes
+
+    @property
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+    def column(self, name: str) -> npt.NDArray[Any]:
+        if name != "label":
+            raise KeyError(f"an image folder has no column {name!r}, only 'label'")
+        return self._labels
+
+    def gather(self, name: str, records: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+        return self.column(name)[records]
+
+    def arrays(self, records: npt.NDArray[np.int64]) -> list[npt.NDArray[np.uint8]]:
+        try:
+            return [np.fromfile(self._files[record], dtype=np.uint8) for record in records]
+        except OSError as error:
+            raise RecordError(f"{error.filename}: cannot be read: {error.strerror}") from error
+
+    def name(self, index: int) -> str:
+        return os.path.relpath(self._files[self._checked(index)], self.path)
