@@ -1,0 +1,168 @@
+"""What a conversion has done so far, beside its partial file: one row for each image looked at.
+
+The store's index is built from it at the end, and an interrupted conversion goes on by it. Rows reach the
+disk before the records they describe, so the journal may be ahead of the partial file, never behind: when
+it is opened again, what is ahead is cut off.
+
+File: frames of ``length u32 | crc32 u32 | payload``; the first payload is JSON (what is converted and how),
+the others are Arrow IPC streams of ``ROW_SCHEMA``, one for each commit.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import struct
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from dali_lmdb.errors import ConversionError
+from dali_lmdb.store.layout import INDEX_SCHEMA
+
+__all__ = ["INDEX_ROW_COLUMNS", "ROW_SCHEMA", "Journal"]
+
+INDEX_ROW_COLUMNS = [name for name in INDEX_SCHEMA.names if name != "file_offset"]
+"""Index columns that are known when a record is written."""
+
+ROW_SCHEMA = pa.schema(
+    [
+        pa.field("name", pa.large_string()),
+        *(INDEX_SCHEMA.field(name) for name in INDEX_ROW_COLUMNS),
+        pa.field("stamp", pa.int64()),  # of the source's image, see sources.base.Item
+        pa.field("reason", pa.large_string()),  # why it is not in the store; null if it is
+    ]
+)
+_FRAME = struct.Struct("<II")
+
+
+class Journal:
+    """The open journal of one conversion; holding it keeps other converters off the same target.
+
+    Args:
+        path: the file; created if absent.
+
+    Attributes:
+        header: what the first frame says, None in a new journal.
+
+    Raises:
+        ConversionError: another converter is at work on the target, or the file cannot be written.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        try:
+            self._file = open(path, "a+b")  # noqa: SIM115  closed by close()
+        except OSError as error:
+            raise ConversionError(
+                f"{path}: cannot be written: {error.strerror}; check the target's folder"
+            ) from error
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.close()
+            raise ConversionError(f"{path}: another converter is writing this target; let it finish") from None
+        self.header: dict[str, Any] | None = None
+        for payload, end in self._frames():
+            self.header, self._body = json.loads(payload), end
+            break
+
+    def start(self, header: dict[str, Any]) -> None:
+        """Begin anew: forget what is there and write the first frame."""
+        self._cut(0)
+        self._body = self._write(json.dumps(header, ensure_ascii=True).encode())
+        self.header = header
+
+    def append(self, rows: pa.RecordBatch) -> None:
+        """Add rows; they are on the disk when this returns.
+
+        Raises:
+            ConversionError: the disk refuses.
+        """
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, ROW_SCHEMA) as stream:
+            stream.write_batch(rows)
+        self._write(sink.getvalue())
+
+    def rows(self) -> Iterator[pa.RecordBatch]:
+        """All rows, a batch for each commit, in order."""
+        for batch, _ in self._batches():
+            yield batch
+
+    def cut_to(self, num_records: int) -> int:
+        """Forget the rows of records that did not reach the partial file.
+
+        Args:
+            num_records: records in the partial file.
+
+        Returns:
+            The number of rows kept, bad images included.
+
+        Raises:
+            ConversionError: the journal and the partial file do not belong together.
+        """
+        kept_rows = kept_records = 0
+        kept_end = self._body
+        for batch, end in self._batches():
+            good = batch.column("reason").null_count
+            if kept_records + good > num_records:
+                break
+            kept_rows, kept_records, kept_end = kept_rows + batch.num_rows, kept_records + good, end
+        if kept_records != num_records:
+            raise ConversionError(
+                f"{self.path}: describes {kept_records} of the {num_records} records beside it; use --restart"
+            )
+        self._cut(kept_end)
+        return kept_rows
+
+    def close(self) -> None:
+        """Let go of the target."""
+        self._file.close()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _batches(self) -> Iterator[tuple[pa.RecordBatch, int]]:
+        frames = self._frames()
+        next(frames)
+        for payload, end in frames:
+            yield pa.ipc.open_stream(payload).read_next_batch(), end
+
+    def _frames(self) -> Iterator[tuple[bytes, int]]:
+        """(payload, end of the frame) of each whole frame; a torn one ends the file."""
+        position = 0
+        while True:
+            self._file.seek(position)
+            head = self._file.read(_FRAME.size)
+            if len(head) < _FRAME.size:
+                return
+            length, checksum = _FRAME.unpack(head)
+            payload = self._file.read(length)
+            if len(payload) < length or zlib.crc32(payload) != checksum:
+                return
+            position += _FRAME.size + length
+            yield payload, position
+
+    def _write(self, payload: Any) -> int:
+        try:
+            self._file.write(_FRAME.pack(len(payload), zlib.crc32(payload)))
+            self._file.write(payload)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise ConversionError(
+                f"{self.path}: cannot be written: {error.strerror}; make room or mend the disk, "
+                "then run the same command again to go on"
+            ) from error
+        return self._file.tell()
+
+    def _cut(self, end: int) -> None:
+        self._file.truncate(end)
+        self._file.seek(end)

@@ -1,0 +1,58 @@
+"""What a source of images is to the converter."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+__all__ = ["IMAGE_EXTENSIONS", "Item", "Source", "is_image_name"]
+
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+"""torchvision.datasets.folder.IMG_EXTENSIONS."""
+
+
+def is_image_name(name: str) -> bool:
+    """Whether ``ImageFolder`` would take a file of this name."""
+    return name.lower().endswith(IMAGE_EXTENSIONS)
+
+
+class Item(NamedTuple):
+    """One image of a source, not yet read."""
+
+    name: str
+    """Path inside the source, with forward slashes: ``class/file``."""
+    label: int
+    read: Callable[[], bytes]
+    """Called once, in any thread.
+
+    Raises:
+        SourceError: it vanished, changed while it was read, or cannot be read.
+    """
+    stamp: Callable[[], int]
+    """A number that changes when the image does (a file's time in ns), to notice it on resuming; 0 where the
+    source as a whole is watched. Called in any thread."""
+
+
+class Source(ABC):
+    """Images with labels in a fixed order: the order of the store's records."""
+
+    kind: str
+    """Name of this kind of source, as ``--source`` takes it."""
+
+    @property
+    @abstractmethod
+    def classes(self) -> list[str]:
+        """Class names; a label is a position in it."""
+
+    @abstractmethod
+    def items(self) -> Iterator[Item]:
+        """All items in order, found while iterating; no image is read."""
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """What must be the same when a conversion is resumed: plain JSON types."""
+
+    def count(self) -> int:
+        """Number of items."""
+        return sum(1 for _ in self.items())
