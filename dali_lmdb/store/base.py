@@ -61,6 +61,16 @@ class Store(ABC):
             IndexError: no such record.
         """
 
+    def byte_ranges(
+        self, records: npt.NDArray[np.int64]
+    ) -> list[tuple[Path, npt.NDArray[np.uint64], npt.NDArray[np.uint32]]]:
+        """Where the bytes of some records lie, to read them ahead.
+
+        Returns:
+            (file, offsets, lengths) for each file involved, in bytes; nothing where that is not known.
+        """
+        return []
+
     @property
     def labels(self) -> npt.NDArray[np.int32]:
         """Label of every record, int32 of shape (len,)."""
@@ -81,7 +91,7 @@ class Store(ABC):
     def where(self, index: int) -> str:
         """``STORE: record 41 (n01440764/x.JPEG)``, to begin an error message with."""
         try:
-            return f"{self.path}: record {index} ({self.name(index)})"
+            return f"{self.path}: record {index} ({' '.join(self.name(index).splitlines())})"
         except StoreError:
             return f"{self.path}: record {index}"
 

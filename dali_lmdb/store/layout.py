@@ -17,6 +17,7 @@ import hashlib
 import json
 import zlib
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ __all__ = [
     "Meta",
     "fingerprint",
     "record_key",
+    "shard_path",
 ]
 
 FORMAT_VERSION = 1
@@ -98,6 +100,11 @@ INDEX_SCHEMA = pa.schema(
 _NAMES_SCHEMA = pa.schema([pa.field("name", pa.large_string(), nullable=False)])
 
 
+def shard_path(store: Path, index: int, count: int) -> Path:
+    """Where a shard of a store lies: ``NAME-00000-of-00004.lmdb`` for ``NAME.lmdb``."""
+    return store.with_name(f"{store.stem}-{index:05d}-of-{count:05d}{store.suffix}")
+
+
 def record_key(index: int) -> bytes:
     """The key of a record: its index in 8 bytes, big-endian, so that LMDB's order is the record order."""
     return index.to_bytes(8, "big")
@@ -133,8 +140,9 @@ class Meta:
     format: int = FORMAT_VERSION
 
     def to_bytes(self) -> bytes:
-        """JSON, UTF-8."""
-        return json.dumps(asdict(self), ensure_ascii=False).encode()
+        """JSON, ASCII; ``crc32`` is that of the JSON without it."""
+        values = asdict(self)
+        return _json({**values, "crc32": zlib.crc32(_json(values))})
 
     @classmethod
     def from_bytes(cls, raw: bytes, *, path: object) -> Meta:
@@ -154,13 +162,18 @@ class Meta:
                 f"{path}: format {version!r}, this version reads {FORMAT_VERSION}; "
                 "update dali_lmdb or convert it again"
             )
+        checksum = values.pop("crc32", None)
         try:
             meta = cls(**values)
         except TypeError:
             meta = None
-        if meta is None or not _well_formed(meta):
-            raise StoreDamagedError(f"{path}: damaged: __meta__ has unexpected fields; convert it again")
+        if meta is None or not _well_formed(meta) or checksum != zlib.crc32(_json(values)):
+            raise StoreDamagedError(f"{path}: damaged: __meta__ has a wrong checksum; convert it again")
         return meta
+
+
+def _json(values: dict[str, Any]) -> bytes:
+    return json.dumps(values).encode()
 
 
 def _well_formed(meta: Meta) -> bool:

@@ -22,6 +22,7 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,6 +44,8 @@ _MAX_DEPTH = 32  # CURSOR_STACK in mdb.c
 _NODE = struct.Struct("<HHHH")
 _DB = struct.Struct("<IHHQQQQQ")  # pad, flags, depth, branch, leaf, overflow pages, entries, root
 _NO_PAGE = (1 << 64) - 1
+_LEAVES_MAPPED = 1024
+_MADV_DONTNEED = getattr(mmap, "MADV_DONTNEED", None)
 _MADV_RANDOM = getattr(mmap, "MADV_RANDOM", None)
 
 
@@ -96,6 +99,7 @@ class PageFile:
         if _MADV_RANDOM is not None:
             map_.madvise(_MADV_RANDOM)  # records are read in random order; the kernel's guess would be wrong
         self.data: npt.NDArray[np.uint8] = np.frombuffer(map_, dtype=np.uint8)
+        self._map = map_
         self._view = memoryview(map_)
         meta = self._newest_meta()
         self.page_size, self.entries, self._root, self.last_page, self.txnid = meta
@@ -144,9 +148,12 @@ class PageFile:
         offsets = np.zeros(num_records, dtype=np.uint64)
         lengths = np.zeros(num_records, dtype=np.uint32)
         done = 0
-        for page in self._leaf_pages():
+        for number, page in enumerate(self._leaf_pages(), start=1):
             if done == num_records:
                 break
+            if number % _LEAVES_MAPPED == 0 and _MADV_DONTNEED is not None:
+                # Every touch maps the pages around it too; without this they would count as this process's memory.
+                self._map.madvise(_MADV_DONTNEED)
             base, _, pointers = self._page(page)
             done += self._leaf_extents(page, base, pointers, done, offsets, lengths)
         if done != num_records:
@@ -154,6 +161,20 @@ class PageFile:
                 f"{self.path}: {done} records in order, expected {num_records}; convert it again"
             )
         return offsets, lengths
+
+    def items(self) -> Iterator[tuple[bytes, Extent]]:
+        """Every key in order, and where its value lies.
+
+        Reads the tree's pages only, never the values: extents are inside the file, but the head of a large
+        value's pages is not looked at.
+
+        Raises:
+            StoreDamagedError: a page is damaged.
+        """
+        for page in self._leaf_pages():
+            base, _, pointers = self._page(page)
+            for pointer in pointers:
+                yield self._key(base, pointer), self._value(base, pointer, look=False)
 
     def last_leaf(self) -> tuple[int, int]:
         """First and one-past-last byte of the rightmost leaf page; (0, 0) in an empty file."""
@@ -239,7 +260,7 @@ class PageFile:
         low, high, flags, _ = _NODE.unpack_from(self._view, base + pointer)
         return low | high << 16 | flags << 32
 
-    def _value(self, base: int, pointer: int) -> Extent:
+    def _value(self, base: int, pointer: int, *, look: bool = True) -> Extent:
         low, high, flags, key_bytes = _NODE.unpack_from(self._view, base + pointer)
         length = low | high << 16
         start = pointer + _NODE.size + key_bytes
@@ -251,13 +272,15 @@ class PageFile:
         if flags != _F_BIGDATA or start + 8 > self.page_size:
             raise self._damaged(page, "a node of an unexpected kind")
         (first,) = struct.unpack_from("<Q", self._view, base + start)
-        return self._overflow(first, length)
+        return self._overflow(first, length, look=look)
 
-    def _overflow(self, page: int, length: int) -> Extent:
+    def _overflow(self, page: int, length: int, *, look: bool) -> Extent:
         base = page * self.page_size
         offset = base + _PAGE_HEADER_BYTES
         if page > self.last_page or offset + length > len(self._view):
             raise self._damaged(page, "a value outside the file")
+        if not look:
+            return Extent(offset, length)
         number, _, flags, pages = struct.unpack_from("<QHHI", self._view, base)
         if number != page or flags & _P_KIND != _P_OVERFLOW:
             raise self._damaged(page, "not an overflow page")

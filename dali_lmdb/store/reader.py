@@ -16,7 +16,7 @@ from dali_lmdb.store import layout
 from dali_lmdb.store.base import Store
 from dali_lmdb.store.pages import Extent, PageFile
 
-__all__ = ["FileStore", "open_store"]
+__all__ = ["FileStore"]
 
 # Checking the index takes 10 ms per 40 MB (1.3 million records; zlib.crc32, one core), which opening
 # can afford; a larger one is checked by `dali-lmdb verify` only.
@@ -98,6 +98,11 @@ class FileStore(Store):
             raise StoreDamagedError(f"{self.path}: damaged: the index points outside the file")
         return offsets, lengths
 
+    def byte_ranges(
+        self, records: npt.NDArray[np.int64]
+    ) -> list[tuple[Path, npt.NDArray[np.uint64], npt.NDArray[np.uint32]]]:
+        return [(self.path, *self.extents(records))]
+
     def arrays(self, records: npt.NDArray[np.int64]) -> list[npt.NDArray[np.uint8]]:
         offsets, lengths = self.extents(records)
         data = self._data
@@ -135,12 +140,3 @@ class FileStore(Store):
         if extent is None or extent.length != int(self._columns["num_bytes"][index]):
             raise StoreDamagedError(f"{self.path}: damaged: record {index} is missing; convert it again")
         return extent
-
-
-def open_store(path: str | os.PathLike[str]) -> Store:
-    """Open a store for reading.
-
-    Raises:
-        StoreNotFoundError, StoreFormatError, StoreDamagedError: see ``dali_lmdb.errors``.
-    """
-    return FileStore(path)

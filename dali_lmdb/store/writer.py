@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from dali_lmdb.errors import ConversionError
+from dali_lmdb.errors import ConversionError, StoreError
 from dali_lmdb.store import layout
 from dali_lmdb.store.pages import PageFile
 
@@ -23,7 +23,10 @@ _PAGE_BYTES = 4096
 
 
 class StoreWriter:
-    """Append records to an unpublished LMDB file, in transactions that are durable when ``commit`` returns.
+    """Append records to an unpublished LMDB file, in transactions.
+
+    What was committed survives the death of this process at any instant. It is on the disk, safe from the
+    machine's, after ``sync`` and ``finish``: one fsync at the end lets the disk write while images are read.
 
     Args:
         path: the partial file; created if absent, continued if present.
@@ -37,20 +40,27 @@ class StoreWriter:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        _check_partial(self.path)
         try:
             # The converter holds a lock of its own; LMDB's would leave a second file behind.
             self._env = lmdb.open(
-                str(path), subdir=False, lock=False, map_size=_MAP_STEP_BYTES, max_dbs=0, readahead=False
+                str(path),
+                subdir=False,
+                lock=False,
+                sync=False,
+                map_size=_MAP_STEP_BYTES,
+                max_dbs=0,
+                readahead=False,
             )
-        except lmdb.Error as error:
-            raise ConversionError(f"{path}: cannot be written: {error}; remove it or use --restart") from error
+        except (lmdb.Error, OSError) as error:
+            raise self._refused(error) from error
         self._need_bytes = os.path.getsize(path)
         with self._env.begin() as transaction:
             self.finished = transaction.get(layout.META_KEY) is not None
         self.num_records = 0 if self.finished else self._env.stat()["entries"]
 
     def commit(self, values: list[bytes]) -> None:
-        """Write values as the next records, in one durable transaction.
+        """Write values as the next records, in one transaction.
 
         Raises:
             ConversionError: disk full, or another error of the disk; earlier commits stay.
@@ -60,6 +70,17 @@ class StoreWriter:
             for index, value in enumerate(values, start=self.num_records):
                 transaction.put(layout.record_key(index), value, append=True)
         self.num_records += len(values)
+
+    def sync(self) -> None:
+        """Wait until all that was committed is on the disk.
+
+        Raises:
+            ConversionError: the disk refuses.
+        """
+        try:
+            self._env.sync(True)
+        except (lmdb.Error, OSError) as error:
+            raise self._refused(error) from error
 
     def record_extents(self) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint32]]:
         """Offsets and lengths of the committed records, as ``PageFile.record_extents``.
@@ -124,6 +145,7 @@ class StoreWriter:
             transaction.put(layout.INDEX_KEY, index)
             transaction.put(layout.NAMES_KEY, name_stream)
             transaction.put(layout.META_KEY, meta.to_bytes())
+        self.sync()
         self.finished = True
         return meta
 
@@ -137,6 +159,12 @@ class StoreWriter:
         if self._need_bytes > size:
             steps = -(-2 * self._need_bytes // _MAP_STEP_BYTES)
             self._env.set_mapsize(steps * _MAP_STEP_BYTES)
+
+    def _refused(self, error: BaseException) -> ConversionError:
+        return ConversionError(
+            f"{self.path}: cannot be written: {error}; make room or mend the disk, "
+            "then run the same command again to go on"
+        )
 
     def _writing(self) -> _Transaction:
         return _Transaction(self)
@@ -164,7 +192,16 @@ class _Transaction:
         except (lmdb.Error, OSError) as cause:
             error = cause
         if isinstance(error, (lmdb.Error, OSError)):
-            raise ConversionError(
-                f"{self._writer.path}: cannot be written: {error}; make room or mend the disk, "
-                "then run the same command again to go on"
-            ) from error
+            raise self._writer._refused(error) from error
+
+
+def _check_partial(path: Path) -> None:
+    """Refuse a partial file whose tree is damaged, as after a power cut: liblmdb would trust it."""
+    if not path.exists() or path.stat().st_size == 0:
+        return
+    try:
+        pages = PageFile(path)
+        finished = pages.find(layout.META_KEY) is not None
+        pages.record_extents(pages.entries - 3 * finished)  # all but index, names and meta
+    except StoreError as error:
+        raise ConversionError(f"{path}: the interrupted conversion is damaged ({error}); use --restart") from error

@@ -1,0 +1,372 @@
+"""Classic databases of the folder2lmdb family, read as they are: no conversion, no liblmdb."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import warnings
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from dali_lmdb.errors import RecordError, StoreDamagedError, StoreFormatError
+from dali_lmdb.store import layout, sidecar
+from dali_lmdb.store.base import Store
+from dali_lmdb.store.header import BadImageError, read_header
+from dali_lmdb.store.pages import Extent, PageFile
+from dali_lmdb.store.payload import (
+    Located,
+    PayloadError,
+    bytes_at,
+    decode_keys,
+    decode_length,
+    locate_payload,
+)
+
+__all__ = ["ClassicStore", "database_file", "is_classic"]
+
+LENGTH_KEY = b"__len__"
+KEYS_KEY = b"__keys__"
+
+# Labels are positions in a list of classes, so a damaged one must not ask for a list that fills the memory.
+_MAX_CLASSES = 1 << 20
+_RECORDS_AT_ONCE = 64  # looked at by one thread at a time when the index is made
+_WORTH_A_WARNING_BYTES = 1 << 30  # making the index then takes a while, and the user should know why
+_MIN_NODE_BYTES = 8  # NODESIZE in mdb.c
+_log = logging.getLogger(__name__)
+
+_EXTENSIONS = (
+    (rb"\xff\xd8", ".jpg"),
+    (rb"\x89PNG", ".png"),
+    (rb"RIFF....WEBP", ".webp"),
+    (rb"BM", ".bmp"),
+    (rb"II\*\0|MM\0\*", ".tif"),
+    (rb"P[25]\s", ".pgm"),
+    (rb"P[36]\s", ".ppm"),
+)
+
+
+def database_file(path: str | os.PathLike[str]) -> Path:
+    """The LMDB file at ``path``: itself, or ``data.mdb`` in a folder as LMDB makes them."""
+    inside = Path(path) / "data.mdb"
+    return inside if inside.is_file() else Path(path)
+
+
+def is_classic(pages: PageFile) -> bool:
+    """Whether an LMDB file has the keys of a classic database and not those of a store.
+
+    Raises:
+        StoreDamagedError: a page on the way is damaged.
+    """
+    if pages.find(layout.META_KEY) is not None:
+        return False
+    return any(pages.find(key) is not None for key in (LENGTH_KEY, KEYS_KEY))
+
+
+class ClassicStore(Store):
+    """A database with keys ``b"0"``, ``b"1"``, ..., ``__keys__``, ``__len__`` and values ``(image, label)``.
+
+    Values are packed by pickle, msgpack or ``pa.serialize`` (see ``payload``). Opening looks at the length
+    only. Labels, sizes and checksums have no index in such a database: it is made on first use, reading the
+    database once, and kept beside it as ``NAME.dali-index`` if the folder is writable, else in memory.
+
+    Image bytes are slices of the map, except with pickle protocol 2, which stores them as text. Classes have
+    no names: they are called by their labels, ``"0"``, ``"1"``, ... Heights and widths of what is not a
+    readable image are 0.
+
+    Args:
+        path: the LMDB file, or the folder with ``data.mdb`` in it.
+
+    Raises:
+        StoreNotFoundError: nothing there.
+        StoreFormatError: not a classic database.
+        StoreDamagedError: truncated, or a damaged page.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.file = database_file(path)
+        self._pages = PageFile(self.file)
+        self._columns: sidecar.Columns | None = None
+        self._is_kept = False
+        self._num_records = self._length()
+        status = os.stat(self.file)
+        self._stamp = sidecar.Stamp(status.st_size, status.st_mtime_ns, self._num_records)
+
+    def __len__(self) -> int:
+        return self._num_records
+
+    @cached_property
+    def classes(self) -> list[str]:
+        return [str(label) for label in range(int(self.labels.max(initial=-1)) + 1)]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return layout.fingerprint(self.column("label"), self.column("crc32"))
+
+    def column(self, name: str) -> npt.NDArray[Any]:
+        return self._index()[name]
+
+    def gather(self, name: str, records: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+        return self._index()[name][records]
+
+    def byte_ranges(
+        self, records: npt.NDArray[np.int64]
+    ) -> list[tuple[Path, npt.NDArray[np.uint64], npt.NDArray[np.uint32]]]:
+        return [(self.file, *self._extents(records))]
+
+    def arrays(self, records: npt.NDArray[np.int64]) -> list[npt.NDArray[np.uint8]]:
+        if self._columns is None:  # one look-up costs less than making the index
+            return [self._find_image(int(record)) for record in records]
+        offsets, lengths = self._extents(records)
+        data, places = self._pages.data, self.gather("file_offset", records).tolist()
+        ends = (offsets + lengths).tolist()
+        return [
+            data[start:end] if place else self._find_image(int(record))
+            for record, place, start, end in zip(records, places, offsets.tolist(), ends, strict=True)
+        ]
+
+    def name(self, index: int) -> str:
+        """``LABEL/KEY.jpg``: such databases keep no names."""
+        return self.glance(index)[1]
+
+    def glance(self, index: int) -> tuple[int, str]:
+        """Label and name of one record, from the ends of its value; needs no index.
+
+        Raises:
+            IndexError: no such record.
+            RecordError: its value is not ``(image, label)``.
+        """
+        view = self._pages.view(self._extent(self._checked(index)))
+        image, label = self._locate(index, view)
+        start = bytes(view[image.start : image.stop][:24])
+        if image.is_text:
+            start = start.decode("utf-8", "ignore").encode("latin-1", "ignore")
+        matches = (extension for magic, extension in _EXTENSIONS if re.match(magic, start, re.DOTALL))
+        return label, f"{label}/{self._key(index).decode('utf-8', 'backslashreplace')}{next(matches, '.jpg')}"
+
+    def copy(self, index: int) -> bytes:
+        """The bytes of one record, read from the file and not through the map.
+
+        Pages that are touched in a map count as the process's memory; a pass over everything should not.
+
+        Raises:
+            IndexError: no such record.
+            RecordError: its value is not ``(image, label)``.
+            StoreDamagedError: the file changed or a page is damaged.
+        """
+        value = self._copy_value(self._checked(index), self._extent(index))
+        return bytes(self._bytes_at(index, memoryview(value), self._locate(index, memoryview(value))))
+
+    def where(self, index: int) -> str:
+        return f"{self.path}: record {index} (key {self._key(index).decode('latin-1')!a})"
+
+    def __reduce__(self) -> Any:
+        # An index that could not be kept beside the database goes along, so that workers need not make it again.
+        return type(self), (str(self.path),), None if self._is_kept else self._columns
+
+    def __setstate__(self, columns: sidecar.Columns) -> None:
+        self._columns = columns
+
+    def _length(self) -> int:
+        """Number of records, from ``__len__``, else ``__keys__``."""
+        length = self._pages.find(LENGTH_KEY)
+        if length is None and self._pages.find(KEYS_KEY) is None:
+            raise StoreFormatError(
+                f"{self.path}: an LMDB file without {LENGTH_KEY.decode()} and {KEYS_KEY.decode()}, not a classic "
+                "database; make a store with: dali-lmdb convert SOURCE STORE"
+            )
+        if length is None:
+            count = len(self._listed_keys())
+        else:
+            try:
+                count = decode_length(self._pages.view(length))
+            except PayloadError as error:
+                raise StoreFormatError(
+                    f"{self.path}: {LENGTH_KEY.decode()}: {error}; make the database again"
+                ) from error
+        if count > min(self._pages.entries, len(self._pages.data) // _MIN_NODE_BYTES):
+            raise StoreDamagedError(
+                f"{self.path}: damaged: {count} records by {LENGTH_KEY.decode()}, {self._pages.entries} keys; "
+                "make the database again"
+            )
+        return count
+
+    def _listed_keys(self) -> list[bytes]:
+        extent = self._pages.find(KEYS_KEY)
+        if extent is None:
+            return [b"%d" % index for index in range(self._num_records)]
+        try:
+            return decode_keys(self._pages.view(extent))
+        except PayloadError as error:
+            raise StoreFormatError(
+                f"{self.path}: {KEYS_KEY.decode()}: {error}; make the database again"
+            ) from error
+
+    @cached_property
+    def _keys(self) -> list[bytes] | None:
+        """Keys in record order; None if they are ``b"0"``, ``b"1"``, ... as everyone writes them."""
+        keys = self._listed_keys()
+        if len(keys) != self._num_records or len(set(keys)) != len(keys):
+            raise StoreDamagedError(
+                f"{self.path}: damaged: {KEYS_KEY.decode()} lists {len(set(keys))} keys, "
+                f"{LENGTH_KEY.decode()} says {self._num_records}; make the database again"
+            )
+        return None if all(key == b"%d" % index for index, key in enumerate(keys)) else keys
+
+    def _key(self, index: int) -> bytes:
+        return b"%d" % index if self._keys is None else self._keys[index]
+
+    def _extent(self, index: int) -> Extent:
+        """Where a record's value lies."""
+        extent = self._pages.find(self._key(index))
+        if extent is None:
+            raise self._missing(index)
+        return extent
+
+    def _extents(self, records: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint32]]:
+        """Where the bytes of some records lie in the file; of an image stored as text, the whole value."""
+        offsets = self.gather("file_offset", records)
+        lengths = self.gather("num_bytes", records)
+        for position in np.flatnonzero(offsets == 0):
+            offsets[position], lengths[position] = self._extent(int(records[position]))
+        size = len(self._pages.data)
+        if ((offsets > size) | (lengths > size - np.minimum(offsets, size))).any():
+            raise StoreDamagedError(
+                f"{self.path}: {sidecar.sidecar_path(self.file)} does not fit the database; remove it"
+            )
+        return offsets, lengths
+
+    def _missing(self, index: int) -> StoreDamagedError:
+        return StoreDamagedError(f"{self.where(index)}: damaged: there is no such key; make the database again")
+
+    def _locate(self, index: int, value: memoryview) -> Located:
+        try:
+            located = locate_payload(value)
+        except PayloadError as error:
+            raise RecordError(f"{self.where(index)}: {error}; make the database again") from error
+        if not self._labels_fit(located.label):
+            raise RecordError(
+                f"{self.where(index)}: its label is {located.label}, expected less than "
+                f"{max(_MAX_CLASSES, len(self))}; make the database again"
+            )
+        return located
+
+    def _bytes_at(self, index: int, value: memoryview, located: Located) -> memoryview:
+        try:
+            return bytes_at(value, located.image)
+        except PayloadError as error:
+            raise RecordError(f"{self.where(index)}: {error}; make the database again") from error
+
+    def _find_image(self, index: int) -> npt.NDArray[np.uint8]:
+        value = self._pages.view(self._extent(index))
+        image = self._bytes_at(index, value, self._locate(index, value))
+        return np.frombuffer(image, dtype=np.uint8)
+
+    def _copy_value(self, index: int, extent: Extent) -> bytes:
+        try:
+            with open(self.file, "rb", buffering=0) as file:
+                value = os.pread(file.fileno(), extent.length, extent.offset)
+        except OSError as error:
+            raise StoreDamagedError(f"{self.where(index)}: cannot be read: {error.strerror}") from error
+        if len(value) != extent.length:
+            raise StoreDamagedError(f"{self.where(index)}: the file became shorter; copy it again")
+        return value
+
+    def _index(self) -> sidecar.Columns:
+        if self._columns is None:
+            self._columns = self._kept() or self._make_index()
+        return self._columns
+
+    def _kept(self) -> sidecar.Columns | None:
+        columns = sidecar.load(self.file, self._stamp)
+        if columns is None or not self._labels_fit(columns["label"]).all():
+            return None
+        self._is_kept = True
+        return columns
+
+    def _make_index(self) -> sidecar.Columns:
+        with sidecar.one_at_a_time(self.file):
+            columns = self._kept()  # another process may have made it while this one waited
+            if columns is None:
+                level = logging.WARNING if self._stamp.size > _WORTH_A_WARNING_BYTES else logging.INFO
+                _log.log(level, "%s: a classic database without an index: reading it once to make one", self.path)
+                columns = self._read_all()
+                self._is_kept = sidecar.save(self.file, self._stamp, columns)
+        return columns
+
+    def _read_all(self) -> sidecar.Columns:
+        """The index columns, from every record's value, read by threads in record order."""
+        offsets, lengths = self._places()
+        columns: sidecar.Columns = {
+            field.name: np.zeros(len(self), dtype=field.type.to_pandas_dtype()) for field in layout.INDEX_SCHEMA
+        }
+
+        def look_at(start: int) -> None:
+            for index in range(start, min(start + _RECORDS_AT_ONCE, len(self))):
+                row = self._look(index, Extent(int(offsets[index]), int(lengths[index])))
+                for name, value in row.items():
+                    columns[name][index] = value
+
+        threads = max(4, len(os.sched_getaffinity(0)))
+        with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
+            # Our own limit of pixels decides, not Pillow's warning.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            try:
+                for _ in pool.map(look_at, range(0, len(self), _RECORDS_AT_ONCE)):
+                    pass
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        for column in columns.values():
+            column.flags.writeable = False
+        return columns
+
+    def _look(self, index: int, extent: Extent) -> dict[str, int]:
+        """One row of the index; runs in a thread."""
+        value = memoryview(self._copy_value(index, extent))
+        located = self._locate(index, value)
+        data = bytes(self._bytes_at(index, value, located))
+        try:
+            kind, height, width = read_header(data)
+        except BadImageError:  # the decoder says what is wrong, to whoever wants its pixels
+            kind, height, width = layout.Kind.UNKNOWN, 0, 0
+        return {
+            "label": located.label,
+            "height": height,
+            "width": width,
+            "num_bytes": len(data),
+            "crc32": zlib.crc32(data),
+            "file_offset": 0 if located.image.is_text else extent.offset + located.image.start,
+            "kind": kind,
+        }
+
+    def _labels_fit(self, labels: Any) -> Any:
+        return (labels >= 0) & (labels < max(_MAX_CLASSES, len(self)))
+
+    def _places(self) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint32]]:
+        """Where the values of all records lie, uint64 and uint32 of shape (len,)."""
+        offsets = np.zeros(len(self), dtype=np.uint64)
+        lengths = np.zeros(len(self), dtype=np.uint32)
+        listed = None if self._keys is None else {key: index for index, key in enumerate(self._keys)}
+        for key, extent in self._pages.items():
+            index = _number(key) if listed is None else listed.get(key)
+            if index is not None and index < len(self):
+                offsets[index], lengths[index] = extent
+        for missing in np.flatnonzero(offsets == 0):  # no value begins where the first page does
+            raise self._missing(int(missing))
+        return offsets, lengths
+
+
+def _number(key: bytes) -> int | None:
+    """The number that a key like ``b"17"`` spells, if it is the key that is written for it."""
+    if not key.isdigit() or len(key) > 19 or (key[0] == ord("0") and len(key) > 1):
+        return None
+    return int(key)

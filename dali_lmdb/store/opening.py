@@ -1,0 +1,39 @@
+"""Opening whatever holds records: a store, the shards of one, or a classic database as it is."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from dali_lmdb.errors import StoreFormatError
+from dali_lmdb.store.base import Store
+from dali_lmdb.store.classic import ClassicStore, database_file, is_classic
+from dali_lmdb.store.pages import PageFile
+from dali_lmdb.store.reader import FileStore
+from dali_lmdb.store.shards import ShardedStore, shard_files
+
+__all__ = ["open_store"]
+
+
+def open_store(path: str | os.PathLike[str]) -> Store:
+    """Open a store for reading.
+
+    Args:
+        path: a store file; a glob pattern, a folder or the common name of a set of shards; or a classic database,
+            a file or a folder with ``data.mdb``.
+
+    Raises:
+        StoreNotFoundError, StoreFormatError, StoreDamagedError: see ``dali_lmdb.errors``.
+    """
+    if shard_files(path):
+        return ShardedStore(path)
+    if is_classic(PageFile(database_file(path))):
+        return ClassicStore(path)
+    store = FileStore(path)
+    if store.meta.shard is not None:
+        count = store.meta.shard.get("count")
+        raise StoreFormatError(
+            f"{path}: one of {count} shards; name the set: {Path(path).parent / '*-of-*'}, its folder, "
+            "or the name it was converted to"
+        )
+    return store

@@ -1,0 +1,101 @@
+"""What classic databases keep under a key: ``(image, label)``, a length, a list of keys."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from dali_lmdb.store.unpack import PayloadError, Span, Value, unpack
+
+__all__ = [
+    "Located",
+    "PayloadError",
+    "Span",
+    "bytes_at",
+    "decode_keys",
+    "decode_length",
+    "decode_payload",
+    "locate_payload",
+]
+
+_MAX_LABEL = (1 << 31) - 1  # the index keeps labels as int32
+
+
+class Located(NamedTuple):
+    """The parts of a record's value."""
+
+    image: Span
+    label: int
+
+
+def locate_payload(view: memoryview) -> Located:
+    """Find image and label in a record's value; the image's bytes are not touched.
+
+    Raises:
+        PayloadError: not ``(image, label)``, or it is refused.
+    """
+    value = unpack(view)
+    image, label = value if isinstance(value, list) and len(value) == 2 else (value, None)
+    if not isinstance(image, Span) or label is None:
+        raise PayloadError(f"holds {_describe(value)}, expected (image bytes, label)")
+    if not isinstance(label, int):
+        raise PayloadError(f"its label is {_describe(label)}, expected an integer")
+    if not 0 <= label <= _MAX_LABEL:
+        raise PayloadError(f"its label is {label}, expected 0 to {_MAX_LABEL}")
+    return Located(image, label)
+
+
+def bytes_at(view: memoryview, span: Span) -> memoryview:
+    """The bytes of a span of ``view``: a slice of it, or a copy where they are stored as text.
+
+    Raises:
+        PayloadError: text that does not stand for bytes.
+    """
+    raw = view[span.start : span.stop]
+    if not span.is_text:
+        return raw
+    try:
+        return memoryview(str(raw, "utf-8").encode("latin-1"))
+    except UnicodeError:
+        raise PayloadError("damaged pickle: text that does not stand for bytes") from None
+
+
+def decode_payload(view: memoryview) -> tuple[memoryview, int]:
+    """Image bytes and label of a record's value; the bytes are a slice of ``view`` where possible.
+
+    Raises:
+        PayloadError: not ``(image, label)``, or it is refused.
+    """
+    located = locate_payload(view)
+    return bytes_at(view, located.image), located.label
+
+
+def decode_length(view: memoryview) -> int:
+    """The value of ``__len__``.
+
+    Raises:
+        PayloadError: not an integer of at least 0.
+    """
+    value = unpack(view)
+    if not isinstance(value, int) or value < 0:
+        raise PayloadError(f"holds {_describe(value)}, expected a number of records")
+    return value
+
+
+def decode_keys(view: memoryview) -> list[bytes]:
+    """The value of ``__keys__``.
+
+    Raises:
+        PayloadError: not a list of bytes or text.
+    """
+    value = unpack(view)
+    if not isinstance(value, list) or not all(isinstance(key, Span) for key in value):
+        raise PayloadError(f"holds {_describe(value)}, expected a list of keys")
+    return [bytes(bytes_at(view, key)) for key in value if isinstance(key, Span)]
+
+
+def _describe(value: Value) -> str:
+    if isinstance(value, Span):
+        return f"{value.stop - value.start} bytes"
+    if isinstance(value, list):
+        return f"a list of {len(value)} values"
+    return f"the integer {value}" if abs(value) < 1 << 63 else "a huge integer"

@@ -1,0 +1,112 @@
+"""The index of a database that has none of its own, kept beside it as ``NAME.dali-index``.
+
+One Arrow IPC stream of ``layout.INDEX_SCHEMA``, its metadata naming the database it was made from (size and
+time of change) and the columns' checksum. It only ever saves time: a stale or damaged one is not used, and
+where none can be written there is none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import mmap
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy.typing as npt
+import pyarrow as pa
+
+from dali_lmdb.store.layout import INDEX_SCHEMA
+
+__all__ = ["Columns", "Stamp", "load", "one_at_a_time", "save", "sidecar_path"]
+
+_VERSION = 1  # raised when the same database would get other columns
+_STAMP_KEY, _CRC_KEY = b"made_from", b"crc32"
+_log = logging.getLogger(__name__)
+
+Columns = dict[str, npt.NDArray[Any]]
+
+
+class Stamp(NamedTuple):
+    """What a database is known by."""
+
+    size: int
+    mtime_ns: int
+    num_records: int
+
+    def to_bytes(self) -> bytes:
+        return json.dumps({"version": _VERSION, **self._asdict()}, sort_keys=True).encode()
+
+
+def sidecar_path(database: Path) -> Path:
+    """Where the index of a database lies."""
+    return database.with_name(database.name + ".dali-index")
+
+
+def load(database: Path, stamp: Stamp) -> Columns | None:
+    """The columns kept beside a database, on a map; None unless they are whole and of this very database."""
+    try:
+        with open(sidecar_path(database), "rb") as file:
+            map_ = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        batch = pa.ipc.open_stream(pa.py_buffer(map_)).read_next_batch()
+        batch.validate(full=True)
+    except FileNotFoundError:
+        return None
+    except (pa.ArrowException, StopIteration, EOFError, OSError, ValueError) as error:
+        _log.info("%s is not used: %s", sidecar_path(database), error)
+        return None
+    metadata = batch.schema.metadata or {}
+    if not batch.schema.equals(INDEX_SCHEMA, check_metadata=False) or batch.num_rows != stamp.num_records:
+        return None
+    if metadata.get(_STAMP_KEY) != stamp.to_bytes() or any(column.null_count for column in batch.columns):
+        return None
+    columns = {name: batch.column(name).to_numpy(zero_copy_only=True) for name in batch.schema.names}
+    return columns if metadata.get(_CRC_KEY) == _checksum(columns) else None
+
+
+def save(database: Path, stamp: Stamp, columns: Columns) -> bool:
+    """Keep columns beside a database; False where its folder does not allow it."""
+    metadata = {_STAMP_KEY: stamp.to_bytes(), _CRC_KEY: _checksum(columns)}
+    schema = INDEX_SCHEMA.with_metadata(metadata)
+    arrays = [pa.array(columns[field.name], type=field.type) for field in schema]
+    path = sidecar_path(database)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file, pa.ipc.new_stream(file, schema) as stream:
+            stream.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
+        os.replace(partial, path)
+    except OSError as error:
+        _log.info("%s cannot be written: %s", path, error.strerror)
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def one_at_a_time(database: Path) -> Iterator[None]:
+    """Let one process make the index while the others wait for it, where it can be kept at all."""
+    if not os.access(database.parent, os.W_OK):
+        yield
+        return
+    with open(database, "rb") as file:
+        with contextlib.suppress(OSError):  # a file system without locks: each makes its own
+            fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            # Closing is not enough: a process forked meanwhile would go on holding the lock.
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def _checksum(columns: Columns) -> bytes:
+    crc = 0
+    for field in INDEX_SCHEMA:
+        crc = zlib.crc32(columns[field.name].tobytes(), crc)
+    return str(crc).encode()

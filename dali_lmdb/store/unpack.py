@@ -1,0 +1,371 @@
+"""Where integers, bytes and text lie in a value packed by pickle, msgpack or ``pa.serialize``.
+
+The folder2lmdb family of scripts packed these with pickle, msgpack or ``pa.serialize``, and a database does
+not say which; the first bytes do. Nothing here builds an object from a file or calls anything a file names:
+each reader walks the bytes, admits integers, bytes, text, tuples and lists, and says *where* the bytes lie
+in the value, so that an image is a slice of the map it came from.
+
+pickle, protocols 2 to 5
+    A small stack machine for the opcodes those types need. Protocol 2 has no bytes and spells them as a call
+    of ``_codecs.encode(text, "latin1")``, or of ``bytes()`` if there are none: these two spellings are
+    admitted and undone by hand. Not Python's ``Unpickler``, which besides calling what a file names also
+    reserves whatever memory a file asks for.
+msgpack
+    One integer, or one array of integers, bin and str: https://github.com/msgpack/msgpack/blob/master/spec.md
+pa.serialize
+    Gone since pyarrow 12: a prefix of counts, then an Arrow IPC stream of one column and one row.
+
+    ==============  ===========  ======================  =======================================================
+    pyarrow         zero prefix  message framing         the value
+    ==============  ===========  ======================  =======================================================
+    0.9 to 0.11     8 bytes      length                  dense union of structs of a list of a dense union;
+                                                         children have no names, type codes are positions
+    0.12            16 bytes     length                  same
+    0.13, 0.14      16 bytes     length                  dense union of a list of a dense union; children are
+                                                         named by type
+    0.15 to 0.17    16 bytes     FFFFFFFF, length        same
+    1.0 to 11       16 bytes     FFFFFFFF, length        same, with a null child first
+    ==============  ===========  ======================  =======================================================
+
+    In 0.9 to 0.12 the type codes that the schema declares are wrong: the code in the buffer is the child's
+    position, and looking it up in the schema swaps image and label.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any, NamedTuple, Union
+
+import pyarrow as pa
+
+__all__ = ["PayloadError", "Span", "Value", "unpack"]
+
+_ADMITTED = "only integers, bytes, text, tuples and lists are read from a database"
+
+
+class PayloadError(Exception):
+    """A value that no classic database holds, or one that is refused; the message is the reason."""
+
+
+class Span(NamedTuple):
+    """Where bytes lie inside a value."""
+
+    start: int
+    stop: int
+    is_text: bool = False
+    """The bytes are UTF-8 of text in which each character stands for one byte (``_codecs.encode``)."""
+
+
+Value = Union[int, Span, "list[Value]"]
+
+
+def unpack(view: memoryview) -> Value:
+    """Whatever a value holds; its first bytes tell how it was packed.
+
+    Raises:
+        PayloadError: anything but an integer, bytes, text, or one list or tuple of those.
+    """
+    head = bytes(view[:24])
+    if len(head) > 1 and head[0] == 0x80 and 2 <= head[1] <= 5:
+        return _PickleReader(view).read()
+    if len(head) > 16 and head[:8] == bytes(8):
+        return _decode_arrow(view)
+    if len(head) == 24 and head[16:20] == b"\xff\xff\xff\xff" and max(struct.unpack_from("<4I", head)) < 1 << 16:
+        raise PayloadError("a pa.serialize payload with tensors or buffers, which is not read")
+    return _MsgpackReader(view).read()
+
+
+class _Reader:
+    """A place in a value that moves on as fields are taken, never past the end."""
+
+    format: str
+
+    def __init__(self, view: memoryview) -> None:
+        self.view, self.at = view, 0
+
+    def take(self, field: struct.Struct) -> int:
+        """The next integer."""
+        if self.at + field.size > len(self.view):
+            raise PayloadError(f"damaged {self.format}: it ends early")
+        (value,) = field.unpack_from(self.view, self.at)
+        self.at += field.size
+        return value
+
+    def span(self, length: int) -> Span:
+        """The next ``length`` bytes."""
+        start, stop = self.at, self.at + length
+        if stop > len(self.view):
+            raise PayloadError(f"damaged {self.format}: it ends early")
+        self.at = stop
+        return Span(start, stop)
+
+    def end(self, value: Value) -> Value:
+        """``value``, if nothing follows it."""
+        if self.at != len(self.view):
+            raise PayloadError(f"damaged {self.format}: {len(self.view) - self.at} bytes after its end")
+        return value
+
+
+_U8, _U16, _U32, _U64 = (struct.Struct(code) for code in ("<B", "<H", "<I", "<Q"))
+_I32 = struct.Struct("<i")
+
+# Opcodes of the standard library's pickletools, by their names there.
+_PICKLE_SPANS = {
+    ord("C"): _U8,  # SHORT_BINBYTES
+    ord("B"): _U32,  # BINBYTES
+    0x8E: _U64,  # BINBYTES8
+    0x8C: _U8,  # SHORT_BINUNICODE
+    ord("X"): _U32,  # BINUNICODE
+    0x8D: _U64,  # BINUNICODE8
+    ord("U"): _U8,  # SHORT_BINSTRING: bytes of Python 2
+    ord("T"): _U32,  # BINSTRING
+}
+_PICKLE_INTS = {ord("K"): _U8, ord("M"): _U16, ord("J"): _I32}  # BININT1, BININT2, BININT
+_PICKLE_TUPLES = {ord(")"): 0, 0x85: 1, 0x86: 2, 0x87: 3}  # EMPTY_TUPLE, TUPLE1, TUPLE2, TUPLE3
+_PICKLE_PUTS = {ord("q"): _U8, ord("r"): _U32}  # BINPUT, LONG_BINPUT
+_PICKLE_GETS = {ord("h"): _U8, ord("j"): _U32}  # BINGET, LONG_BINGET
+_PICKLE_PASSED = {0x80: _U8, 0x95: _U64}  # PROTO, FRAME
+_MARK, _STOP, _GLOBAL, _REDUCE, _STACK_GLOBAL = ord("("), ord("."), ord("c"), ord("R"), 0x93
+_TUPLE, _EMPTY_LIST, _APPEND, _APPENDS, _MEMOIZE, _LONG1 = ord("t"), ord("]"), ord("a"), ord("e"), 0x94, 0x8A
+# How protocol 2 spells bytes (save_bytes in the standard library's pickle.py); they stand for the functions
+# on the stack.
+_ENCODE, _BYTES = b"_codecs\nencode\n", b"__builtin__\nbytes\n"
+
+
+class _PickleReader(_Reader):
+    """The pickle stack machine for plain values, with spans in place of bytes and text."""
+
+    format = "pickle"
+
+    def __init__(self, view: memoryview) -> None:
+        super().__init__(view)
+        self.stack: list[Any] = []
+        self.marks: list[list[Any]] = []
+        self.memo: dict[int, Any] = {}
+
+    def read(self) -> Value:
+        try:
+            while (code := self.take(_U8)) != _STOP:
+                self.step(code)
+            (value,) = self.stack
+        except (IndexError, KeyError, ValueError, TypeError, AttributeError):
+            raise PayloadError("damaged pickle: its instructions make no sense") from None
+        if not _is_plain(value):
+            raise PayloadError("damaged pickle: its instructions make no sense")
+        return self.end(value)
+
+    def step(self, code: int) -> None:
+        """Carry out one instruction."""
+        if code in _PICKLE_SPANS:
+            self.stack.append(self.span(self.take(_PICKLE_SPANS[code])))
+        elif code in _PICKLE_INTS:
+            self.stack.append(self.take(_PICKLE_INTS[code]))
+        elif code in _PICKLE_PUTS:
+            self.memo[self.take(_PICKLE_PUTS[code])] = self.stack[-1]
+        elif code == _MEMOIZE:
+            self.memo[len(self.memo)] = self.stack[-1]
+        elif code in _PICKLE_GETS:
+            self.stack.append(self.memo[self.take(_PICKLE_GETS[code])])
+        elif code in _PICKLE_TUPLES:
+            items = [self.stack.pop() for _ in range(_PICKLE_TUPLES[code])]
+            self.stack.append(items[::-1])
+        elif code in _PICKLE_PASSED:
+            self.take(_PICKLE_PASSED[code])
+        elif code == _REDUCE:
+            self.call()
+        elif code == _EMPTY_LIST:
+            self.stack.append([])
+        elif code == _LONG1:
+            digits = self.span(self.take(_U8))
+            self.stack.append(int.from_bytes(self.view[digits.start : digits.stop], "little", signed=True))
+        else:
+            self.step_marked(code)
+
+    def step_marked(self, code: int) -> None:
+        """Carry out an instruction that marks the stack or takes what lies above a mark, or refuse it."""
+        if code == _MARK:
+            self.marks.append(self.stack)
+            self.stack = []
+        elif code == _APPEND:
+            item = self.stack.pop()
+            self.stack[-1].append(item)
+        elif code in (_APPENDS, _TUPLE):
+            items, self.stack = self.stack, self.marks.pop()
+            if code == _TUPLE:
+                self.stack.append(items)
+            else:
+                self.stack[-1].extend(items)
+        elif code == _GLOBAL:
+            self.find_global()
+        elif code == _STACK_GLOBAL:
+            name, module = self.stack.pop(), self.stack.pop()
+            self.refuse(b".".join(bytes(self.view[part.start : part.stop]) for part in (module, name)))
+        else:
+            raise PayloadError(f"refused: a pickle with instruction 0x{code:02x}; {_ADMITTED}")
+
+    def find_global(self) -> None:
+        """Admit the two functions by which protocol 2 spells bytes."""
+        for name in (_ENCODE, _BYTES):
+            if self.view[self.at : self.at + len(name)] == name:
+                self.at += len(name)
+                self.stack.append(name)
+                return
+        self.refuse(b".".join(bytes(self.view[self.at : self.at + 200]).split(b"\n")[:2]))
+
+    def refuse(self, name: bytes) -> None:
+        """Say what a pickle wanted to call."""
+        shown = ascii(name[:60].decode("latin-1"))[1:-1]
+        raise PayloadError(f"refused: a pickle that calls {shown}; {_ADMITTED}")
+
+    def call(self) -> None:
+        """Undo ``_codecs.encode(text, "latin1")`` or ``bytes()``."""
+        arguments, function = self.stack.pop(), self.stack.pop()
+        if function == _BYTES and arguments == []:
+            self.stack.append(Span(0, 0))
+            return
+        text, encoding = arguments
+        if function != _ENCODE or bytes(self.view[encoding.start : encoding.stop]) != b"latin1":
+            raise PayloadError(f"refused: a pickle with an unexpected call; {_ADMITTED}")
+        self.stack.append(Span(text.start, text.stop, is_text=True))
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is an integer, a span, or a list of those; nothing deeper is ever read."""
+    if isinstance(value, list):
+        return all(type(item) in (int, Span) for item in value)
+    return type(value) in (int, Span)
+
+
+_MSGPACK_SPANS = {  # bin 8, 16, 32; str 8, 16, 32
+    code: struct.Struct(field)
+    for code, field in zip((0xC4, 0xC5, 0xC6, 0xD9, 0xDA, 0xDB), (">B", ">H", ">I") * 2, strict=True)
+}
+_MSGPACK_INTS = {  # uint 8 to 64, int 8 to 64
+    code: struct.Struct(">" + letter) for code, letter in zip(range(0xCC, 0xD4), "BHIQbhiq", strict=True)
+}
+_MSGPACK_ARRAYS = {0xDC: struct.Struct(">H"), 0xDD: struct.Struct(">I")}
+
+
+class _MsgpackReader(_Reader):
+    """msgpack's integers, bin, str, and one level of array."""
+
+    format = "msgpack"
+
+    def read(self) -> Value:
+        code = self.take(_U8)
+        if 0x90 <= code <= 0x9F:
+            count = code & 0x0F
+        elif code in _MSGPACK_ARRAYS:
+            count = self.take(_MSGPACK_ARRAYS[code])
+        else:
+            return self.end(self.scalar(code))
+        values: list[Value] = []
+        for _ in range(count):  # each takes a byte at least, so a count that lies ends at the value's end
+            values.append(self.scalar(self.take(_U8)))
+        return self.end(values)
+
+    def scalar(self, code: int) -> int | Span:
+        """The integer, bin or str that begins with ``code``."""
+        if code <= 0x7F:
+            return code
+        if code >= 0xE0:
+            return code - 0x100
+        if 0xA0 <= code <= 0xBF:
+            return self.span(code & 0x1F)
+        if code in _MSGPACK_SPANS:
+            return self.span(self.take(_MSGPACK_SPANS[code]))
+        if code in _MSGPACK_INTS:
+            return self.take(_MSGPACK_INTS[code])
+        raise PayloadError(f"begins with 0x{self.view[0]:02x}: not pickle, msgpack or pa.serialize; {_ADMITTED}")
+
+
+# What pyarrow raises about bytes that are not what they say; ArrowException itself covers only a part.
+_ARROW_ERRORS = (
+    pa.ArrowException,
+    StopIteration,
+    EOFError,
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    OverflowError,
+)
+
+
+def _decode_arrow(view: memoryview) -> Value:
+    """A ``pa.serialize`` payload."""
+    prefix = 16 if view[8:16] == bytes(8) else 8
+    buffer = pa.py_buffer(view)
+    if buffer.address % 8:
+        buffer = pa.py_buffer(bytes(view))  # Arrow wants its messages aligned; spans are the same in a copy
+    try:
+        batch = pa.ipc.open_stream(buffer.slice(prefix)).read_next_batch()
+        batch.validate(full=True)
+        if batch.num_columns != 1 or batch.num_rows != 1:
+            raise PayloadError("not a pa.serialize payload: more than one value")
+        (value,) = _ArrowWalk(buffer).values(batch.column(0), 0, 1, nested=True)
+    except _ARROW_ERRORS as error:
+        reason = " ".join(str(error).split())[:120]
+        raise PayloadError(f"damaged pa.serialize payload: {reason or type(error).__name__}") from None
+    return value
+
+
+class _ArrowWalk:
+    """The way through a validated ``pa.serialize`` column, down to where its bytes lie in ``buffer``."""
+
+    def __init__(self, buffer: pa.Buffer) -> None:
+        self.buffer = buffer
+
+    def values(self, union: pa.Array, start: int, stop: int, *, nested: bool) -> list[Value]:
+        """Values ``start`` to ``stop`` of a dense union; lists among them only if ``nested``."""
+        if not isinstance(union, pa.UnionArray) or union.type.mode != "dense":
+            raise PayloadError(f"not a pa.serialize payload: {union.type} in place of a dense union")
+        codes = union.type_codes.to_numpy()[start:stop].tolist()
+        places = union.offsets.to_numpy()[start:stop].tolist()
+        if places and min(places) < 0:
+            raise PayloadError("damaged pa.serialize payload: a negative offset")
+        at: dict[int, list[int]] = {}
+        for position, code in enumerate(codes):
+            at.setdefault(code, []).append(position)
+        values: list[Value] = [0] * len(codes)
+        for code, positions in at.items():
+            child = union.field(_child_position(union.type, code))
+            found = self.children(child, [places[position] for position in positions], nested=nested)
+            for position, value in zip(positions, found, strict=True):
+                values[position] = value
+        return values
+
+    def children(self, child: pa.Array, places: list[int], *, nested: bool) -> list[Value]:
+        """The values at ``places`` of one child of a union."""
+        kind = child.type
+        if child.null_count:
+            raise PayloadError("holds None")
+        if kind in (pa.binary(), pa.string()):
+            return self.spans(child, places)
+        if kind == pa.int64():
+            return [child[place].as_py() for place in places]
+        if pa.types.is_struct(kind) and kind.num_fields == 1:  # 0.9 to 0.12: {"tuple": [...]} or {"list": [...]}
+            child = child.field(0)
+        if nested and len(places) == 1 and isinstance(child, pa.ListArray) and not child.null_count:
+            ends = child.offsets
+            first, last = ends[places[0]].as_py(), ends[places[0] + 1].as_py()
+            return [self.values(child.values, first, last, nested=False)]
+        raise PayloadError(f"holds {kind}; {_ADMITTED}")
+
+    def spans(self, child: pa.Array, places: list[int]) -> list[Value]:
+        """Where the bytes at ``places`` of a binary child lie."""
+        _, offsets, data = child.buffers()
+        if data is None or data.size == 0 or offsets is None:
+            return [Span(0, 0) for _ in places]
+        ends = memoryview(offsets).cast("i")[child.offset :]
+        base = data.address - self.buffer.address
+        if not 0 <= base <= base + data.size <= self.buffer.size:
+            raise PayloadError("a compressed pa.serialize payload, which is not read")
+        return [Span(base + ends[place], base + ends[place + 1]) for place in places]
+
+
+def _child_position(kind: pa.DataType, code: int) -> int:
+    """Which child of a union a type code stands for."""
+    if all(not kind.field(position).name for position in range(kind.num_fields)):
+        return code  # 0.9 to 0.12
+    return kind.type_codes.index(code)
