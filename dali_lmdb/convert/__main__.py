@@ -3,34 +3,57 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
-import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, fields
 from types import FrameType
 from typing import Any
 
 import click
-from tqdm import tqdm
 
-from dali_lmdb.cli import Command
+from dali_lmdb.cli import Command, ProgressBar
 from dali_lmdb.convert import ConvertSettings, Progress, Summary, convert
+from dali_lmdb.convert.ranks import Ranks, torchrun_ranks
+from dali_lmdb.convert.sources import KINDS, open_source
 
 __all__ = ["main"]
 
 _DEFAULTS = {field.name: field.default for field in fields(ConvertSettings)}
-_LINE_EVERY_S = 10  # between lines of progress where there is no terminal
 
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("source", metavar="SOURCE")
 @click.argument("store", metavar="STORE")
 @click.option(
+    "--source",
+    "kind",
+    type=click.Choice(KINDS),
+    help="What SOURCE is.  [default: told by looking]",
+)
+@click.option(
+    "--val-labels",
+    metavar="FILE",
+    help="Labels of a flat folder or tar: a line for each image in order, or lines of path and label.",
+)
+@click.option("--follow-links", is_flag=True, help="Follow symbolic links that lead out of an image folder.")
+@click.option(
+    "--classes", metavar="NAME,NAME…", help="Keep only these classes, with SOURCE a store. Labels count anew."
+)
+@click.option(
+    "--per-class",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Keep the first N records of each class, with SOURCE a store.",
+)
+@click.option(
     "--check",
-    type=click.Choice(["header", "none"]),
+    type=click.Choice(["header", "decode", "none"]),
     default=_DEFAULTS["check"],
     show_default=True,
-    help="How each image is looked at.",
+    help="Parse each image's header; or decode it too, and reject what libjpeg only warns about; or nothing.",
 )
 @click.option(
     "--on-bad",
@@ -46,30 +69,81 @@ _LINE_EVERY_S = 10  # between lines of progress where there is no terminal
     show_default=True,
     help="Images of more pixels are bad.",
 )
+@click.option(
+    "--transcode", is_flag=True, help="Re-encode what the GPU cannot decode, and CMYK, as baseline RGB JPEG."
+)
+@click.option(
+    "--resize",
+    type=click.IntRange(min=1),
+    metavar="SHORT_SIDE",
+    help="Shrink images whose shorter side is longer, in pixels.",
+)
+@click.option(
+    "--quality",
+    type=click.IntRange(1, 100),
+    default=_DEFAULTS["quality"],
+    show_default=True,
+    help="JPEG quality of what is re-encoded.",
+)
+@click.option(
+    "--shards",
+    type=click.IntRange(min=1),
+    metavar="K",
+    help="Write K files, NAME-00000-of-0000K.lmdb and so on. Under torchrun the ranks share them.",
+)
 @click.option("--restart", is_flag=True, help="Start over instead of going on with an interrupted conversion.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads that read images.  [default: the cores]")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
-def main(source: str, store: str, *, restart: bool, threads: int | None, as_json: bool, **settings: Any) -> None:
-    """Turn SOURCE, a folder with one folder of images for each class, into the LMDB file STORE.
+def main(
+    source: str,
+    store: str,
+    *,
+    kind: str | None,
+    val_labels: str | None,
+    follow_links: bool,
+    classes: str | None,
+    per_class: int | None,
+    shards: int | None,
+    restart: bool,
+    threads: int | None,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Turn SOURCE into the LMDB file STORE.
+
+    SOURCE is a folder with one folder of images for each class; WebDataset shards, a tar of class folders or
+    ImageNet's tar of tars; a flat folder or tar with --val-labels; Parquet files as Hugging Face writes them; a
+    CSV or TSV of path,label; a classic database of PyTorch-LMDB; or a store, to subset, re-shard or re-encode.
 
     Interrupted, by Ctrl-C, a kill or a full disk, the same command goes on where it stopped.
     """
     signal.signal(signal.SIGTERM, _interrupt)
-    with _ProgressBar(quiet=as_json) as bar:
+    under_torchrun = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    with torchrun_ranks() if under_torchrun else nullcontext(Ranks()) as ranks, ProgressBar(quiet=as_json) as bar:
         try:
             summary = convert(
-                source,
+                open_source(
+                    source,
+                    kind=kind,
+                    val_labels=val_labels,
+                    follow_links=follow_links,
+                    classes=classes.split(",") if classes else None,
+                    per_class=per_class,
+                ),
                 store,
                 settings=ConvertSettings(**settings),
+                shards=shards,
+                ranks=ranks,
                 restart=restart,
                 num_threads=threads,
-                progress=bar.show,
+                progress=_shown_by(bar),
             )
         except KeyboardInterrupt:
             bar.close()
             click.echo("Stopped. Run the same command again to go on where it stopped.", err=True)
             sys.exit(130)
-    click.echo(json.dumps(asdict(summary)) if as_json else _sentence(summary))
+    if ranks.rank == 0:
+        click.echo(json.dumps(asdict(summary)) if as_json else _sentence(summary))
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -81,52 +155,22 @@ def _sentence(summary: Summary) -> str:
         f"{summary.store}: {summary.records:,} records, {summary.classes:,} classes, {summary.bytes:,} bytes, "
         f"{summary.seconds:.1f} s, {summary.images_per_s:,.0f} images/s, {summary.megabytes_per_s:,.0f} MB/s"
     )
+    text += f"\nnvJPEG decodes {summary.gpu:,} on the GPU, {summary.cpu:,} fall back to the CPU"
+    if summary.unknown:
+        text += f", {summary.unknown:,} are of unknown kind"
+    if summary.transcoded or summary.resized:
+        text += f"\n{summary.transcoded:,} re-encoded for the GPU, {summary.resized:,} resized"
     if summary.skipped:
-        text += f"\n{summary.skipped:,} bad images left out, listed in {summary.report}"
+        text += f"\n{summary.skipped:,} bad images left out, listed in {', '.join(summary.reports)}"
     return text
 
 
-class _ProgressBar:
-    """Rate and time left: a bar on a terminal, else a plain line now and then; on stderr."""
+def _shown_by(bar: ProgressBar) -> Callable[[Progress], None]:
+    def show(progress: Progress) -> None:
+        phase = f"{progress.phase} {os.path.basename(progress.store)}"
+        bar.show(phase, progress.done, progress.total, progress.num_bytes)
 
-    def __init__(self, *, quiet: bool) -> None:
-        self._bar: tqdm[Any] | None = None
-        self._phase = ""
-        self._quiet = quiet and not sys.stderr.isatty()
-        self._begin = self._last = time.monotonic()
-
-    def show(self, progress: Progress) -> None:
-        """Called by the converter, from its threads, one call at a time."""
-        if self._quiet:
-            return
-        if not sys.stderr.isatty():
-            self._line(progress)
-            return
-        if progress.phase != self._phase:
-            self.close()
-            self._phase = progress.phase
-            self._bar = tqdm(total=progress.total, desc=progress.phase, unit=" images", unit_scale=True)
-        assert self._bar is not None
-        self._bar.update(progress.done - self._bar.n)
-
-    def _line(self, progress: Progress) -> None:
-        now = time.monotonic()
-        if now - self._last < _LINE_EVERY_S:
-            return
-        self._last = now
-        rate = progress.num_bytes / 1e6 / (now - self._begin)
-        click.echo(f"{progress.phase}: {progress.done:,} of {progress.total:,} images, {rate:,.0f} MB/s", err=True)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-
-    def __enter__(self) -> _ProgressBar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    return show
 
 
 if __name__ == "__main__":

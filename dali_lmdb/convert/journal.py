@@ -1,8 +1,8 @@
 """What a conversion has done so far, beside its partial file: one row for each image looked at.
 
-The store's index is built from it at the end, and an interrupted conversion goes on by it. Rows reach the
-disk before the records they describe, so the journal may be ahead of the partial file, never behind: when
-it is opened again, what is ahead is cut off.
+The store's index is built from it at the end, and an interrupted conversion goes on by it. Rows are written
+before the records they describe, so the journal may be ahead of the partial file, never behind: when it is
+opened again, what is ahead is cut off.
 
 File: frames of ``length u32 | crc32 u32 | payload``; the first payload is JSON (what is converted and how),
 the others are Arrow IPC streams of ``ROW_SCHEMA``, one for each commit.
@@ -16,6 +16,7 @@ import os
 import struct
 import zlib
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,8 @@ class Journal:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         try:
-            self._file = open(path, "a+b")  # noqa: SIM115  closed by close()
+            # Unbuffered, so that nothing is left to be written when it is closed.
+            self._file = open(path, "a+b", buffering=0)  # noqa: SIM115  closed by close()
         except OSError as error:
             raise ConversionError(
                 f"{path}: cannot be written: {error.strerror}; check the target's folder"
@@ -78,7 +80,7 @@ class Journal:
         self.header = header
 
     def append(self, rows: pa.RecordBatch) -> None:
-        """Add rows; they are on the disk when this returns.
+        """Add rows; they survive the death of this process.
 
         Raises:
             ConversionError: the disk refuses.
@@ -119,6 +121,10 @@ class Journal:
         self._cut(kept_end)
         return kept_rows
 
+    def empty(self) -> bool:
+        """Whether there is no row in it."""
+        return next(self._batches(), None) is None
+
     def close(self) -> None:
         """Let go of the target."""
         self._file.close()
@@ -130,9 +136,7 @@ class Journal:
         self.close()
 
     def _batches(self) -> Iterator[tuple[pa.RecordBatch, int]]:
-        frames = self._frames()
-        next(frames)
-        for payload, end in frames:
+        for payload, end in islice(self._frames(), 1, None):
             yield pa.ipc.open_stream(payload).read_next_batch(), end
 
     def _frames(self) -> Iterator[tuple[bytes, int]]:
@@ -152,10 +156,9 @@ class Journal:
 
     def _write(self, payload: Any) -> int:
         try:
-            self._file.write(_FRAME.pack(len(payload), zlib.crc32(payload)))
-            self._file.write(payload)
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            frame = memoryview(_FRAME.pack(len(payload), zlib.crc32(payload)) + bytes(payload))
+            while frame:  # a write may be short
+                frame = frame[self._file.write(frame) :]
         except OSError as error:
             raise ConversionError(
                 f"{self.path}: cannot be written: {error.strerror}; make room or mend the disk, "
@@ -164,5 +167,8 @@ class Journal:
         return self._file.tell()
 
     def _cut(self, end: int) -> None:
-        self._file.truncate(end)
-        self._file.seek(end)
+        try:
+            self._file.truncate(end)
+            self._file.seek(end)
+        except OSError as error:
+            raise ConversionError(f"{self.path}: cannot be written: {error.strerror}; mend the disk") from error

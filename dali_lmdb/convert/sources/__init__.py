@@ -3,17 +3,103 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from typing import Any
 
 from dali_lmdb.convert.sources.base import Item, Source
+from dali_lmdb.convert.sources.classic import ClassicSource
+from dali_lmdb.convert.sources.flat import FlatSource
 from dali_lmdb.convert.sources.folder import FolderSource
+from dali_lmdb.convert.sources.look import kind_of
+from dali_lmdb.convert.sources.manifest import ManifestSource
+from dali_lmdb.convert.sources.parquet import ParquetSource
+from dali_lmdb.convert.sources.store import StoreSource
+from dali_lmdb.convert.sources.tar import ImageNetTarSource, TarSource
+from dali_lmdb.convert.sources.webdataset import WebDatasetSource
+from dali_lmdb.errors import SourceError
+from dali_lmdb.store import open_store
+from dali_lmdb.store.classic import ClassicStore
 
-__all__ = ["FolderSource", "Item", "Source", "open_source"]
+__all__ = ["KINDS", "FolderSource", "Item", "Source", "open_source"]
+
+KINDS = (
+    "folder",
+    "webdataset",
+    "tar",
+    "imagenet-tar",
+    "flat",
+    "parquet",
+    "manifest",
+    "classic",
+    "store",
+)
+"""What ``open_source`` can open, by name."""
 
 
-def open_source(path: str | os.PathLike[str]) -> Source:
-    """Open what is at ``path``.
+def open_source(
+    path: str | os.PathLike[str],
+    *,
+    kind: str | None = None,
+    val_labels: str | os.PathLike[str] | None = None,
+    follow_links: bool = False,
+    classes: Sequence[str] | None = None,
+    per_class: int | None = None,
+) -> Source:
+    """Open a source of images.
+
+    Args:
+        path: a file or folder; for WebDataset, Parquet and stores also a pattern of several files.
+        kind: one of ``KINDS``; by default told by looking.
+        val_labels: the labels of a flat folder or tar of images, see ``FlatSource``.
+        follow_links: follow symbolic links that lead out of a folder of images.
+        classes, per_class: which part of a store to take, see ``StoreSource``.
 
     Raises:
+        ValueError: an unknown kind, or one that does not go with ``val_labels``, ``classes`` or ``per_class``.
         SourceError: there is nothing that can be converted.
     """
-    return FolderSource(path)
+    path = os.fspath(path)
+    if kind is not None and kind not in KINDS:
+        raise ValueError(f"kind is {kind!r}, expected one of {', '.join(KINDS)}")
+    if val_labels is not None and kind not in (None, "flat"):
+        raise ValueError(f"val_labels with kind {kind!r}, expected it with kind 'flat' only")
+    part = {"classes": classes, "per_class": per_class}
+    if val_labels is not None:
+        _no_part(part)
+        return FlatSource(path, val_labels=val_labels, follow_links=follow_links)
+    kind = kind or kind_of(path)
+    if kind in ("store", "lmdb"):
+        return _open_lmdb(path, kind, part)
+    _no_part(part)
+    if kind == "folder":
+        return FolderSource(path, follow_links=follow_links)
+    if kind == "webdataset":
+        return WebDatasetSource(path)
+    if kind == "tar":
+        return TarSource(path)
+    if kind == "imagenet-tar":
+        return ImageNetTarSource(path)
+    if kind == "parquet":
+        return ParquetSource(path)
+    if kind == "manifest":
+        return ManifestSource(path, follow_links=follow_links)
+    if kind == "flat":
+        raise SourceError(f"{path}: a flat source needs its labels; give --val-labels FILE (val_labels=FILE)")
+    return _open_lmdb(path, kind, part)
+
+
+def _no_part(part: dict[str, Any]) -> None:
+    for name, value in part.items():
+        if value is not None:
+            raise ValueError(f"{name} is {value!r}, which goes with a store as the source only; convert first")
+
+
+def _open_lmdb(path: str, kind: str, part: dict[str, Any]) -> Source:
+    """A classic database or a store; ``kind`` is "classic", "store" or "lmdb" for what it is."""
+    if kind == "classic":
+        return ClassicSource(path)
+    store = open_store(path)
+    if kind == "lmdb" and isinstance(store, ClassicStore):
+        _no_part(part)
+        return ClassicSource(path)
+    return StoreSource(store, **part)

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-__all__ = ["IMAGE_EXTENSIONS", "Item", "Source", "is_image_name"]
+__all__ = ["IMAGE_EXTENSIONS", "Item", "Source", "is_image_name", "no_stamp"]
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 """torchvision.datasets.folder.IMG_EXTENSIONS."""
@@ -15,6 +15,11 @@ IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".t
 def is_image_name(name: str) -> bool:
     """Whether ``ImageFolder`` would take a file of this name."""
     return name.lower().endswith(IMAGE_EXTENSIONS)
+
+
+def no_stamp() -> int:
+    """``Item.stamp`` of sources that are watched as a whole, in ``identity``."""
+    return 0
 
 
 class Item(NamedTuple):

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import os
+import zlib
 from collections.abc import Iterator
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from dali_lmdb.convert.sources.base import IMAGE_EXTENSIONS, Item, Source, is_image_name
+from dali_lmdb.convert.sources.base import IMAGE_EXTENSIONS, Item, Source
+from dali_lmdb.convert.sources.files import (
+    check_inside,
+    image_files,
+    list_folder,
+    read_file,
+    stamp_of_file,
+)
+from dali_lmdb.convert.sources.names import printable
 from dali_lmdb.errors import SourceError
 
 __all__ = ["FolderSource"]
@@ -18,87 +27,111 @@ __all__ = ["FolderSource"]
 class FolderSource(Source):
     """Classes are the folder's sub-folders, sorted; images lie in them at any depth.
 
-    Order: classes, then their folders as ``sorted(os.walk(...))`` gives them, then file names, each sorted as
-    strings: ``torchvision.datasets.folder.make_dataset``. One class's file names are held in memory at a time.
+    Order: classes, then the images of each as ``files.image_files`` gives them, which is ``ImageFolder``'s
+    order. One class's file names are held in memory at a time.
+
+    Args:
+        path: the folder.
+        follow_links: follow symbolic links that lead out of the folder, as ``ImageFolder`` does.
 
     Raises:
-        SourceError: no such folder, no class folder in it, or a class without images.
+        SourceError: no such folder, no class folder in it, a class without images, or a link that leads out.
     """
 
     kind = "folder"
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, follow_links: bool = False) -> None:
         self.path = Path(path)
-        if not self.path.is_dir():
-            found = "not a folder" if self.path.exists() else "no such folder"
+        if not os.path.isdir(path):
+            found = "not a folder" if os.path.exists(path) else "no such folder"
             raise SourceError(f"{path}: {found}; expected a folder with one folder of images for each class")
-        try:
-            self._classes = sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
-        except OSError as error:
-            raise SourceError(f"{path}: cannot be read: {error.strerror}; check its permissions") from error
-        if not self._classes:
-            raise SourceError(f"{path}: no class folders in it; expected CLASS/IMAGE files")
         self._root = os.path.realpath(path)
+        self._follow_links = follow_links
+        self._listing: _Listing | None = None
+        self._folders: list[str] = []
+        for entry in list_folder(str(path)):
+            if entry.is_dir():
+                check_inside(entry.path, root=self._root, follow_links=follow_links)
+                self._folders.append(entry.name)
+        if not self._folders:
+            raise SourceError(f"{path}: no class folders in it; expected CLASS/IMAGE files")
 
     @property
     def classes(self) -> list[str]:
-        return self._classes
+        return [printable(name) for name in self._folders]
 
     def items(self) -> Iterator[Item]:
-        for label, class_name in enumerate(self._classes):
-            found = False
-            for file in self._class_files(class_name):
-                found = True
-                name = os.path.relpath(file, self.path).replace(os.sep, "/")
-                yield Item(name, label, partial(_read, file), partial(_stamp, file))
-            if not found:
-                raise SourceError(
-                    f"{self.path / class_name}: no image in this class folder (expected files ending in "
-                    f"{' '.join(IMAGE_EXTENSIONS)}); remove the folder or add images"
-                )
+        """All items in order; a class is listed when its first one is asked for.
+
+        Raises:
+            SourceError: as for the class; or a class has other images than when they were counted.
+        """
+        listed = self._listing
+        for label, folder in enumerate(self._folders):
+            names = self._names(folder)
+            if listed is not None and _packed(names) != listed.classes[label]:
+                self._refuse_change(folder, _unpacked(listed.classes[label]), names)
+            for name in names:
+                file = os.path.join(self.path, name)
+                yield Item(printable(name), label, partial(read_file, file), partial(stamp_of_file, file))
 
     def count(self) -> int:
-        return self._listing[0]
+        return self._list().num_images
 
     def identity(self) -> dict[str, Any]:
-        count, digest = self._listing
-        return {"path": os.path.abspath(self.path), "images": count, "names": digest}
+        return {
+            "path": os.path.abspath(self.path),
+            "images": self._list().num_images,
+            "names": self._list().digest,
+        }
 
-    @cached_property
-    def _listing(self) -> tuple[int, str]:
-        """Number of images and a hash of their names."""
-        count, digest = 0, hashlib.sha256()
-        for item in self.items():
-            count += 1
-            digest.update(item.name.encode(errors="surrogateescape") + b"\n")
-        return count, digest.hexdigest()[:32]
+    def _list(self) -> _Listing:
+        if self._listing is None:
+            num_images, digest, classes = 0, hashlib.sha256(), []
+            for folder in self._folders:
+                names = self._names(folder)
+                num_images += len(names)
+                classes.append(_packed(names))
+                digest.update(classes[-1])
+            self._listing = _Listing(num_images, digest.hexdigest()[:32], classes)
+        return self._listing
 
-    def _class_files(self, class_name: str) -> Iterator[str]:
-        def fail(error: OSError) -> None:
-            raise SourceError(f"{error.filename}: cannot be read: {error.strerror}; check its permissions")
+    def _names(self, folder: str) -> list[str]:
+        """The images of a class, relative to the source."""
+        top = os.path.join(self.path, folder)
+        files = list(image_files(top, root=self._root, follow_links=self._follow_links))
+        if not files:
+            raise SourceError(
+                f"{top}: no image in this class folder (expected files ending in "
+                f"{' '.join(IMAGE_EXTENSIONS)}); remove the folder or add images"
+            )
+        prefix = len(os.path.join(self.path, ""))
+        return [file[prefix:] for file in files]
 
-        top = os.path.join(self.path, class_name)
-        for folder, _, files in sorted(os.walk(top, followlinks=True, onerror=fail)):
-            for file in sorted(files):
-                if is_image_name(file):
-                    yield os.path.join(folder, file)
+    def _refuse_change(self, folder: str, before: list[str], now: list[str]) -> None:
+        where = os.path.join(self.path, folder)
+        for what, names in (("vanished", set(before) - set(now)), ("appeared", set(now) - set(before))):
+            if names:
+                example = printable(min(names))
+                raise SourceError(
+                    f"{where}: {example} {what} since the images were counted; convert again when nothing "
+                    "writes to the folder"
+                )
 
 
-def _read(file: str) -> bytes:
-    try:
-        with open(file, "rb") as stream:
-            before = os.fstat(stream.fileno())
-            data = stream.read()
-            after = os.fstat(stream.fileno())
-    except OSError as error:
-        raise SourceError(f"{file}: cannot be read: {error.strerror}") from error
-    if len(data) != after.st_size or before.st_mtime_ns != after.st_mtime_ns:
-        raise SourceError(f"{file}: changed while it was read; convert again when nothing writes to it")
-    return data
+class _Listing(NamedTuple):
+    """What the images were when they were counted."""
+
+    num_images: int
+    digest: str
+    """Of all names."""
+    classes: list[bytes]
+    """Names of each class, compressed: ImageNet's 1.28 million take 4 MB."""
 
 
-def _stamp(file: str) -> int:
-    try:
-        return os.stat(file).st_mtime_ns
-    except OSError as error:
-        raise SourceError(f"{file}: cannot be read: {error.strerror}") from error
+def _packed(names: list[str]) -> bytes:
+    return zlib.compress(os.fsencode("\0".join(names)), 1)
+
+
+def _unpacked(packed: bytes) -> list[str]:
+    return os.fsdecode(zlib.decompress(packed)).split("\0")

@@ -1,0 +1,57 @@
+"""Re-encoding images on their way into a store: what the GPU cannot decode, and what is larger than needed."""
+
+from __future__ import annotations
+
+import io
+
+from PIL import Image
+
+from dali_lmdb.convert.audit import BadImageError, Header, read_header
+from dali_lmdb.store.layout import Change, Kind
+
+__all__ = ["QUALITY", "change_image"]
+
+QUALITY = 95
+"""Default JPEG quality: the highest that libjpeg's documentation recommends."""
+
+
+def change_image(
+    data: bytes, header: Header, *, transcode: bool, resize: int | None, quality: int, max_pixels: int
+) -> tuple[bytes, Header, Change]:
+    """Re-encode an image if one of the two is asked for and it needs it; most images are returned as they are.
+
+    Args:
+        data, header: the image.
+        transcode: make images that the GPU cannot decode, and CMYK ones, baseline RGB JPEGs.
+        resize: shrink images whose shorter side is longer than this, in pixels.
+        quality: of the JPEG that is written, 1 to 100.
+        max_pixels: as ``read_header``.
+
+    Returns:
+        (data, header, what was done); the EXIF orientation is neither applied nor kept, as in
+        ``Image.convert("RGB")``.
+
+    Raises:
+        BadImageError: it needs re-encoding but does not decode.
+    """
+    change = Change.NONE
+    if transcode and (header.kind == Kind.JPEG_CMYK or not header.kind.decodes_on_gpu):
+        change |= Change.TRANSCODED
+    if resize is not None and min(header.height, header.width) > resize:
+        change |= Change.RESIZED
+    if change == Change.NONE:
+        return data, header, change
+    try:
+        with Image.open(io.BytesIO(data)) as opened:
+            image = opened.convert("RGB")
+    except Exception as error:  # Pillow's decoders raise almost anything on damaged files
+        raise BadImageError(f"does not decode: {error}") from error
+    if Change.RESIZED in change and resize is not None:
+        short = min(image.size)
+        # The longer side is truncated, as torchvision's Resize does.
+        width, height = (resize * side // short for side in image.size)
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    encoded = io.BytesIO()
+    image.save(encoded, "JPEG", quality=quality)
+    data = encoded.getvalue()
+    return data, read_header(data, max_pixels=max_pixels), change

@@ -1,0 +1,365 @@
+"""One store file's conversion: read and audited by threads, written in order, verified, left complete.
+
+Files, for a target ``NAME.lmdb`` (all beside it, so that publishing is one rename):
+
+* ``NAME.lmdb.partial``: the LMDB file while it grows;
+* ``NAME.lmdb.partial-journal``: what was done so far, see ``journal.py``;
+* ``NAME.lmdb.bad.tsv``: the images that were refused, with reasons.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+import zlib
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from dali_lmdb.convert.audit import BadImageError, Header, check_decodes, read_header
+from dali_lmdb.convert.change import change_image
+from dali_lmdb.convert.journal import INDEX_ROW_COLUMNS, ROW_SCHEMA, Journal
+from dali_lmdb.convert.settings import ConvertSettings, Progress
+from dali_lmdb.convert.sources.base import Item, Source
+from dali_lmdb.errors import ConversionError
+from dali_lmdb.store.layout import Change, Kind
+from dali_lmdb.store.writer import StoreWriter
+
+__all__ = ["Files", "Job", "Part", "name_hash"]
+
+# One commit: LMDB's dirty pages, this much, are in memory until then. LMDB allows 131,071 dirty pages in a
+# transaction (MDB_IDL_UM_MAX), and a large value counts as one.
+_COMMIT_BYTES = 64 << 20
+_COMMIT_RECORDS = 20_000
+# Images read ahead of the writer, at most.
+_AHEAD_BYTES = 64 << 20
+_AHEAD_ITEMS = 2_000
+_VERIFY_RECORDS = 256  # records one thread checks at a time when reading back
+
+
+class Files:
+    """The paths beside a target."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+        self.partial = target.with_name(target.name + ".partial")
+        self.journal = target.with_name(target.name + ".partial-journal")
+        self.report = target.with_name(target.name + ".bad.tsv")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Which of the source's items go into one file."""
+
+    start: int
+    stop: int
+    is_last: bool
+    name_hashes: array[int]
+    """``name_hash`` of each item, to notice that the source changed since it was counted."""
+    shard: dict[str, Any] | None
+    """What ``layout.Meta.shard`` says; None for a store of one file."""
+
+
+def name_hash(name: str) -> int:
+    """A name in 64 bits."""
+    raw = name.encode(errors="surrogateescape")
+    return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")
+
+
+class _Looked(NamedTuple):
+    """One image after it was read and looked at, in a thread."""
+
+    data: bytes
+    row: tuple[Any, ...]
+
+
+@dataclass
+class _Pending:
+    """Images looked at but not yet committed."""
+
+    values: list[bytes] = field(default_factory=list)
+    rows: list[tuple[Any, ...]] = field(default_factory=list)
+    num_bytes: int = 0
+
+    def add(self, looked: _Looked) -> None:
+        self.rows.append(looked.row)
+        if looked.row[-1] is None:
+            self.values.append(looked.data)
+            self.num_bytes += len(looked.data)
+
+    def full(self) -> bool:
+        return self.num_bytes >= _COMMIT_BYTES or len(self.rows) >= _COMMIT_RECORDS
+
+
+class Job:
+    """Makes one file complete under its partial name.
+
+    Args:
+        source, part, settings: what to convert and how.
+        files: where.
+        journal: open on ``files.journal``.
+        num_threads: threads that read and look at images.
+        progress: called from time to time.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        part: Part,
+        settings: ConvertSettings,
+        *,
+        files: Files,
+        journal: Journal,
+        num_threads: int,
+        progress: Callable[[Progress], None] | None,
+    ) -> None:
+        self.source, self.part, self.settings, self.files, self.journal = source, part, settings, files, journal
+        self.num_threads, self.progress = num_threads, progress
+        self.done = 0
+        self.num_bytes = 0
+
+    def run(self, *, restart: bool) -> None:
+        """Go on with what is there, or begin, until the partial file is a whole store.
+
+        Raises:
+            SourceError, ConversionError: see ``converter.convert``.
+        """
+        self._claim(restart=restart)
+        with StoreWriter(self.files.partial) as self.writer:
+            if self.writer.finished:
+                return
+            self.done = self.journal.cut_to(self.writer.num_records)
+            self._check_unchanged()
+            self._write()
+            self._check_complete()
+            self._refuse_bad()
+            self._finish()
+
+    def is_same(self) -> bool:
+        """Whether the journal belongs to this conversion."""
+        return self.journal.header == self._header()
+
+    def _header(self) -> dict[str, Any]:
+        return {
+            "kind": self.source.kind,
+            "settings": self.settings.identity(),
+            "source": self.source.identity(),
+            "shard": self.part.shard,
+        }
+
+    def _claim(self, *, restart: bool) -> None:
+        now = self._header()
+        before = self.journal.header
+        if restart or before is None:
+            self.files.partial.unlink(missing_ok=True)
+            self.journal.start(now)
+            return
+        if self.journal.empty():  # killed while the partial file was being made
+            self.files.partial.unlink(missing_ok=True)
+        for name in now:
+            if before.get(name) != now[name]:
+                raise ConversionError(
+                    f"{self.files.target}: an interrupted conversion is there with {name} {before.get(name)}, "
+                    f"now {now[name]}; give the same again, or --restart to start over"
+                )
+
+    def _items(self) -> Iterator[Item]:
+        return islice(self.source.items(), self.part.start, self.part.stop)
+
+    def _check_unchanged(self) -> None:
+        """Compare the images that are already written with the source, without reading them."""
+        items = self._items()
+        with ThreadPoolExecutor(self.num_threads) as pool:
+            for batch in self.journal.rows():
+                names, stamps = batch.column("name").to_pylist(), batch.column("stamp").to_pylist()
+                found = list(islice(items, len(names)))
+                now = list(pool.map(lambda item: (item.name, item.stamp()), found))
+                for name, stamp, place in zip(names, stamps, range(len(names)), strict=True):
+                    if place >= len(now) or now[place] != (name, stamp):
+                        raise ConversionError(
+                            f"{self.files.target}: {name} of the source changed since the interrupted "
+                            "conversion; use --restart to start over"
+                        )
+
+    def _listed(self, items: Iterable[Item]) -> Iterator[Item]:
+        """The items that are to be written, as long as they are those that were counted."""
+        for place, item in enumerate(items, start=self.done):
+            if name_hash(item.name) != self.part.name_hashes[place]:
+                raise self._changed(f"an image before {item.name} was added or removed")
+            yield item
+
+    def _check_complete(self) -> None:
+        if self.done != len(self.part.name_hashes):
+            raise self._changed(f"{len(self.part.name_hashes) - self.done} images at its end vanished")
+        if self.part.is_last and next(islice(self.source.items(), self.part.stop, None), None) is not None:
+            raise self._changed("images were added at its end")
+
+    def _changed(self, what: str) -> ConversionError:
+        return ConversionError(
+            f"{self.files.target}: the source changed during the conversion: {what}; use --restart when nothing "
+            "writes to it"
+        )
+
+    def _write(self) -> None:
+        items = self._listed(islice(self._items(), self.done, None))
+        pending = _Pending()
+        with ThreadPoolExecutor(1) as committer:  # so that images are read while a commit waits for the disk
+            last: Future[None] | None = None
+            try:
+                for looked in self._looked(items):
+                    pending.add(looked)
+                    if pending.full():
+                        if last is not None:
+                            last.result()
+                        last, pending = committer.submit(self._commit, pending), _Pending()
+            finally:
+                # On an error or an interrupt too: what was looked at need not be looked at again.
+                if last is not None:
+                    last.result()
+                if pending.rows:
+                    committer.submit(self._commit, pending).result()
+
+    def _looked(self, items: Iterable[Item]) -> Iterator[_Looked]:
+        """Images in order, read and looked at by threads a bounded way ahead."""
+        queue: deque[Future[_Looked]] = deque()
+        mean_bytes = 1 << 20  # of an image; a guess at first, then a running mean
+        with ThreadPoolExecutor(self.num_threads) as pool:
+            try:
+                for item in items:
+                    queue.append(pool.submit(_look, item, self.settings))
+                    limit = max(2 * self.num_threads, min(_AHEAD_ITEMS, _AHEAD_BYTES // mean_bytes))
+                    while len(queue) >= limit:
+                        looked = queue.popleft().result()
+                        mean_bytes = max(1, (15 * mean_bytes + len(looked.data)) // 16)
+                        yield looked
+                while queue:
+                    yield queue.popleft().result()
+            finally:
+                for future in queue:
+                    future.cancel()
+
+    def _commit(self, pending: _Pending) -> None:
+        columns = zip(*pending.rows, strict=True)
+        arrays = [pa.array(column, type=field.type) for column, field in zip(columns, ROW_SCHEMA, strict=True)]
+        self.journal.append(pa.RecordBatch.from_arrays(arrays, schema=ROW_SCHEMA))
+        self.writer.commit(pending.values)
+        self.done += len(pending.rows)
+        self.num_bytes += pending.num_bytes
+        self._report_progress("writing", self.done)
+
+    def _refuse_bad(self) -> None:
+        """Write the report of bad images; raise if they are not to be skipped."""
+        bad = _write_report(self.journal, self.files.report)
+        if bad and self.settings.on_bad == "fail":
+            raise ConversionError(
+                f"{self.files.target}: {bad} of {self.done} images are bad, see {self.files.report}; nothing was "
+                "published; mend them and use --restart, or leave them out with --on-bad skip"
+            )
+        if self.writer.num_records == 0 and self.part.shard is None:
+            raise ConversionError(f"{self.files.target}: all {bad} images are bad, see {self.files.report}")
+
+    def _finish(self) -> None:
+        self.writer.sync()
+        columns, names = _index_of(self.journal)
+        columns["file_offset"], lengths = self.writer.record_extents()
+        self._verify(columns, lengths)
+        made = {
+            "by": f"dali_lmdb {version('dali-lmdb')}",
+            "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "source": {"kind": self.source.kind, **self.source.identity()},
+            "settings": self.settings.identity(),
+            "skipped": self.done - self.writer.num_records,
+        }
+        self.writer.finish(columns, names, classes=self.source.classes, made=made, shard=self.part.shard)
+
+    def _verify(self, columns: dict[str, npt.NDArray[Any]], lengths: npt.NDArray[np.uint32]) -> None:
+        """Read every record back and compare it with the checksum taken from the source's bytes."""
+        if (lengths != columns["num_bytes"]).any():
+            raise ConversionError(f"{self.files.partial}: reads back with wrong lengths; use --restart")
+        starts = range(0, len(lengths), _VERIFY_RECORDS)
+        with ThreadPoolExecutor(self.num_threads) as pool:
+            futures = [pool.submit(self.writer.checksums, at, at + _VERIFY_RECORDS) for at in starts]
+            for at, future in zip(starts, futures, strict=True):
+                found = future.result()
+                wrong = np.flatnonzero(found != columns["crc32"][at : at + len(found)])
+                if len(wrong):
+                    pool.shutdown(cancel_futures=True)
+                    raise ConversionError(
+                        f"{self.files.partial}: record {at + wrong[0]} reads back with a wrong checksum; "
+                        "check the disk, then use --restart"
+                    )
+                self._report_progress("verifying", at + len(found))
+
+    def _report_progress(self, phase: Literal["writing", "verifying"], done: int) -> None:
+        if self.progress is not None:
+            total = self.part.stop - self.part.start
+            self.progress(Progress(str(self.files.target), phase, done, total, self.num_bytes))
+
+
+def _look(item: Item, settings: ConvertSettings) -> _Looked:
+    """Read one image and look at it; runs in a thread."""
+    data = item.read()
+    header, change, reason = Header(Kind.UNKNOWN, 0, 0), Change.NONE, None
+    if settings.check != "none":
+        try:
+            header = read_header(data, max_pixels=settings.max_pixels)
+            if settings.check == "decode":
+                check_decodes(data)
+            data, header, change = change_image(
+                data,
+                header,
+                transcode=settings.transcode,
+                resize=settings.resize,
+                quality=settings.quality,
+                max_pixels=settings.max_pixels,
+            )
+        except BadImageError as error:
+            reason = str(error)
+    index_row = {
+        "label": item.label,
+        "height": header.height,
+        "width": header.width,
+        "num_bytes": len(data),
+        "crc32": zlib.crc32(data),
+        "kind": int(header.kind),
+        "change": int(change),
+    }
+    values = [index_row[name] for name in INDEX_ROW_COLUMNS]
+    return _Looked(data, (item.name, *values, item.stamp(), reason))
+
+
+def _index_of(journal: Journal) -> tuple[dict[str, npt.NDArray[Any]], pa.Array]:
+    """Index columns (without file offsets) and names of the records, from the journal."""
+    batches = [batch.filter(batch.column("reason").is_null()) for batch in journal.rows()]
+    table = pa.Table.from_batches(batches, schema=ROW_SCHEMA)
+    columns = {name: table.column(name).to_numpy() for name in INDEX_ROW_COLUMNS}
+    return columns, table.column("name").combine_chunks()
+
+
+def _write_report(journal: Journal, path: Path) -> int:
+    """List the bad images, ``name TAB reason`` a line; no file if there are none. Returns their number."""
+    lines = [
+        "\t".join(" ".join(row[key].split()) for key in ("name", "reason")) + "\n"
+        for batch in journal.rows()
+        for row in batch.filter(batch.column("reason").is_valid()).to_pylist()
+    ]
+    try:
+        if lines:
+            path.write_text("name\treason\n" + "".join(lines), encoding="utf-8")
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise ConversionError(
+            f"{path}: cannot be written: {error.strerror}; mend it, then run the same command again to go on"
+        ) from error
+    return len(lines)

@@ -1,0 +1,62 @@
+"""Processes that share a conversion, one under plain Python, several under torchrun."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from dali_lmdb.errors import ConversionError
+
+__all__ = ["Ranks", "torchrun_ranks"]
+
+
+class Ranks:
+    """This process alone.
+
+    Attributes:
+        rank, world_size: torch.distributed's.
+    """
+
+    rank = 0
+    world_size = 1
+
+    def agree(self, failure: BaseException | None) -> None:
+        """Wait for all ranks; if any failed, all do.
+
+        Raises:
+            BaseException: this rank's ``failure``.
+            ConversionError: another rank failed.
+        """
+        if failure is not None:
+            raise failure
+
+
+class _DistributedRanks(Ranks):
+    """The processes of an initialised torch.distributed group."""
+
+    def __init__(self) -> None:
+        import torch.distributed
+
+        self._distributed = torch.distributed
+        self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+    def agree(self, failure: BaseException | None) -> None:
+        messages: list[str | None] = [None] * self.world_size
+        self._distributed.all_gather_object(messages, None if failure is None else str(failure))
+        super().agree(failure)
+        for rank, message in enumerate(messages):
+            if message is not None:
+                raise ConversionError(f"rank {rank} failed: {message}")
+
+
+@contextmanager
+def torchrun_ranks() -> Iterator[Ranks]:
+    """The ranks that torchrun started (its environment says so), connected through gloo."""
+    # Imported here: a conversion by one process needs no torch.
+    import torch.distributed
+
+    torch.distributed.init_process_group("gloo")
+    try:
+        yield _DistributedRanks()
+    finally:
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,101 @@
+"""What a conversion is asked to do, and what it says of itself."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, NamedTuple
+
+from dali_lmdb.convert.audit import MAX_PIXELS
+from dali_lmdb.convert.change import QUALITY
+
+__all__ = ["ConvertSettings", "Progress", "Summary"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertSettings:
+    """How images are looked at and what becomes of bad ones.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    check: Literal["header", "decode", "none"] = "header"
+    """``"header"``: parse each file's header; ``"decode"``: decode it too, and reject what libjpeg only warns
+    about; ``"none"``: store sizes and kinds as unknown (0)."""
+    on_bad: Literal["fail", "skip"] = "fail"
+    """``"fail"``: look at everything, report, publish nothing; ``"skip"``: publish without the bad ones."""
+    max_pixels: int = MAX_PIXELS
+    """Images of more pixels are bad."""
+    transcode: bool = False
+    """Re-encode what the GPU cannot decode, and CMYK, as baseline RGB JPEG."""
+    resize: int | None = None
+    """Shrink images whose shorter side is longer, in pixels; None leaves all as they are."""
+    quality: int = QUALITY
+    """JPEG quality of what is re-encoded, 1 to 100."""
+
+    def __post_init__(self) -> None:
+        if self.check not in ("header", "decode", "none"):
+            raise ValueError(f"check is {self.check!r}, expected 'header', 'decode' or 'none'")
+        if self.check == "none" and (self.transcode or self.resize):
+            raise ValueError("check 'none' does not look at images, so transcode and resize need another check")
+        if self.on_bad not in ("fail", "skip"):
+            raise ValueError(f"on_bad is {self.on_bad!r}, expected 'fail' or 'skip'")
+        if self.max_pixels < 1:
+            raise ValueError(f"max_pixels is {self.max_pixels}, expected at least 1")
+        if self.resize is not None and self.resize < 1:
+            raise ValueError(f"resize is {self.resize}, expected at least 1 pixel")
+        if not 1 <= self.quality <= 100:
+            raise ValueError(f"quality is {self.quality}, expected 1 to 100")
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same when a conversion is resumed."""
+        identity = asdict(self)
+        del identity["on_bad"]  # only decides what happens at the end
+        return identity
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What a conversion did."""
+
+    store: str
+    records: int
+    classes: int
+    bytes: int
+    """Of the images in the store."""
+    seconds: float
+    skipped: int
+    """Bad images that are not in the store."""
+    reports: list[str]
+    """Paths of the lists of bad images; none if there are none."""
+    gpu: int
+    """Records that nvJPEG decodes on the GPU."""
+    cpu: int
+    """Records that fall back to a decoder on the CPU."""
+    unknown: int
+    """Records that nothing known decodes, or that were not looked at."""
+    transcoded: int
+    resized: int
+
+    @property
+    def images_per_s(self) -> float:
+        """Records a second."""
+        return self.records / max(self.seconds, 1e-9)
+
+    @property
+    def megabytes_per_s(self) -> float:
+        """10^6 bytes of the store's images a second."""
+        return self.bytes / 1e6 / max(self.seconds, 1e-9)
+
+
+class Progress(NamedTuple):
+    """How far a conversion is, given to the ``progress`` callback after every commit."""
+
+    store: str
+    """The file that is being written."""
+    phase: Literal["writing", "verifying"]
+    done: int
+    """Images of this file."""
+    total: int
+    num_bytes: int
+    """Of the images written to this file in this run."""

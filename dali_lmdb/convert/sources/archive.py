@@ -1,0 +1,212 @@
+"""Uncompressed tar files read in place: members are found once and read by position, never unpacked to disk."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from array import array
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from dali_lmdb.convert.sources.names import printable, safe_path
+from dali_lmdb.errors import SourceError
+
+__all__ = ["COMPRESSED", "Archive", "Member", "MemberTable"]
+
+_BLOCK_BYTES = tarfile.BLOCKSIZE
+_MAX_HEADER_BYTES = 1 << 20  # more than real names and PAX headers have; a damaged length must not take gigabytes
+COMPRESSED = {
+    b"\x1f\x8b": "gzip -dk",
+    b"BZh": "bzip2 -dk",
+    b"\xfd7zXZ\0": "xz -dk",
+    b"\x28\xb5\x2f\xfd": "zstd -dk",
+}
+"""First bytes of compressed files, and the command that decompresses them."""
+
+
+class Member(NamedTuple):
+    """A file or folder in an archive."""
+
+    path: str
+    """Relative, without ``.`` and ``..``; as the file system would give it, so perhaps with surrogates."""
+    offset: int
+    """Where its bytes start in the archive; -1 for a folder."""
+    size: int
+
+    @property
+    def is_folder(self) -> bool:
+        return self.offset < 0
+
+
+class Archive:
+    """One tar file.
+
+    Raises:
+        SourceError: it is missing, cannot be read, or is compressed.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        try:
+            found = os.stat(path)
+            with open(path, "rb") as stream:
+                magic = stream.read(8)
+        except OSError as error:
+            raise SourceError(f"{path}: cannot be read: {error.strerror}") from error
+        self.size, self.mtime_ns = found.st_size, found.st_mtime_ns
+        for start, command in COMPRESSED.items():
+            if magic.startswith(start):
+                raise SourceError(
+                    f"{path}: compressed; images are read in place, so decompress it first: {command} {path}"
+                )
+
+    def members(
+        self, wanted: Callable[[str], bool], *, offset: int = 0, size: int | None = None, name: str = ""
+    ) -> Iterator[Member]:
+        """Folders and the files of wanted names, in the archive's order; only headers are read.
+
+        Args:
+            offset, size, name: of a tar inside this one, to list that; by default this one.
+
+        Raises:
+            SourceError: the archive is damaged or cut off, a member's name leaves the top, or a wanted name
+                belongs to a link, a device or a sparse file.
+        """
+        where = f"{self.path}: {name}" if name else str(self.path)
+        before = "its start"
+        with open(self.path, "rb") as stream:
+            window = _Window(stream.fileno(), offset, self.size - offset if size is None else size)
+            try:
+                tar = tarfile.TarFile(fileobj=window, mode="r", encoding="utf-8", errors="surrogateescape")
+                while (info := tar.next()) is not None:
+                    tar.members = []  # type: ignore[attr-defined]  # else a million of them stay in memory
+                    if info.size < 0 or (info.isreg() and info.offset_data + info.size > window.size):
+                        raise SourceError(
+                            f"{where}: cut off in {printable(info.name)!r}: {info.size} bytes at "
+                            f"{info.offset_data} of a file of {window.size}; copy or download it again"
+                        )
+                    before = repr(printable(info.name))
+                    member = _member(info, wanted, offset, where)
+                    if member is not None:
+                        yield member
+            except SourceError:
+                raise
+            except Exception as error:  # tarfile's parsers raise almost anything on damaged headers
+                raise SourceError(f"{where}: not a readable tar after {before}: {error}") from error
+            _check_end(window, tar.offset, where, before)
+
+    def read(self, name: str, offset: int, size: int) -> bytes:
+        """The bytes of one member; may be called in any thread.
+
+        Raises:
+            SourceError: the archive vanished or changed since this object was made.
+        """
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                found = os.fstat(descriptor)
+                data = os.pread(descriptor, size, offset)
+                while len(data) < size and (more := os.pread(descriptor, size - len(data), offset + len(data))):
+                    data += more
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise SourceError(f"{self.path}: {name}: cannot be read: {error.strerror}") from error
+        if (found.st_size, found.st_mtime_ns) != (self.size, self.mtime_ns) or len(data) != size:
+            raise SourceError(
+                f"{self.path}: {name}: the archive changed while it was read; convert again when nothing "
+                "writes to it"
+            )
+        return data
+
+
+class MemberTable:
+    """Names and places of many members, in some 16 bytes each beside the name."""
+
+    def __init__(self) -> None:
+        self._names = bytearray()
+        self._offsets = array("q")
+        self._sizes = array("q")
+
+    def add(self, name: str, offset: int, size: int) -> None:
+        """Take one more; a name has no NUL."""
+        self._names += name.encode(errors="surrogateescape") + b"\0"
+        self._offsets.append(offset)
+        self._sizes.append(size)
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def names(self) -> list[str]:
+        """All names, in the order they came."""
+        return self._names.decode(errors="surrogateescape").split("\0")[:-1]
+
+    def rows(self) -> Iterator[tuple[str, int, int]]:
+        """(name, offset, size) of each, in the order they came."""
+        return zip(self.names(), self._offsets, self._sizes, strict=True)
+
+
+class _Window(io.RawIOBase):
+    """A part of an open file, as tarfile wants to read it; the file's own position stays."""
+
+    def __init__(self, descriptor: int, offset: int, size: int) -> None:
+        self._descriptor, self._offset, self.size = descriptor, offset, size
+        self._position = 0
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= _MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        size = max(0, min(size, self.size - self._position))
+        data = os.pread(self._descriptor, size, self._offset + self._position)
+        self._position += len(data)
+        return data
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        assert whence == os.SEEK_SET
+        if offset < 0:
+            raise tarfile.ReadError(f"a header that points to {offset}")
+        self._position = offset
+        return offset
+
+    def tell(self) -> int:
+        return self._position
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+
+def _member(info: tarfile.TarInfo, wanted: Callable[[str], bool], offset: int, where: str) -> Member | None:
+    """A folder, or a file of a wanted name; None for others."""
+    path = safe_path(info.name, where=where)
+    if info.isdir():
+        return Member(path, -1, 0)
+    if not wanted(path):
+        return None
+    name = f"{where}: {printable(info.name)!r}"
+    if info.islnk() or info.issym():
+        target = f"a {'hard' if info.islnk() else 'symbolic'} link to {printable(info.linkname)!r}"
+        option = "--hard-dereference" if info.islnk() else "--dereference"
+        raise SourceError(f"{name}: {target}, expected a file; pack it again with: tar {option}")
+    if info.issparse():
+        raise SourceError(f"{name}: a sparse file; pack it again without: tar --sparse")
+    if not info.isreg():
+        raise SourceError(f"{name}: not a regular file (type {info.type!r}); pack it again without it")
+    return Member(path, offset + info.offset_data, info.size)
+
+
+def _check_end(window: _Window, end: int, where: str, before: str) -> None:
+    """tarfile takes a damaged header and the end of the file for the end of the archive; this does not."""
+    window.seek(end)
+    block = window.read(_BLOCK_BYTES)
+    if block != bytes(_BLOCK_BYTES):
+        reason = "a damaged header" if len(block) == _BLOCK_BYTES else "cut off, no end-of-archive mark"
+        raise SourceError(f"{where}: {reason} after {before}; copy or download it again")
+    if window.read(_MAX_HEADER_BYTES).strip(b"\0"):
+        raise SourceError(
+            f"{where}: more data after its end-of-archive mark; archives are joined with tar -A, not with cat"
+        )

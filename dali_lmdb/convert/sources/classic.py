@@ -1,0 +1,68 @@
+"""A classic database as a source: its records in the order of their keys."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from dali_lmdb.convert.sources.base import Item, Source, no_stamp
+from dali_lmdb.errors import RecordError, SourceError, StoreError
+from dali_lmdb.store.classic import ClassicStore
+
+__all__ = ["ClassicSource"]
+
+
+class ClassicSource(Source):
+    """Records of a database made by a script of the folder2lmdb family, see ``ClassicStore``.
+
+    Such a database names neither classes nor files: classes are called by their labels, records
+    ``LABEL/KEY.jpg``. Converting reads it once; its index is not made for that.
+
+    Raises:
+        StoreError: not a classic database, or a damaged one.
+    """
+
+    kind = "classic"
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._store = ClassicStore(path)
+        self._labels = np.full(len(self._store), -1, dtype=np.int32)
+
+    @property
+    def classes(self) -> list[str]:
+        for index in np.flatnonzero(self._labels < 0):  # none, once the items were listed
+            self._glance(int(index))
+        return [str(label) for label in range(int(self._labels.max(initial=-1)) + 1)]
+
+    def items(self) -> Iterator[Item]:
+        for index in range(len(self._store)):
+            label, name = self._glance(index)
+            yield Item(name, label, partial(self._read, index), no_stamp)
+
+    def count(self) -> int:
+        return len(self._store)
+
+    def identity(self) -> dict[str, Any]:
+        status = os.stat(self._store.file)
+        return {
+            "path": os.path.abspath(self._store.file),
+            "images": len(self._store),
+            "size": status.st_size,
+            "mtime_ns": status.st_mtime_ns,
+        }
+
+    def _glance(self, index: int) -> tuple[int, str]:
+        """Label and name of a record, from the ends of its value; the image between them is not read."""
+        label, name = self._store.glance(index)
+        self._labels[index] = label
+        return label, name
+
+    def _read(self, index: int) -> bytes:
+        try:
+            return self._store.copy(index)
+        except (StoreError, RecordError) as error:
+            raise SourceError(str(error)) from error

@@ -1,0 +1,175 @@
+"""Images in one flat folder or tar, with their labels in a text file: ImageNet's validation set."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from dali_lmdb.convert.sources.archive import Archive, Member
+from dali_lmdb.convert.sources.base import Item, Source, is_image_name, no_stamp
+from dali_lmdb.convert.sources.files import identity_of_files, image_files, read_file, stamp_of_file
+from dali_lmdb.convert.sources.names import (
+    NameDigest,
+    classes_of,
+    digest_of,
+    integer,
+    printable,
+    record_name,
+    safe_path,
+)
+from dali_lmdb.errors import SourceError
+
+__all__ = ["FlatSource"]
+
+
+class FlatSource(Source):
+    """Images that are not sorted into class folders.
+
+    The labels file is one of:
+
+    * ``path label`` on each line, separated by blanks or a tab: the path inside the folder or tar, and a
+      class name or an integer (Caffe's ``val.txt``);
+    * one label a line, in the order of the sorted image names
+      (``imagenet_2012_validation_synset_labels.txt``: the line *i* is of ``ILSVRC2012_val_0000000i.JPEG``).
+
+    If all labels are integers, they are used as they are; otherwise the classes are the different labels,
+    sorted, as they are for class folders. Records are named ``class/file`` and ordered by class, then name:
+    those of ``FolderSource`` after the images were moved into class folders.
+
+    Args:
+        path: a folder or an uncompressed tar.
+        val_labels: the labels file, UTF-8.
+        follow_links: follow symbolic links that lead out of the folder.
+
+    Raises:
+        SourceError: the folder, tar or labels file cannot be read or is malformed; from the first use on,
+            that images and labels do not match, or a member is refused (see ``archive.py``).
+    """
+
+    kind = "flat"
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        val_labels: str | os.PathLike[str],
+        follow_links: bool = False,
+    ) -> None:
+        self.path, self.labels_path = Path(path), Path(val_labels)
+        if not os.path.exists(path):
+            raise SourceError(f"{path}: no such folder or tar")
+        self._archive = None if os.path.isdir(path) else Archive(path)
+        self._follow_links = follow_links
+        self._lines = _read_lines(self.labels_path)
+        watched = [self.labels_path, *([] if self._archive is None else [self.path])]
+        self._watched = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in watched]
+
+    @property
+    def classes(self) -> list[str]:
+        return self._labelled[0]
+
+    def items(self) -> Iterator[Item]:
+        classes, labels, images = self._labelled
+        rows = zip(labels, _without_top(images), images, strict=True)
+        for label, path, image in sorted(rows, key=lambda row: (row[0], *os.path.split(row[1]))):
+            name = record_name(classes[label], path)
+            if self._archive is not None:
+                read = partial(self._archive.read, name, image.offset, image.size)
+                yield Item(name, label, read, no_stamp)
+            else:
+                file = os.path.join(self.path, image.path)
+                yield Item(name, label, partial(read_file, file), partial(stamp_of_file, file))
+
+    def count(self) -> int:
+        return len(self._names)
+
+    def identity(self) -> dict[str, Any]:
+        listed = {"images": len(self._names), "names": self._names.hexdigest()}
+        return {**identity_of_files(self.path, self._watched), **listed}
+
+    @cached_property
+    def _names(self) -> NameDigest:
+        return digest_of(lambda: (item.name for item in self.items()), where=self.path)
+
+    @cached_property
+    def _labelled(self) -> tuple[list[str], list[int], list[Member]]:
+        """(classes, label of each image, images sorted by path)."""
+        images = sorted(self._images(), key=lambda image: image.path)
+        if all(len(line) == 1 for line in self._lines):
+            texts = self._labels_in_order(len(images))
+        else:
+            texts = self._labels_by_path(images)
+        classes = classes_of(texts, where=self.labels_path)
+        label_of = {name: label for label, name in enumerate(classes)}
+        return classes, [label_of[text] for text in texts], images
+
+    def _images(self) -> Iterator[Member]:
+        """The images of the tar, or of the folder, then without a place."""
+        if self._archive is not None:
+            yield from (member for member in self._archive.members(is_image_name) if not member.is_folder)
+            return
+        top = os.path.join(self.path, "")
+        for file in image_files(top, root=os.path.realpath(top), follow_links=self._follow_links):
+            yield Member(file[len(top) :], 0, 0)
+
+    def _labels_in_order(self, num_images: int) -> list[str]:
+        texts = [line[0] for line in self._lines]
+        if len(texts) != num_images:
+            raise SourceError(
+                f"{self.labels_path}: {len(texts)} labels, but {self.path} has {num_images} images; "
+                "expected one label for each, in the order of their names"
+            )
+        if "0" not in texts and all(integer(text) is not None for text in texts):
+            raise SourceError(
+                f"{self.labels_path}: integers without 0; ILSVRC2012_validation_ground_truth.txt numbers the "
+                "classes in another order than their names; give a list of synset names (n01440764), one a line"
+            )
+        return texts
+
+    def _labels_by_path(self, images: list[Member]) -> list[str]:
+        label_of: dict[str, str] = {}
+        for number, line in enumerate(self._lines, start=1):
+            where = f"{self.labels_path}: label {number}"
+            if len(line) != 2:
+                raise SourceError(f"{where}: {' '.join(line)[:80]!r}, expected a path and a label")
+            path = safe_path(line[0], where=where)
+            if path in label_of:
+                raise SourceError(f"{where}: {path!r} is listed twice; leave one of its lines")
+            label_of[path] = line[1]
+        texts = []
+        for image, short in zip(images, _without_top(images), strict=True):
+            text = label_of.pop(image.path, None) or label_of.pop(short, None)
+            if text is None:
+                raise SourceError(
+                    f"{self.labels_path}: no label for {printable(image.path)!r} of {self.path}; add it"
+                )
+            texts.append(text)
+        for path in label_of:
+            raise SourceError(
+                f"{self.labels_path}: {path!r} is not in {self.path}; remove its line or add the image"
+            )
+        return texts
+
+
+def _without_top(images: list[Member]) -> list[str]:
+    """Paths without the folders that they all share."""
+    top = os.path.commonpath([os.path.dirname(image.path) for image in images]) if images else ""
+    return [image.path[len(top) + 1 if top else 0 :] for image in images]
+
+
+def _read_lines(path: Path) -> list[list[str]]:
+    """Of each line that is not blank: (path, label) or (label,)."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from error
+    # Paths may have blanks, labels do not.
+    lines = [line.strip().rsplit(None, 1) for line in text.split("\n") if line.strip()]
+    if not lines:
+        raise SourceError(f"{path}: no labels in it; expected one a line, or a path and a label")
+    return lines

@@ -1,0 +1,131 @@
+"""A CSV or TSV file that names image files and their labels: columns ``path`` and ``label``."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterator
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dali_lmdb.convert.sources.base import Item, Source
+from dali_lmdb.convert.sources.files import check_inside, identity_of_files, read_file, stamp_of_file
+from dali_lmdb.convert.sources.names import NameDigest, classes_of, digest_of, printable, record_name
+from dali_lmdb.errors import SourceError
+
+__all__ = ["ManifestSource"]
+
+
+class _Row(NamedTuple):
+    line: int
+    path: str
+    """Relative to the manifest's folder."""
+    label: str
+
+
+class ManifestSource(Source):
+    """Image files listed in a table whose header line has ``path`` and ``label``; other columns are ignored.
+
+    Paths are relative to the manifest's folder and stay inside it. Labels are class names, and the classes
+    are these names sorted; or all of them are integers from 0 on, and the classes are ``"0"``, ``"1"`` ... up
+    to the largest.
+
+    Order: as in the table. The table is read again for every pass and never held in memory.
+
+    Args:
+        path: the table; separated by tabs if its name ends in ``.tsv`` or its header has one, else by commas.
+            UTF-8.
+        follow_links: follow symbolic links that lead out of the manifest's folder.
+
+    Raises:
+        SourceError: the table is missing or lacks a column; from the first use on, that a line lacks a value,
+            a path leaves the folder, or comes twice.
+    """
+
+    kind = "manifest"
+
+    def __init__(self, path: str | os.PathLike[str], *, follow_links: bool = False) -> None:
+        self.path = Path(path)
+        self._follow_links = follow_links
+        self._folder = os.path.dirname(os.path.abspath(path))
+        self._root = os.path.realpath(self._folder)
+        try:
+            found = os.stat(path)
+        except OSError as error:
+            raise SourceError(f"{path}: cannot be read: {error.strerror}") from error
+        self._size, self._mtime_ns = found.st_size, found.st_mtime_ns
+        next(self._rows(), None)
+
+    @property
+    def classes(self) -> list[str]:
+        return self._classes
+
+    def items(self) -> Iterator[Item]:
+        labels = {name: label for label, name in enumerate(self._classes)}
+        for row in self._rows():
+            file = os.path.join(self._folder, row.path)
+            name = record_name(row.label, row.path)
+            yield Item(name, labels[row.label], partial(self._read, file), partial(stamp_of_file, file))
+
+    def count(self) -> int:
+        return len(self._names)
+
+    def identity(self) -> dict[str, Any]:
+        files = identity_of_files(self.path, [(self.path, self._size, self._mtime_ns)])
+        return {**files, "images": len(self._names), "names": self._names.hexdigest()}
+
+    @cached_property
+    def _classes(self) -> list[str]:
+        return classes_of({row.label for row in self._rows()}, where=self.path)
+
+    @cached_property
+    def _names(self) -> NameDigest:
+        digest_of(lambda: (printable(row.path) for row in self._rows()), where=self.path)
+        return digest_of(lambda: (item.name for item in self.items()), where=self.path)
+
+    def _read(self, file: str) -> bytes:
+        check_inside(file, root=self._root, follow_links=self._follow_links)
+        return read_file(file)
+
+    def _rows(self) -> Iterator[_Row]:
+        try:
+            with open(self.path, encoding="utf-8-sig", newline="") as stream:
+                found = os.fstat(stream.fileno())
+                if (found.st_size, found.st_mtime_ns) != (self._size, self._mtime_ns):
+                    raise SourceError(f"{self.path}: changed meanwhile; convert again when nothing writes to it")
+                header = stream.readline()
+                stream.seek(0)
+                separator = "\t" if self.path.suffix.lower() == ".tsv" or "\t" in header else ","
+                table = csv.reader(stream, delimiter=separator, strict=True)
+                try:
+                    columns = next(table, [])
+                    if not {"path", "label"} <= set(columns):
+                        raise SourceError(
+                            f"{self.path}: the first line is {header.strip()[:80]!r}, expected the column "
+                            "names path and "
+                            f"label, separated by {'a tab' if separator == chr(9) else 'a comma'}"
+                        )
+                    path_at, label_at = columns.index("path"), columns.index("label")
+                    for values in table:
+                        if values:
+                            yield self._row(table.line_num, values, path_at, label_at)
+                except csv.Error as error:
+                    raise SourceError(f"{self.path}: line {table.line_num}: {error}") from error
+        except OSError as error:
+            raise SourceError(f"{self.path}: cannot be read: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise SourceError(f"{self.path}: not UTF-8 text: {error.reason} at byte {error.start}") from error
+
+    def _row(self, line: int, values: list[str], path_at: int, label_at: int) -> _Row:
+        where = f"{self.path}: line {line}"
+        if len(values) <= max(path_at, label_at) or not values[path_at] or not values[label_at]:
+            raise SourceError(f"{where}: no path or no label; mend or remove the line")
+        path = os.path.normpath(os.path.join(self._folder, values[path_at]))
+        inside = os.path.join(self._folder, "")
+        if "\0" in path or not path.startswith(inside):
+            raise SourceError(
+                f"{where}: {values[path_at]!r} leaves the manifest's folder {self._folder}; "
+                "put the manifest into a folder above all images"
+            )
+        return _Row(line, path[len(inside) :], values[label_at])

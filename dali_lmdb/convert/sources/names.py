@@ -1,0 +1,169 @@
+"""Names of images and classes inside a source: safe, printable, told apart."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from dali_lmdb.errors import SourceError
+
+__all__ = [
+    "NameDigest",
+    "check_classes",
+    "classes_of",
+    "digest_of",
+    "integer",
+    "numbered_classes",
+    "printable",
+    "record_name",
+    "repeated_name",
+    "safe_path",
+]
+
+_MAX_CLASSES = 1 << 20
+"""Integer labels stay below it: one wild label must not make 2^31 classes. ImageNet-21k has 21,841."""
+
+
+def safe_path(name: str, *, where: object) -> str:
+    """A path from inside a source without ``./``; "" for the top itself.
+
+    Args:
+        where: what holds the name, to begin an error message with.
+
+    Raises:
+        SourceError: it is absolute, or has ``..`` or a NUL, so that it could name something outside.
+    """
+    if name.startswith("/"):
+        reason = "an absolute name"
+    elif "\0" in name:
+        reason = "a name with a NUL"
+    elif ".." in name.split("/"):
+        reason = "a name that leaves its folder with '..'"
+    else:
+        return "/".join(part for part in name.split("/") if part not in ("", "."))
+    raise SourceError(f"{where}: {printable(name)!r}: {reason} is refused; name it relative to the top")
+
+
+def printable(name: str) -> str:
+    r"""A name as UTF-8 can hold it: bytes of the file system that are not UTF-8 become ``\xff``."""
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
+def record_name(class_name: str, path: str) -> str:
+    """A record's name, ``class/path``; the class is not repeated if the path begins with it."""
+    name = path if path.startswith(class_name + "/") else f"{class_name}/{path}"
+    return printable(name)
+
+
+def classes_of(labels: Iterable[str], *, where: object) -> list[str]:
+    """Class names from labels written as text.
+
+    Returns:
+        The different labels, sorted; if all of them are integers, these are the labels themselves and the
+        names are ``"0"``, ``"1"`` ... up to the largest one.
+
+    Raises:
+        SourceError: a label that cannot be a class name, or an integer that is negative or unreasonably
+            large.
+    """
+    names = sorted(set(labels))
+    numbers = [integer(name) for name in names]
+    if not names or any(number is None for number in numbers):
+        check_classes(names, where=where)
+        return names
+    return numbered_classes([number for number in numbers if number is not None], where=where)
+
+
+def check_classes(names: list[str], *, where: object) -> None:
+    """Refuse class names that could not be a folder's or that stand for two classes.
+
+    Raises:
+        SourceError: a name is empty, leaves its folder, or comes twice.
+    """
+    for name in names:
+        if not name or safe_path(name, where=where) != name:
+            raise SourceError(f"{where}: {printable(name)!r} as a class name, expected one that a folder can have")
+    name_twice = repeated_name(names)
+    if name_twice is not None:
+        raise SourceError(f"{where}: two classes are named {printable(name_twice)!r}; give them different names")
+
+
+def integer(text: str) -> int | None:
+    """The integer that ``str`` writes so, else None: ``"07"`` is a name."""
+    digits = text[1:] if text.startswith("-") else text
+    if len(digits) > 18 or not digits.isascii() or not digits.isdigit() or str(int(text)) != text:
+        return None
+    return int(text)
+
+
+def numbered_classes(labels: Iterable[int], *, where: object) -> list[str]:
+    """``"0"``, ``"1"`` ... up to the largest label.
+
+    Raises:
+        SourceError: a label is negative or unreasonably large.
+    """
+    count = 0
+    for label in labels:
+        if not 0 <= label < _MAX_CLASSES:
+            raise SourceError(
+                f"{where}: label {label}, expected 0 to {_MAX_CLASSES - 1}; -1 often means unlabelled"
+            )
+        count = max(count, label + 1)
+    return [str(label) for label in range(count)]
+
+
+class NameDigest:
+    """Number and hash of names in order, and whether one comes twice, in 8 bytes a name."""
+
+    def __init__(self) -> None:
+        self._total = hashlib.sha256()
+        self._each = array("Q")
+
+    def add(self, name: str) -> None:
+        """Take one more name."""
+        raw = name.encode(errors="surrogateescape")
+        self._total.update(raw + b"\n")
+        self._each.append(int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little"))
+
+    def __len__(self) -> int:
+        return len(self._each)
+
+    def hexdigest(self) -> str:
+        """32 hex digits over all names in order."""
+        return self._total.hexdigest()[:32]
+
+    def any_repeated(self) -> bool:
+        """Whether a name came twice; a chance of n^2 / 2^65 to say so wrongly."""
+        hashes = np.sort(np.frombuffer(self._each, np.uint64)) if self._each else np.empty(0, np.uint64)
+        return bool((hashes[1:] == hashes[:-1]).any())
+
+
+def digest_of(names: Callable[[], Iterable[str]], *, where: object) -> NameDigest:
+    """Number and hash of all records' names.
+
+    Args:
+        names: called again to find the name that comes twice, if one does.
+
+    Raises:
+        SourceError: a name comes twice.
+    """
+    digest = NameDigest()
+    for name in names():
+        digest.add(name)
+    twice = repeated_name(names()) if digest.any_repeated() else None
+    if twice is not None:
+        raise SourceError(f"{where}: two images are named {twice!r}; leave one of them out")
+    return digest
+
+
+def repeated_name(names: Iterable[str]) -> str | None:
+    """The first name that came before, or None."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None

@@ -1,0 +1,292 @@
+"""Parquet as Hugging Face's ``datasets`` writes it: ``image: struct<bytes, path>`` and an integer label."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections import deque
+from collections.abc import Iterator
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from dali_lmdb.convert.sources.base import Item, Source, no_stamp
+from dali_lmdb.convert.sources.files import identity_of_files
+from dali_lmdb.convert.sources.names import (
+    NameDigest,
+    check_classes,
+    numbered_classes,
+    record_name,
+    safe_path,
+)
+from dali_lmdb.convert.sources.patterns import files_of, stems_of
+from dali_lmdb.errors import SourceError
+
+__all__ = ["ParquetSource"]
+
+_BATCH_BYTES = 8 << 20  # images decoded from Parquet at a time
+_BATCHES_KEPT = 3  # threads ask nearly in order; who comes later than that has the row group read again
+_ROWS = 10_000  # labels and paths read at a time
+
+
+class _Columns(NamedTuple):
+    """What a file's schema says."""
+
+    image: str
+    label: str
+    has_path: bool
+    classes: list[str] | None
+
+
+class _File(NamedTuple):
+    path: Path
+    size: int
+    mtime_ns: int
+    metadata: pq.FileMetaData
+    columns: _Columns
+
+
+class _Row(NamedTuple):
+    file: _File
+    stem: str
+    group: int
+    row_in_group: int
+    row: int
+    """In the file."""
+    label: int
+    path: str | None
+
+
+class ParquetSource(Source):
+    """Rows of one or several Parquet files.
+
+    The columns are those that the schema's Hugging Face metadata calls ``Image`` and ``ClassLabel``, whose
+    names become the classes; without such metadata, ``image`` and ``label``, and the classes are ``"0"``,
+    ``"1"`` ... A record's name is ``class/path`` of the image's ``path``, or ``class/file/row`` where it has
+    none, and for all records where paths repeat.
+
+    Order: files by name, rows as they lie in the file. Images are read a few megabytes at a time, whatever
+    the size of the row groups.
+
+    Args:
+        path: a file, a folder of files, or a pattern: ``data/train-*.parquet``.
+
+    Raises:
+        SourceError: a file is missing, no Parquet, or has other columns; from the first use on, that a label
+            is null or out of range; on reading, that an image is.
+    """
+
+    kind = "parquet"
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = path
+        files = files_of(path, suffix=".parquet")
+        self._files = [_open(file) for file in files]
+        self._stems = stems_of(files)
+        first = self._files[0]
+        for file in self._files:
+            if file.columns != first.columns:
+                raise SourceError(f"{file.path}: other columns or class names than {first.path}; convert it alone")
+
+    @property
+    def classes(self) -> list[str]:
+        return self._classes
+
+    def items(self) -> Iterator[Item]:
+        by_row = self._names.any_repeated()
+        images: _Images | None = None
+        for row in self._rows():
+            if images is None or images.file is not row.file or images.group != row.group:
+                images = _Images(row.file, row.group)
+            name = _name(row, self._classes[row.label], by_row=by_row)
+            yield Item(name, row.label, partial(images.read, row.row_in_group, row.row), no_stamp)
+
+    def count(self) -> int:
+        return sum(file.metadata.num_rows for file in self._files)
+
+    def identity(self) -> dict[str, Any]:
+        files = [(file.path, file.size, file.mtime_ns) for file in self._files]
+        listed = {"images": self.count(), "names": self._names.hexdigest()}
+        return {**identity_of_files(self._path, files), **listed}
+
+    @cached_property
+    def _classes(self) -> list[str]:
+        named = self._files[0].columns.classes
+        if named is None:
+            return numbered_classes({row.label for row in self._rows()}, where=self._path)
+        for row in self._rows():
+            if not 0 <= row.label < len(named):
+                raise SourceError(
+                    f"{row.file.path}: row {row.row}: label {row.label}, expected 0 to {len(named) - 1}; "
+                    "-1 often means unlabelled"
+                )
+        return named
+
+    @cached_property
+    def _names(self) -> NameDigest:
+        digest = NameDigest()
+        for row in self._rows():
+            digest.add(_name(row, self._classes[row.label], by_row=False))
+        return digest
+
+    def _rows(self) -> Iterator[_Row]:
+        for file, stem in zip(self._files, self._stems, strict=True):
+            first = 0
+            for group in range(file.metadata.num_row_groups):
+                labels_and_paths = _labels_and_paths(file, group, first)
+                for row_in_group, (label, path) in enumerate(labels_and_paths):
+                    yield _Row(file, stem, group, row_in_group, first + row_in_group, label, path)
+                first += file.metadata.row_group(group).num_rows
+
+
+def _name(row: _Row, class_name: str, *, by_row: bool) -> str:
+    path = "" if by_row or row.path is None else safe_path(row.path, where=f"{row.file.path}: row {row.row}")
+    return record_name(class_name, path or f"{row.stem}/{row.row:08d}")
+
+
+def _open(path: Path) -> _File:
+    try:
+        found = os.stat(path)
+        with pq.ParquetFile(path) as parquet:
+            metadata, schema = parquet.metadata, parquet.schema_arrow
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (pa.ArrowException, ValueError) as error:
+        raise SourceError(f"{path}: not a readable Parquet file: {_one_line(error)}") from error
+    return _File(path, found.st_size, found.st_mtime_ns, metadata, _columns(schema, path))
+
+
+def _columns(schema: pa.Schema, path: Path) -> _Columns:
+    features = _features(schema)
+    image = _column_of(features, "Image", "image", path)
+    label = _column_of(features, "ClassLabel", "label", path)
+    types = {field.name: field.type for field in schema}
+    image_type, label_type = types.get(image), types.get(label)
+    parts: dict[str, pa.DataType] = {}
+    if image_type is not None and pa.types.is_struct(image_type):
+        parts = {field.name: field.type for field in image_type}
+    if not _is_binary(parts.get("bytes")):
+        raise SourceError(
+            f"{path}: column {image!r} is {image_type or 'missing'}, expected struct<bytes: binary, path: string>"
+        )
+    if label_type is None or not pa.types.is_integer(label_type):
+        raise SourceError(f"{path}: column {label!r} is {label_type or 'missing'}, expected an integer label")
+    names = features.get(label, {}).get("names")
+    classes = [str(name) for name in names] if isinstance(names, list) else None
+    if classes is not None:
+        check_classes(classes, where=path)
+    return _Columns(image, label, _is_text(parts.get("path")), classes)
+
+
+def _features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
+    """The columns as Hugging Face describes them; empty without a description."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def _column_of(features: dict[str, dict[str, Any]], kind: str, usual: str, path: Path) -> str:
+    """The one column of a kind; the one with the usual name if there are several or none."""
+    found = [name for name, feature in features.items() if feature.get("_type") == kind]
+    if len(found) == 1:
+        return found[0]
+    if found and usual not in found:
+        raise SourceError(
+            f"{path}: {len(found)} columns of kind {kind}: {', '.join(found)}; expected one {usual!r}"
+        )
+    return usual
+
+
+def _is_binary(kind: pa.DataType | None) -> bool:
+    return kind is not None and (pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _is_text(kind: pa.DataType | None) -> bool:
+    return kind is not None and (pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _batches(file: _File, group: int, columns: list[str], num_rows: int) -> Iterator[pa.RecordBatch]:
+    """Some columns of a row group, a number of rows at a time."""
+    try:
+        found = os.stat(file.path)
+        if (found.st_size, found.st_mtime_ns) != (file.size, file.mtime_ns):
+            raise SourceError(f"{file.path}: changed meanwhile; convert again when nothing writes to it")
+        # By default a whole column chunk is read at once.
+        with pq.ParquetFile(file.path, metadata=file.metadata, pre_buffer=False, buffer_size=1 << 20) as parquet:
+            yield from parquet.iter_batches(num_rows, row_groups=[group], columns=columns, use_threads=False)
+    except (OSError, pa.ArrowException) as error:
+        raise SourceError(f"{file.path}: row group {group} cannot be read: {_one_line(error)}") from error
+
+
+def _labels_and_paths(file: _File, group: int, first: int) -> Iterator[tuple[int, str | None]]:
+    """Label and path of each row of a row group, which begins with the file's row ``first``."""
+    columns = file.columns
+    wanted = [columns.label, *([f"{columns.image}.path"] if columns.has_path else [])]
+    for batch in _batches(file, group, wanted, _ROWS):
+        for name in batch.schema.names:
+            if batch.column(name).null_count:
+                row = first + pc.index(batch.column(name).is_null(), True).as_py()
+                raise SourceError(f"{file.path}: row {row}: {name!r} is null; every row needs image and label")
+        labels = batch.column(columns.label).to_pylist()
+        paths = [None] * len(labels)
+        if columns.has_path:
+            paths = batch.column(columns.image).field("path").to_pylist()
+        yield from zip(labels, paths, strict=True)
+        first += len(labels)
+
+
+class _Images:
+    """The images of one row group, read front to back a batch at a time and shared by threads."""
+
+    def __init__(self, file: _File, group: int) -> None:
+        self.file, self.group = file, group
+        found = file.metadata.row_group(group)
+        mean_bytes = found.total_byte_size // max(1, found.num_rows)
+        self._batch_rows = max(1, min(1024, _BATCH_BYTES // max(1, mean_bytes)))
+        self._lock = threading.Lock()
+        self._batches: Iterator[pa.RecordBatch] = iter(())
+        self._kept: deque[tuple[int, pa.Array]] = deque(maxlen=_BATCHES_KEPT)
+        self._next: int | None = None  # row at which the next batch starts; None before the first
+
+    def read(self, row_in_group: int, row: int) -> bytes:
+        """The bytes of one image; may be called in any thread.
+
+        Raises:
+            SourceError: they are null or cannot be read.
+        """
+        with self._lock:
+            start, images = self._batch_of(row_in_group)
+        data = images[row_in_group - start].as_py()
+        if data is None:
+            raise SourceError(
+                f"{self.file.path}: row {row}: no image bytes, perhaps only a path; embed the images in the file"
+            )
+        return data
+
+    def _batch_of(self, row_in_group: int) -> tuple[int, pa.Array]:
+        for start, images in self._kept:
+            if start <= row_in_group < start + len(images):
+                return start, images
+        if self._next is None or row_in_group < self._next:
+            columns = [f"{self.file.columns.image}.bytes"]
+            self._batches = _batches(self.file, self.group, columns, self._batch_rows)
+            self._kept.clear()
+            self._next = 0
+        for batch in self._batches:
+            start, images = self._next, batch.column(0).field("bytes")
+            self._kept.append((start, images))
+            self._next = start + len(images)
+            if row_in_group < self._next:
+                return start, images
+        raise SourceError(f"{self.file.path}: row group {self.group} is cut off; download the file again")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

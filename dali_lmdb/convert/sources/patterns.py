@@ -1,0 +1,98 @@
+"""Several files by one argument: a folder, ``shard-*.tar`` or ``shard-{000..009}.tar``."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from itertools import product
+from pathlib import Path
+
+from dali_lmdb.convert.sources.files import list_folder
+from dali_lmdb.errors import SourceError
+
+__all__ = ["files_of", "is_pattern", "stems_of"]
+
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_MAX_FILES = 1_000_000
+_SPLITS = frozenset({"train", "val", "valid", "validation", "test", "dev"})
+
+
+def is_pattern(path: str) -> bool:
+    """Whether a path that does not exist stands for several files."""
+    return any(character in path for character in "*?[{")
+
+
+def files_of(path: str | os.PathLike[str], *, suffix: str) -> list[Path]:
+    """The files that an argument stands for, sorted.
+
+    Args:
+        path: a file; a folder, for the files of that suffix in it; or a pattern with ``*``, ``?``, ``[]`` and
+            braces, as the shell has them: ``{a,b}``, ``{000..009}``.
+
+    Raises:
+        SourceError: there is none, a name from braces is missing, or a folder mixes splits (train, val ...).
+    """
+    text = os.fspath(path)
+    if os.path.isdir(text):
+        files = [
+            Path(entry.path)
+            for entry in list_folder(text)
+            if entry.name.endswith(suffix) and not entry.name.startswith(".") and entry.is_file()
+        ]
+        _check_one_split(text, files, suffix)
+    elif os.path.exists(text) or not is_pattern(text):
+        files = [Path(text)]
+    else:
+        files = sorted({Path(file) for name in _expanded(text) for file in _matches(name)})
+    if not files:
+        raise SourceError(f"{text}: no {suffix} file there; check the folder or pattern")
+    return files
+
+
+def stems_of(files: list[Path]) -> list[str]:
+    """A short name for each file: its path below the folder they share, without the suffix."""
+    top = os.path.commonpath([os.path.abspath(file.parent) for file in files])
+    return [os.path.splitext(os.path.relpath(file, top))[0] for file in files]
+
+
+def _matches(name: str) -> list[str]:
+    if glob.has_magic(name):
+        return glob.glob(name)
+    if not os.path.exists(name):
+        raise SourceError(f"{name}: no such file, but the braces name it; give a pattern of files that are there")
+    return [name]
+
+
+def _expanded(pattern: str) -> list[str]:
+    """A pattern without braces, for each combination of what stands in them."""
+    parts = _BRACES.split(pattern)  # text, braces, text, braces ... text
+    choices = [[part] if i % 2 == 0 else _choices(part, pattern) for i, part in enumerate(parts)]
+    count = 1
+    for some in choices:
+        count *= len(some)
+    if count > _MAX_FILES:
+        raise SourceError(f"{pattern}: the braces name {count} files, expected at most {_MAX_FILES}")
+    return ["".join(some) for some in product(*choices)]
+
+
+def _choices(inside: str, pattern: str) -> list[str]:
+    span = _RANGE.fullmatch(inside)
+    if span is None:
+        return inside.split(",")
+    first, last = span.groups()
+    if not int(first) <= int(last) < int(first) + _MAX_FILES:
+        raise SourceError(f"{pattern}: a range of {inside}, expected it to rise, to at most {_MAX_FILES} files")
+    return [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+
+
+def _check_one_split(folder: str, files: list[Path], suffix: str) -> None:
+    """Training and validation images must not end up in one store because their files lie in one folder."""
+    words = {word for file in files for word in re.split(r"[^a-z]+", file.name.lower())} & _SPLITS
+    if len(words) > 1:
+        example = os.path.join(folder, f"*{min(words)}*{suffix}")
+        raise SourceError(
+            f"{folder}: files of several splits ({', '.join(sorted(words))}); give one of them, such as "
+            f"'{example}'"
+        )

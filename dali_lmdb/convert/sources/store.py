@@ -1,0 +1,128 @@
+"""A store of ours as a source: to encode its images anew, to split it differently, to take a part of it."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dali_lmdb.convert.sources.base import Item, Source, no_stamp
+from dali_lmdb.errors import RecordError, SourceError, StoreDamagedError, StoreError
+from dali_lmdb.store import Store, open_store
+from dali_lmdb.store.classic import ClassicStore
+
+__all__ = ["StoreSource"]
+
+
+class StoreSource(Source):
+    """Records of a store, in its order, with its names.
+
+    Args:
+        store: a store or its path.
+        classes: take only these classes, by name; they keep the store's order and are numbered anew.
+        per_class: take the first so many records of each class.
+
+    Raises:
+        StoreError: the store cannot be opened.
+        SourceError: it has no class of such a name, or no record is left.
+        ValueError: ``per_class`` is less than 1.
+    """
+
+    kind = "store"
+
+    def __init__(
+        self,
+        store: Store | str | os.PathLike[str],
+        *,
+        classes: Sequence[str] | None = None,
+        per_class: int | None = None,
+    ) -> None:
+        if per_class is not None and per_class < 1:
+            raise ValueError(f"per_class is {per_class}, expected at least 1")
+        self._store = store if isinstance(store, Store) else open_store(store)
+        self._per_class = per_class
+        wanted = set(self._store.classes if classes is None else classes)
+        unknown = sorted(wanted - set(self._store.classes))
+        if unknown:
+            raise SourceError(
+                f"{self._store.path}: no class {', '.join(map(repr, unknown[:5]))} in it; it has "
+                f"{len(self._store.classes)}: {', '.join(self._store.classes[:5])}, ..."
+            )
+        self._classes = [name for name in self._store.classes if name in wanted]
+        if len(self._records) == 0:
+            raise SourceError(f"{self._store.path}: no records to take; choose other classes")
+
+    @property
+    def classes(self) -> list[str]:
+        return self._classes
+
+    def items(self) -> Iterator[Item]:
+        labels = self._new_labels[self._store.labels[self._records]]
+        for index, label in zip(self._records.tolist(), labels.tolist(), strict=True):
+            yield Item(self._store.name(index), label, partial(self._read, index), no_stamp)
+
+    def count(self) -> int:
+        return len(self._records)
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            "path": os.path.abspath(self._store.path),
+            "images": len(self._records),
+            "fingerprint": self._store.fingerprint,
+            "classes": None if self._classes == self._store.classes else self._classes,
+            "per_class": self._per_class,
+        }
+
+    @cached_property
+    def _new_labels(self) -> npt.NDArray[np.int32]:
+        """The label here for each label of the store, -1 for a class that is not taken."""
+        place = {name: label for label, name in enumerate(self._classes)}
+        return np.array([place.get(name, -1) for name in self._store.classes], dtype=np.int32)
+
+    @cached_property
+    def _records(self) -> npt.NDArray[np.int64]:
+        """Indices of the records that are taken, ascending."""
+        labels = self._store.labels
+        if len(labels) and not 0 <= labels.min() <= labels.max() < len(self._store.classes):
+            raise StoreDamagedError(f"{self._store.path}: damaged: a label without a class; convert it again")
+        taken = self._new_labels[labels] >= 0
+        if self._per_class is not None:
+            taken &= _rank_in_class(labels) < self._per_class
+        return np.flatnonzero(taken)
+
+    def _read(self, index: int) -> bytes:
+        try:
+            data = _copy(self._store, index)
+            if zlib.crc32(data) != int(self._store.gather("crc32", np.array([index]))[0]):
+                raise RecordError(f"{self._store.where(index)}: wrong checksum; the file was damaged")
+        except (StoreError, RecordError) as error:
+            raise SourceError(str(error)) from error
+        return data
+
+
+def _copy(store: Store, index: int) -> bytes:
+    """The bytes of one record, read from its file where it is in one: pages touched in a map count as memory."""
+    if isinstance(store, ClassicStore):
+        return store.copy(index)
+    for path, (offset,), (length,) in store.byte_ranges(np.array([index])):
+        try:
+            with open(path, "rb", buffering=0) as file:
+                return os.pread(file.fileno(), int(length), int(offset))
+        except OSError as error:
+            raise StoreDamagedError(f"{store.where(index)}: cannot be read: {error.strerror}") from error
+    return bytes(store.read(index))
+
+
+def _rank_in_class(labels: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
+    """How many records of the same label come before each record, int64 of shape (n,)."""
+    by_label = np.argsort(labels, kind="stable")
+    ranked = labels[by_label]
+    first = np.searchsorted(ranked, ranked)  # where each label begins
+    ranks = np.empty(len(labels), dtype=np.int64)
+    ranks[by_label] = np.arange(len(labels)) - first
+    return ranks

@@ -1,0 +1,185 @@
+"""Tar files: one of class folders, and ImageNet's, which holds a tar for each class."""
+
+from __future__ import annotations
+
+import logging
+import os
+from abc import abstractmethod
+from collections.abc import Iterator
+from functools import cached_property, partial
+from typing import Any, NamedTuple
+
+from dali_lmdb.convert.sources.archive import Archive, MemberTable
+from dali_lmdb.convert.sources.base import Item, Source, is_image_name, no_stamp
+from dali_lmdb.convert.sources.files import identity_of_files
+from dali_lmdb.convert.sources.names import NameDigest, check_classes, digest_of, printable
+from dali_lmdb.convert.sources.patterns import files_of
+from dali_lmdb.errors import SourceError
+
+__all__ = ["ImageNetTarSource", "TarSource"]
+
+_log = logging.getLogger(__name__)
+
+
+class _Folder(NamedTuple):
+    """The images that lie directly in one folder of an archive."""
+
+    path: str
+    """Below the class folders' parent, so it begins with the class: ``n01440764/extra``."""
+    archive: Archive
+    images: MemberTable
+    """Their names without the folder."""
+
+
+class _ClassFolders(Source):
+    """Archives as the class folders that they unpack to, in ``ImageFolder``'s order."""
+
+    def __init__(self, path: str | os.PathLike[str], archives: list[Archive]) -> None:
+        self._path, self._archives = path, archives
+
+    @abstractmethod
+    def _find(self) -> dict[str, list[_Folder]]:
+        """The folders of each class."""
+
+    @cached_property
+    def _folders(self) -> dict[str, list[_Folder]]:
+        """Folders of each class, classes and folders sorted."""
+        _log.info("%s: listing the archive", self._path)
+        found = sorted(self._find().items())
+        if not found:
+            raise SourceError(f"{self._path}: no class folders in it; expected CLASS/IMAGE members")
+        check_classes([class_name for class_name, _ in found], where=self._path)
+        for class_name, folders in found:
+            if not any(len(folder.images) for folder in folders):
+                raise SourceError(
+                    f"{self._path}: {printable(class_name)}: no image in this class; pack it without"
+                )
+        return {name: sorted(folders, key=lambda folder: folder.path) for name, folders in found}
+
+    @property
+    def classes(self) -> list[str]:
+        return [printable(name) for name in self._folders]
+
+    def items(self) -> Iterator[Item]:
+        for label, folders in enumerate(self._folders.values()):
+            for path, archive, images in folders:
+                for file, offset, size in sorted(images.rows()):
+                    name = printable(f"{path}/{file}")
+                    yield Item(name, label, partial(archive.read, name, offset, size), no_stamp)
+
+    def count(self) -> int:
+        return len(self._names)
+
+    def identity(self) -> dict[str, Any]:
+        files = [(archive.path, archive.size, archive.mtime_ns) for archive in self._archives]
+        listed = {"images": len(self._names), "names": self._names.hexdigest()}
+        return {**identity_of_files(self._path, files), **listed}
+
+    @cached_property
+    def _names(self) -> NameDigest:
+        return digest_of(lambda: (item.name for item in self.items()), where=self._path)
+
+
+class TarSource(_ClassFolders):
+    """A tar of class folders: the records, and their order, of ``FolderSource`` on what it unpacks to.
+
+    Folders that hold everything else and no image themselves, such as ``train/``, are taken off the names.
+
+    Args:
+        path: the tar file.
+
+    Raises:
+        SourceError: it cannot be read or is compressed; from the first use on, that it is damaged or cut off,
+            or has members that are refused (see ``archive.py``).
+    """
+
+    kind = "tar"
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__(path, [Archive(path)])
+
+    def _find(self) -> dict[str, list[_Folder]]:
+        (archive,) = self._archives
+        tables: dict[str, MemberTable] = {}
+        for member in archive.members(is_image_name):
+            if member.is_folder:
+                tables.setdefault(member.path, MemberTable())
+            else:
+                folder, _, name = member.path.rpartition("/")
+                tables.setdefault(folder, MemberTable()).add(name, member.offset, member.size)
+        loose = tables.pop("", MemberTable())  # ImageFolder ignores images beside the class folders, too
+        if not any(map(len, tables.values())) and len(loose):
+            raise SourceError(
+                f"{archive.path}: {len(loose)} images outside class folders; give their labels with "
+                "--val-labels FILE"
+            )
+        top = _common_top(tables)
+        classes: dict[str, list[_Folder]] = {}
+        for path, table in tables.items():
+            if path.startswith(top):
+                path = path[len(top) :]
+                classes.setdefault(path.partition("/")[0], []).append(_Folder(path, archive, table))
+        return classes
+
+
+def _common_top(tables: dict[str, MemberTable]) -> str:
+    """The longest ``folder/`` that holds all others and no image itself; "" without one."""
+    top = ""
+    while True:
+        inside = [path[len(top) :].partition("/")[0] for path in tables if path.startswith(top)]
+        child = top + inside[0] if len(set(inside)) == 1 else ""
+        if not child or len(tables.get(child, ())) or not any(path.startswith(child + "/") for path in tables):
+            return top
+        top = child + "/"
+
+
+class ImageNetTarSource(_ClassFolders):
+    """``ILSVRC2012_img_train.tar``: a tar that holds a tar of images for each class, ``n01440764.tar``.
+
+    Records and order are those of ``FolderSource`` on ``n01440764/n01440764_18.JPEG`` ...
+
+    Args:
+        path: the tar file, or a folder of what it unpacks to, one tar for each class.
+
+    Raises:
+        SourceError: as for ``TarSource``.
+    """
+
+    kind = "imagenet-tar"
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._unpacked = os.path.isdir(path)
+        files = files_of(path, suffix=".tar") if self._unpacked else [path]
+        super().__init__(path, [Archive(file) for file in files])
+
+    def _find(self) -> dict[str, list[_Folder]]:
+        classes: dict[str, list[_Folder]] = {}
+        if self._unpacked:
+            for archive in self._archives:
+                classes[archive.path.stem] = _class_tar(archive, archive.path.stem)
+            return classes
+        (archive,) = self._archives
+        for member in archive.members(lambda name: name.endswith(".tar")):
+            if member.is_folder:
+                continue
+            class_name = member.path.rpartition("/")[2][: -len(".tar")]
+            if class_name in classes:
+                raise SourceError(
+                    f"{archive.path}: {printable(class_name)}.tar is in it twice; pack it again with one"
+                )
+            classes[class_name] = _class_tar(
+                archive, class_name, offset=member.offset, size=member.size, name=printable(member.path)
+            )
+        return classes
+
+
+def _class_tar(
+    archive: Archive, class_name: str, *, offset: int = 0, size: int | None = None, name: str = ""
+) -> list[_Folder]:
+    """The folders in one class's tar: an archive, or one in it (see ``Archive.members``)."""
+    tables: dict[str, MemberTable] = {class_name: MemberTable()}
+    for member in archive.members(is_image_name, offset=offset, size=size, name=name):
+        if not member.is_folder:
+            folder, _, file = f"{class_name}/{member.path}".rpartition("/")
+            tables.setdefault(folder, MemberTable()).add(file, member.offset, member.size)
+    return [_Folder(path, archive, table) for path, table in tables.items()]

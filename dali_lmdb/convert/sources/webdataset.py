@@ -1,0 +1,169 @@
+"""WebDataset shards: tar files in which the members of one record share their name up to the first dot."""
+
+from __future__ import annotations
+
+import logging
+import os
+from array import array
+from collections.abc import Iterator
+from functools import cached_property, partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dali_lmdb.convert.sources.archive import Archive, Member, MemberTable
+from dali_lmdb.convert.sources.base import IMAGE_EXTENSIONS, Item, Source, no_stamp
+from dali_lmdb.convert.sources.files import identity_of_files
+from dali_lmdb.convert.sources.names import (
+    NameDigest,
+    check_classes,
+    digest_of,
+    numbered_classes,
+    printable,
+    record_name,
+)
+from dali_lmdb.convert.sources.patterns import files_of, stems_of
+from dali_lmdb.errors import SourceError
+
+__all__ = ["WebDatasetSource"]
+
+_log = logging.getLogger(__name__)
+_CLASSES_FILE = "classes.txt"
+_LABEL = ".cls"
+_LABEL_BYTES = 32  # a decimal integer, perhaps with a line end
+
+
+class _Shard(NamedTuple):
+    archive: Archive
+    images: MemberTable
+    labels: array[int]
+
+
+class WebDatasetSource(Source):
+    """Records of an image (``.jpg``, ``.png`` ...) and a ``.cls``, a decimal label; other members are ignored.
+
+    Order: shards by name, records as they lie in the shard. Class names come from a file ``classes.txt``
+    beside the shards, one a line, or are ``"0"``, ``"1"`` ... A record's name is ``class/member``; where
+    shards repeat names, ``class/shard/member``.
+
+    Args:
+        path: a shard, a folder of shards, or a pattern: ``shards/train-*.tar``,
+            ``shards/train-{000..146}.tar``.
+
+    Raises:
+        SourceError: as for ``TarSource``; from the first use on, too, that a record lacks its image or label.
+    """
+
+    kind = "webdataset"
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = path
+        self._archives = [Archive(file) for file in files_of(path, suffix=".tar")]
+        self._stems = stems_of([archive.path for archive in self._archives])
+
+    @property
+    def classes(self) -> list[str]:
+        return self._classes
+
+    def items(self) -> Iterator[Item]:
+        for shard, stem in zip(self._shards, self._stems, strict=True):
+            prefix = f"{stem}/" if self._repeats else ""
+            for (file, offset, size), label in zip(shard.images.rows(), shard.labels, strict=True):
+                name = record_name(self._classes[label], prefix + file)
+                yield Item(name, label, partial(shard.archive.read, name, offset, size), no_stamp)
+
+    def count(self) -> int:
+        return len(self._names)
+
+    def identity(self) -> dict[str, Any]:
+        files = [(archive.path, archive.size, archive.mtime_ns) for archive in self._archives]
+        listed = {"images": len(self._names), "names": self._names.hexdigest()}
+        return {**identity_of_files(self._path, files), **listed}
+
+    @cached_property
+    def _shards(self) -> list[_Shard]:
+        shards = []
+        for archive in self._archives:
+            _log.info("%s: listing the archive", archive.path)
+            shards.append(_read_shard(archive))
+        return shards
+
+    @cached_property
+    def _classes(self) -> list[str]:
+        file = self._archives[0].path.with_name(_CLASSES_FILE)
+        labels = {label for shard in self._shards for label in set(shard.labels)}
+        numbered = numbered_classes(labels, where=self._path)
+        try:
+            named = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        except FileNotFoundError:
+            return numbered
+        except (OSError, UnicodeDecodeError) as error:
+            raise SourceError(f"{file}: cannot be read as a list of class names: {error}") from error
+        check_classes(named, where=file)
+        if len(named) < len(numbered):
+            raise SourceError(
+                f"{file}: {len(named)} class names, the labels need {len(numbered)}, one a line; mend or remove it"
+            )
+        return named
+
+    @cached_property
+    def _names(self) -> NameDigest:
+        return digest_of(lambda: (item.name for item in self.items()), where=self._path)
+
+    @cached_property
+    def _repeats(self) -> bool:
+        """Whether shards have members of the same name."""
+        digest = NameDigest()
+        for shard in self._shards:
+            for name in shard.images.names():
+                digest.add(name)
+        return digest.any_repeated()
+
+
+def _read_shard(archive: Archive) -> _Shard:
+    """List one shard; labels are read, images are not."""
+    images, labels = MemberTable(), array("q")
+    waiting: dict[str, Member | int] = {}  # the image or label of a record whose other half has not come yet
+    for member in archive.members(lambda name: _extension(name) in (*IMAGE_EXTENSIONS, _LABEL)):
+        if member.is_folder:
+            continue
+        extension = _extension(member.path)
+        key = member.path[: -len(extension)]
+        if not key or key.endswith("/"):
+            raise SourceError(f"{archive.path}: {printable(member.path)!r}: nothing before the dot; rename it")
+        half: Member | int = _label(archive, member) if extension == _LABEL else member
+        other = waiting.pop(key, None)
+        if other is None:
+            waiting[key] = half
+        elif isinstance(half, Member) and isinstance(other, int):
+            images.add(*half)
+            labels.append(other)
+        elif isinstance(half, int) and isinstance(other, Member):
+            images.add(*other)
+            labels.append(half)
+        else:
+            found = "labels" if isinstance(half, int) else "images"
+            raise SourceError(f"{archive.path}: record {printable(key)!r}: two {found}, expected one")
+    for key, half in waiting.items():
+        missing = "image" if isinstance(half, int) else f"label (a {_LABEL} member)"
+        raise SourceError(f"{archive.path}: record {printable(key)!r} has no {missing}; pack it again with one")
+    if not labels:
+        raise SourceError(f"{archive.path}: no records in it; expected members KEY.jpg and KEY{_LABEL}")
+    return _Shard(archive, images, labels)
+
+
+def _extension(name: str) -> str:
+    """From the first dot of the last part of a path on, in lower case: that ends a record's key."""
+    _, dot, extension = name.rpartition("/")[2].partition(".")
+    return (dot + extension).lower()
+
+
+def _label(archive: Archive, member: Member) -> int:
+    size = min(member.size, _LABEL_BYTES + 1)
+    text = archive.read(printable(member.path), member.offset, size).strip()
+    if len(text) > _LABEL_BYTES or not text.isdigit() or int(text) > np.iinfo(np.int32).max:
+        found = text.decode("ascii", "backslashreplace")[:_LABEL_BYTES]
+        raise SourceError(
+            f"{archive.path}: {printable(member.path)!r}: label {found!r}, expected an integer from 0 on"
+        )
+    return int(text)

@@ -1,0 +1,141 @@
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from packing import items_of, write_parquet
+
+from dali_lmdb.convert.sources import open_source
+from dali_lmdb.convert.sources import parquet as parquet_module
+from dali_lmdb.errors import SourceError
+
+NAMES = ["ant", "bee"]
+
+
+def refused(path, match):
+    with pytest.raises(SourceError, match=match) as caught:
+        items_of(open_source(path))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def rows_of(count):
+    return [(f"{i}.jpg", b"image %d" % i, i % 2) for i in range(count)]
+
+
+def test_rows_keep_their_order_over_files_and_row_groups(tmp_path):
+    rows = rows_of(25)
+    write_parquet(tmp_path / "b.parquet", rows[11:], names=NAMES, row_group_size=5)
+    write_parquet(tmp_path / "a.parquet", rows[:11], names=NAMES, row_group_size=4)
+    expected = [(f"{NAMES[label]}/{path}", label, data) for path, data, label in rows]
+    assert items_of(open_source(tmp_path)) == (NAMES, expected)
+    assert items_of(open_source(tmp_path / "*.parquet")) == (NAMES, expected)
+    assert items_of(open_source(tmp_path / "a.parquet")) == (NAMES, expected[:11])
+
+
+def test_row_groups_are_read_a_few_images_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet_module, "_BATCH_BYTES", 30)
+    path = write_parquet(tmp_path / "a.parquet", rows_of(200), names=NAMES, row_group_size=100)
+    items = list(open_source(path).items())
+    assert [item.read() for item in items] == [data for _, data, _ in rows_of(200)]
+    # Long after its batch was dropped, and backwards.
+    assert [item.read() for item in reversed(items[::20])] == [data for _, data, _ in rows_of(200)[::20][::-1]]
+
+
+def test_without_metadata_classes_are_called_by_their_number(tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", [("x.jpg", b"x", 2)])
+    assert items_of(open_source(path)) == (["0", "1", "2"], [("2/x.jpg", 2, b"x")])
+
+
+def test_columns_are_found_by_their_kind(tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", rows_of(2), names=NAMES, columns=("img", "fine_label"))
+    assert open_source(path).count() == 2
+    assert items_of(open_source(path))[1][1] == ("bee/1.jpg", 1, b"image 1")
+
+
+def test_images_without_a_path_and_with_repeated_ones_are_named_by_their_row(tmp_path):
+    write_parquet(tmp_path / "a.parquet", [(None, b"x", 0), ("own.jpg", b"y", 0)], names=NAMES)
+    assert [row[0] for row in items_of(open_source(tmp_path))[1]] == ["ant/a/00000000", "ant/own.jpg"]
+    write_parquet(tmp_path / "b.parquet", [("own.jpg", b"z", 0)], names=NAMES)
+    names = [row[0] for row in items_of(open_source(tmp_path))[1]]
+    assert names == ["ant/a/00000000", "ant/a/00000001", "ant/b/00000000"]
+
+
+def test_large_binary_and_images_without_a_path_column_are_read(tmp_path):
+    image_type = pa.struct([("bytes", pa.large_binary())])
+    table = pa.table({"image": pa.array([{"bytes": b"x"}], image_type), "label": pa.array([1], pa.int32())})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert items_of(open_source(tmp_path / "a.parquet"))[1] == [("1/a/00000000", 1, b"x")]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (("x.jpg", None, 0), "row 1: no image bytes, perhaps only a path"),
+        ((None, None, 0), "row 1: 'image' is null"),
+        (("x.jpg", b"x", None), "row 1: 'label' is null"),
+        (("x.jpg", b"x", 2), "row 1: label 2, expected 0 to 1"),
+        (("x.jpg", b"x", -1), "row 1: label -1, expected 0 to 1; -1 often means unlabelled"),
+        (("../x.jpg", b"x", 0), r"row 1: '\.\./x.jpg': a name that leaves its folder"),
+        (("/tmp/x.jpg", b"x", 0), "row 1: '/tmp/x.jpg': an absolute name"),
+    ],
+)
+def test_a_row_that_cannot_be_converted_is_named(row, message, tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", [("ok.jpg", b"x", 0), row], names=NAMES)
+    assert refused(path, message).startswith(str(path))
+
+
+def test_the_row_of_a_later_row_group_is_counted_in_the_file(tmp_path):
+    rows = [*rows_of(7), ("x.jpg", b"x", None)]
+    refused(write_parquet(tmp_path / "a.parquet", rows, row_group_size=3), "row 7: 'label' is null")
+
+
+def test_labels_without_names_must_be_reasonable(tmp_path):
+    refused(write_parquet(tmp_path / "a.parquet", [("x.jpg", b"x", 2**40)]), "label 1099511627776, expected 0 to")
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"image": [b"x"], "label": [0]}, r"column 'image' is binary, expected struct<bytes"),
+        ({"picture": [b"x"], "label": [0]}, "column 'image' is missing"),
+        ({"image": [{"bytes": b"x"}], "label": ["ant"]}, "column 'label' is string, expected an integer"),
+        ({"image": [{"bytes": b"x"}]}, "column 'label' is missing"),
+        ({"image": [{"path": "x"}], "label": [0]}, "column 'image' is struct<path: string>"),
+    ],
+)
+def test_other_columns_are_refused_saying_what_is_expected(columns, message, tmp_path):
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    refused(tmp_path / "a.parquet", message)
+
+
+def test_files_with_other_classes_are_not_mixed(tmp_path):
+    write_parquet(tmp_path / "a.parquet", rows_of(2), names=NAMES)
+    write_parquet(tmp_path / "b.parquet", rows_of(2), names=["bee", "ant"])
+    refused(tmp_path, "b.parquet: other columns or class names than")
+
+
+@pytest.mark.parametrize("metadata", [b"{", b"[]", b'{"info": 3}', b'{"info": {"features": {"label": 3}}}'])
+def test_metadata_that_is_not_hugging_faces_is_ignored(metadata, tmp_path):
+    table = pq.read_table(write_parquet(tmp_path / "a.parquet", rows_of(2)))
+    pq.write_table(table.replace_schema_metadata({"huggingface": metadata}), tmp_path / "b.parquet")
+    assert items_of(open_source(tmp_path / "b.parquet"))[0] == ["0", "1"]
+
+
+def test_a_class_name_that_leaves_the_folder_is_refused(tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", rows_of(2), names=["ant", "../bee"])
+    refused(path, "leaves its folder")
+
+
+def test_truncated_and_damaged_files_end_in_one_of_our_errors(tmp_path):
+    data = write_parquet(tmp_path / "a.parquet", rows_of(40), names=NAMES, row_group_size=10).read_bytes()
+    path = tmp_path / "b.parquet"
+    for length in range(4, len(data), 97):
+        path.write_bytes(data[:length])
+        refused(path, "not a readable Parquet file")
+
+
+def test_a_file_that_changes_while_it_is_converted_is_noticed(tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", rows_of(4), names=NAMES)
+    items = list(open_source(path).items())
+    write_parquet(path, rows_of(5), names=NAMES)
+    with pytest.raises(SourceError, match="changed meanwhile"):
+        items[0].read()
