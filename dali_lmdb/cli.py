@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import importlib
 import sys
+import time
 from typing import Any
 
 import click
+from tqdm import tqdm
 
 from dali_lmdb.errors import DaliLmdbError
 
-__all__ = ["Command", "main"]
+__all__ = ["Command", "ProgressBar", "main"]
 
 _COMMANDS = {
-    "compare": "dali_lmdb.compare.__main__",
-    "convert": "dali_lmdb.convert.__main__",
-    "train": "dali_lmdb.train.__main__",
+    "compare": "dali_lmdb.compare.__main__:main",
+    "convert": "dali_lmdb.convert.__main__:main",
+    "export": "dali_lmdb.inspect.__main__:export_command",
+    "info": "dali_lmdb.inspect.__main__:info_command",
+    "train": "dali_lmdb.train.__main__:main",
+    "verify": "dali_lmdb.inspect.__main__:verify_command",
 }
+_LINE_EVERY_S = 10  # between lines of progress where there is no terminal
 
 
 class Command(click.Command):
@@ -34,6 +40,63 @@ class Command(click.Command):
             sys.exit(1)
 
 
+class ProgressBar:
+    """Rate and time left of work on records: a bar on a terminal, else a plain line now and then; on stderr.
+
+    Args:
+        quiet: no plain lines.
+        unit: what is counted, in the plural.
+    """
+
+    def __init__(self, *, quiet: bool = False, unit: str = "images") -> None:
+        self._bar: tqdm[Any] | None = None
+        self._phase = ""
+        self._terminal = sys.stderr.isatty()
+        self._quiet = quiet and not self._terminal
+        self._unit = unit
+        self._begin = self._last = time.monotonic()
+
+    def show(self, phase: str, done: int, total: int, num_bytes: int) -> None:
+        """Say how far it is.
+
+        Args:
+            phase: what is being done; another one begins another bar.
+            done, total: number of images or the like; a total of 0 is not known.
+            num_bytes: done since the beginning.
+        """
+        if self._quiet:
+            return
+        if not self._terminal:
+            self._line(phase, done, total, num_bytes)
+            return
+        if phase != self._phase:
+            self.close()
+            self._phase = phase
+            self._bar = tqdm(total=total or None, desc=phase, unit=f" {self._unit}", unit_scale=True)
+        assert self._bar is not None
+        self._bar.update(done - self._bar.n)
+
+    def _line(self, phase: str, done: int, total: int, num_bytes: int) -> None:
+        now = time.monotonic()
+        if now - self._last < _LINE_EVERY_S:
+            return
+        self._last = now
+        rate = num_bytes / 1e6 / (now - self._begin)
+        click.echo(f"{phase}: {done:,} of {total:,} {self._unit}, {rate:,.0f} MB/s", err=True)
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
 class _Commands(click.Group):
     """Imports a command when it is asked for: converting needs no torch, training no converter."""
 
@@ -43,7 +106,8 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
             return None
-        command: click.Command = importlib.import_module(_COMMANDS[cmd_name]).main
+        module, attribute = _COMMANDS[cmd_name].split(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
         return command
 
 

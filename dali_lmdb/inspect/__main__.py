@@ -1,0 +1,162 @@
+"""The commands ``dali-lmdb info``, ``dali-lmdb verify`` and ``dali-lmdb export``."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from types import FrameType
+
+import click
+
+from dali_lmdb.cli import Command, ProgressBar
+from dali_lmdb.inspect import Progress, Spread, StoreInfo, Verification, export, info, verify
+from dali_lmdb.inspect.export import SHARD_SIZE_BYTES
+from dali_lmdb.inspect.records import printable
+
+__all__ = ["export_command", "info_command", "verify_command"]
+
+_HELP = {"help_option_names": ["-h", "--help"]}
+_INTERRUPTED = 130  # what a shell says of a command that Ctrl-C ended
+
+
+@click.command("info", cls=Command, context_settings=_HELP)
+@click.argument("store", metavar="STORE")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, with the records of each class.")
+def info_command(store: str, *, as_json: bool) -> None:
+    """Say what is in STORE: records, classes, sizes, kinds, which of them the GPU decodes, how it was made.
+
+    Only the index is read, so the answer comes at once.
+    """
+    found = info(store)
+    click.echo(json.dumps(asdict(found)) if as_json else _table(found))
+
+
+@click.command("verify", cls=Command, context_settings=_HELP)
+@click.argument("store", metavar="STORE")
+@click.option("--decode", is_flag=True, help="Decode every record too.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads that read and check.  [default: the cores]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def verify_command(store: str, *, decode: bool, threads: int | None, as_json: bool) -> None:
+    """Check every checksum, key and column of STORE.
+
+    Exit code 1 and a line for each damage if it is damaged, 0 if it is not.
+    """
+    with ProgressBar(quiet=as_json, unit="records") as bar:
+        found = verify(store, decode=decode, num_threads=threads, progress=_shown_by(bar))
+    if as_json:
+        click.echo(json.dumps({"clean": found.clean, **asdict(found)}))
+    else:
+        for line in found.damage:
+            click.echo(line)
+        for note in found.notes:
+            click.echo(f"note: {note}")
+        click.echo(_verdict(found))
+    sys.exit(0 if found.clean else 1)
+
+
+@click.command("export", cls=Command, context_settings=_HELP)
+@click.argument("store", metavar="STORE")
+@click.argument("folder", metavar="DIR")
+@click.option(
+    "--tar", is_flag=True, help="Write WebDataset shards: DIR/NAME-000000.tar and so on, and classes.txt."
+)
+@click.option(
+    "--shard-size-bytes",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help=f"With --tar: begin another shard before one gets larger.  [default: {SHARD_SIZE_BYTES}]",
+)
+@click.option(
+    "--per-shard",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="With --tar: begin another shard after N records.",
+)
+def export_command(
+    store: str, folder: str, *, tar: bool, shard_size_bytes: int | None, per_shard: int | None
+) -> None:
+    """Write the images of STORE back as files, byte for byte, in the new folder DIR: one folder for each class.
+
+    DIR appears when all is written; on an error or an interrupt nothing is left.
+    """
+    signal.signal(signal.SIGTERM, _interrupt)
+    with ProgressBar(unit="records") as bar:
+        try:
+            done = export(
+                store,
+                folder,
+                tar=tar,
+                shard_size_bytes=shard_size_bytes,
+                per_shard=per_shard,
+                progress=_shown_by(bar),
+            )
+        except KeyboardInterrupt:
+            bar.close()
+            click.echo("Stopped. Nothing was left behind; run the same command again to start over.", err=True)
+            sys.exit(_INTERRUPTED)
+    into = f"{done.tars:,} tars" if tar else f"{done.classes:,} class folders"
+    click.echo(f"{done.folder}: {done.records:,} records, {done.num_bytes:,} bytes, in {into}")
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _shown_by(bar: ProgressBar) -> Callable[[Progress], None]:
+    return lambda progress: bar.show(*progress)
+
+
+def _verdict(found: Verification) -> str:
+    checked = f"{found.records:,} records, {found.num_bytes:,} bytes read{' and decoded' if found.decoded else ''}"
+    if found.clean:
+        return f"{found.store}: clean: {checked} in {found.seconds:.1f} s"
+    listed = len(found.damage)
+    more = f" ({found.num_damage - listed:,} more not listed)" if found.num_damage > listed else ""
+    return f"{found.store}: damaged: {found.num_damage:,} findings{more}; {checked} in {found.seconds:.1f} s"
+
+
+def _table(found: StoreInfo) -> str:
+    rows = [
+        ("store", found.store if not found.shards else f"{found.store} ({len(found.shards):,} shards)"),
+        ("records", f"{found.records:,}"),
+        ("classes", f"{found.classes:,}" + _spread(", records in each", found.per_class)),
+        ("height", _spread("", found.height) or "unknown"),
+        ("width", _spread("", found.width) or "unknown"),
+        ("kinds", ", ".join(f"{kind} {count:,}" for kind, count in found.kinds.items()) or "none"),
+        ("on the GPU", f"nvJPEG decodes {found.decoders.gpu:,}"),
+        ("on the CPU", f"{found.decoders.cpu:,} fall back to a CPU decoder"),
+        ("by nothing", f"{found.decoders.none:,}{_not_looked_at(found)}"),
+        ("changed", f"{found.transcoded:,} transcoded, {found.resized:,} resized"),
+        ("bytes", f"{found.num_bytes:,}" + _spread(", of a record", found.record_bytes)),
+        ("file bytes", f"{found.file_bytes:,}"),
+        ("fingerprint", found.fingerprint),
+        *((f"made {key}", _value(value)) for key, value in found.made.items()),
+        *(
+            (f"shard {number}", f"{shard.path}, {shard.records:,} records")
+            for number, shard in enumerate(found.shards)
+        ),
+    ]
+    if found.format is not None:
+        rows.insert(1, ("format", f"dali_lmdb {found.format}"))
+    else:
+        rows.insert(1, ("format", "classic database"))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {printable(text)}" for name, text in rows)
+
+
+def _spread(of: str, spread: Spread | None) -> str:
+    if spread is None:
+        return ""
+    text = f"{spread.min:,} to {spread.max:,}, median {spread.median:,g}"
+    return f"{of} {text}" if of else text
+
+
+def _not_looked_at(found: StoreInfo) -> str:
+    return f", {found.not_looked_at:,} of them not looked at (--check none)" if found.not_looked_at else ""
+
+
+def _value(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,303 @@
+"""The check of one file of a store, from end to end."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from dali_lmdb.convert.audit import BadImageError, check_decodes, read_header
+from dali_lmdb.errors import DaliLmdbError, StoreDamagedError
+from dali_lmdb.inspect.records import Progress, Values, in_order, printable, read_one, repeated, runs
+from dali_lmdb.store import FileStore, Kind, Store, layout
+from dali_lmdb.store.pages import Extent, PageFile
+from dali_lmdb.store.structure import check_structure
+
+__all__ = ["MAX_LISTED", "FileCheck", "Findings", "PayloadCheck", "Show"]
+
+MAX_LISTED = 10_000
+"""Damage beyond so many lines is counted, not listed."""
+
+_NO_LIMIT = 1 << 62  # of pixels: what was stored passed the converter's limit
+_SPECIAL_KEYS = 3  # __index__, __names__, __meta__
+
+Show = Callable[[Progress], None]
+
+
+class Findings:
+    """What came up so far."""
+
+    def __init__(self) -> None:
+        self.damage: list[str] = []
+        self.num_damage = 0
+        self.notes: list[str] = []
+        self.records = 0
+        self.num_bytes = 0
+
+    def add(self, line: str) -> None:
+        self.num_damage += 1
+        if len(self.damage) < MAX_LISTED:
+            self.damage.append(line)
+
+
+class FileCheck:
+    """The check of one store file."""
+
+    def __init__(self, path: Path, findings: Findings, *, decode: bool, threads: int, show: Show | None) -> None:
+        self.path, self.findings, self.decode, self.threads, self.show = path, findings, decode, threads, show
+        self.names: pa.Array | None = None
+        self.num_before = findings.num_damage
+
+    def run(self) -> None:
+        """Check what can be checked; without meta and index that is the structure only."""
+        self._report_progress("checking the structure", 0, 0)
+        problems = check_structure(self.path)
+        if problems is None:
+            self.findings.notes.append(f"{self.path}: structure not checked; py-lmdb 3 or newer does that")
+        for problem in problems or ():
+            self.findings.add(f"{self.path}: {problem}")
+        try:
+            self._open()
+        except StoreDamagedError as error:
+            self.findings.add(str(error))
+            return
+        self._check_meta()
+        self._check_names()
+        self._check_records(self._find_records())
+
+    def _open(self) -> None:
+        self.pages = PageFile(self.path)
+        extent = self.pages.find(layout.META_KEY)
+        if extent is None:
+            raise StoreDamagedError(f"{self.path}: damaged: no __meta__; convert it again")
+        self.meta = layout.Meta.from_bytes(bytes(self.pages.view(extent)), path=self.path)
+        extent = self.pages.find(layout.INDEX_KEY)
+        if extent is None:
+            raise StoreDamagedError(f"{self.path}: damaged: no __index__; convert it again")
+        index = self.pages.view(extent)
+        if zlib.crc32(index) != self.meta.index_crc32:
+            raise StoreDamagedError(f"{self.path}: damaged: __index__ has a wrong checksum; convert it again")
+        self.columns = layout.index_from_ipc(index, num_records=self.meta.num_records, path=self.path)
+
+    def _check_meta(self) -> None:
+        labels, meta = self.columns["label"], self.meta
+        found = layout.fingerprint(labels, self.columns["crc32"])
+        if found != meta.fingerprint:
+            self._damaged(f"fingerprint {meta.fingerprint}, the index gives {found}")
+        if len(set(meta.classes)) < len(meta.classes):
+            self._damaged("class names that occur twice")
+        if self.pages.entries != meta.num_records + _SPECIAL_KEYS:
+            self._damaged(f"{self.pages.entries} keys, expected {meta.num_records + _SPECIAL_KEYS}")
+
+    def _check_names(self) -> None:
+        try:
+            extent = self.pages.find(layout.NAMES_KEY)
+            if extent is None:
+                self._damaged("no __names__")
+                return
+            self.names = layout.names_from_ipc(
+                self.pages.view(extent),
+                num_records=self.meta.num_records,
+                crc32=self.meta.names_crc32,
+                path=self.path,
+            )
+        except StoreDamagedError as error:
+            self.findings.add(str(error))
+            return
+        try:
+            self.names.validate(full=True)
+        except pa.ArrowInvalid as error:
+            self._damaged(f"__names__: {error}")
+            self.names = None
+            return
+        for record, earlier in repeated(self.names):
+            self._record_damaged(record, f"the same name as record {earlier}")
+
+    def _find_records(self) -> npt.NDArray[np.uint64]:
+        """Check keys, lengths, offsets, labels; offset of each record's value, 0 where there is none to read."""
+        num_records = self.meta.num_records
+        try:
+            offsets, lengths = self.pages.record_extents(num_records)
+        except StoreDamagedError as error:
+            self.findings.add(str(error))
+            offsets, lengths = self._find_one_by_one()
+        differing = np.flatnonzero((offsets != 0) & (lengths != self.columns["num_bytes"]))
+        for record in differing.tolist():
+            expected = self.columns["num_bytes"][record]
+            self._record_damaged(record, f"{lengths[record]:,} bytes, the index says {expected:,}")
+        offsets[differing] = 0
+        self._check_offsets(offsets)
+        labels = self.columns["label"]
+        for record in np.flatnonzero((labels < 0) | (labels >= len(self.meta.classes))).tolist():
+            self._record_damaged(record, f"label {labels[record]}, expected 0 to {len(self.meta.classes) - 1}")
+        return offsets
+
+    def _find_one_by_one(self) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint32]]:
+        """Where a page is damaged: the records that can still be found."""
+        offsets = np.zeros(self.meta.num_records, dtype=np.uint64)
+        lengths = np.zeros(self.meta.num_records, dtype=np.uint32)
+        for record in range(self.meta.num_records):
+            extent: Extent | None = None
+            try:
+                extent = self.pages.find(layout.record_key(record))
+                what = "missing"
+            except StoreDamagedError as error:
+                what = f"cannot be found: {error}"
+            if extent is None:
+                self._record_damaged(record, what)
+            else:
+                offsets[record], lengths[record] = extent
+        return offsets, lengths
+
+    def _check_offsets(self, offsets: npt.NDArray[np.uint64]) -> None:
+        """Whether readers find the records where they are; offsets in the index may be stale if readers notice."""
+        try:
+            taken, _ = FileStore(self.path).extents(np.arange(self.meta.num_records))
+        except StoreDamagedError as error:
+            if self.findings.num_damage == self.num_before:  # else it is a consequence of what is listed
+                self.findings.add(str(error))
+            return
+        for record in np.flatnonzero((offsets != 0) & (taken != offsets)).tolist():
+            self._record_damaged(record, f"lies at {offsets[record]}, readers take what lies at {taken[record]}")
+        written = self.columns["file_offset"]
+        num_stale = np.count_nonzero((written != 0) & (written != taken))
+        if num_stale:
+            self.findings.notes.append(
+                f"{self.path}: {num_stale:,} file offsets are stale, as in a compacted copy; readers look them up"
+            )
+
+    def _check_records(self, offsets: npt.NDArray[np.uint64]) -> None:
+        """Read all records that were found and compare them with the index."""
+        total = self.meta.num_records
+        unseen = 0
+
+        def check(run: range) -> _Run:
+            return self._check_run(run, offsets)
+
+        for run in in_order(check, runs(total), num_threads=self.threads):
+            for record, what in run.damage:
+                self._record_damaged(record, what)
+            self.findings.records += run.records
+            self.findings.num_bytes += run.num_bytes
+            unseen += run.unseen
+            self._report_progress("reading", run.stop, total)
+        if unseen:
+            self.findings.notes.append(
+                f"{self.path}: {unseen:,} records were stored without a look; their kind and size are unknown"
+            )
+
+    def _check_run(self, run: range, offsets: npt.NDArray[np.uint64]) -> _Run:
+        """Runs in a thread."""
+        records = run.start + np.flatnonzero(offsets[run.start : run.stop])
+        lengths = self.columns["num_bytes"][records]
+        result = _Run(run.stop)
+        try:
+            with Values(self.path, offsets[records], lengths) as values:
+                for position, record in enumerate(records.tolist()):
+                    try:
+                        data = values.read(position)
+                    except OSError as error:
+                        result.damage.append((record, f"cannot be read: {error.strerror}"))
+                        continue
+                    result.records += 1
+                    result.num_bytes += len(data)
+                    what = self._look(record, data, result)
+                    if what is not None:
+                        result.damage.append((record, what))
+        except OSError as error:
+            result.damage.append((run.start, f"and those after it cannot be read: {error.strerror}"))
+        return result
+
+    def _look(self, record: int, data: bytes, result: _Run) -> str | None:
+        """What is wrong with a record, or None."""
+        columns = self.columns
+        if len(data) != columns["num_bytes"][record]:
+            return f"only {len(data):,} bytes could be read"
+        if zlib.crc32(data) != columns["crc32"][record]:
+            return "wrong checksum"
+        expected = tuple(int(columns[name][record]) for name in ("kind", "height", "width"))
+        if expected == (Kind.UNKNOWN, 0, 0):
+            result.unseen += 1
+        else:
+            try:
+                found = read_header(data, max_pixels=_NO_LIMIT)
+            except BadImageError as error:
+                return f"{error}, the index says {_describe(*expected)}"
+            if found != expected:
+                return f"{_describe(*found)}, the index says {_describe(*expected)}"
+        return _decoding_problem(data) if self.decode else None
+
+    def _damaged(self, what: str) -> None:
+        self.findings.add(f"{self.path}: {what}")
+
+    def _record_damaged(self, record: int, what: str) -> None:
+        name = f" ({printable(self.names[record].as_py())})" if self.names is not None else ""
+        self.findings.add(f"{self.path}: record {record}{name}: {what}")
+
+    def _report_progress(self, phase: str, done: int, total: int) -> None:
+        if self.show is not None:
+            self.show(Progress(f"{phase} of {self.path.name}", done, total, self.findings.num_bytes))
+
+
+class _Run:
+    """What some consecutive records gave."""
+
+    def __init__(self, stop: int) -> None:
+        self.stop = stop
+        self.damage: list[tuple[int, str]] = []
+        self.records = 0
+        self.num_bytes = 0
+        self.unseen = 0
+
+
+class PayloadCheck:
+    """The check of a store without checksums: each record can be read."""
+
+    def __init__(self, store: Store, findings: Findings, *, decode: bool, threads: int, show: Show | None) -> None:
+        self.store, self.findings, self.decode, self.threads, self.show = store, findings, decode, threads, show
+
+    def run(self) -> None:
+        """Read every record, and decode it if that is asked for."""
+        self.findings.notes.append(f"{self.store.path}: has no checksums; checked that each record can be read")
+        total = len(self.store)
+        for run in in_order(self._check_run, runs(total), num_threads=self.threads):
+            for _, line in run.damage:
+                self.findings.add(line)
+            self.findings.records += run.records
+            self.findings.num_bytes += run.num_bytes
+            if self.show is not None:
+                phase = f"reading of {self.store.path.name}"
+                self.show(Progress(phase, run.stop, total, self.findings.num_bytes))
+
+    def _check_run(self, run: range) -> _Run:
+        """Runs in a thread."""
+        result = _Run(run.stop)
+        for record in run:
+            try:
+                data = read_one(self.store, record)
+            except DaliLmdbError as error:
+                result.damage.append((record, str(error)))
+                continue
+            result.records += 1
+            result.num_bytes += len(data)
+            what = _decoding_problem(data) if self.decode else None
+            if what is not None:
+                result.damage.append((record, f"{self.store.where(record)}: {what}"))
+        return result
+
+
+def _decoding_problem(data: bytes) -> str | None:
+    try:
+        check_decodes(data)
+    except BadImageError as error:
+        return str(error)
+    return None
+
+
+def _describe(kind: int, height: int, width: int) -> str:
+    known = {kind.value: kind.name for kind in Kind}
+    return f"{known.get(kind, f'kind {kind}')}, {width} x {height} pixels"

@@ -1,0 +1,151 @@
+"""What is in a store, from its index alone: no record is read."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dali_lmdb.inspect.records import parts_of
+from dali_lmdb.store import Change, FileStore, Kind, Store, open_store
+from dali_lmdb.store.classic import database_file
+
+__all__ = ["Decoders", "Shard", "Spread", "StoreInfo", "info"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """Smallest, middle and largest of some numbers."""
+
+    min: int
+    median: float
+    max: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoders:
+    """How many records which decoder takes."""
+
+    gpu: int
+    """nvJPEG, with CUDA or in hardware."""
+    cpu: int
+    """A decoder on the CPU only: PNG, WebP, rare kinds of JPEG ..."""
+    none: int
+    """Nothing is known to, or the converter did not look."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One file of a store."""
+
+    path: str
+    records: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreInfo:
+    """What ``info`` found."""
+
+    store: str
+    format: int | None
+    """Version of the store's format; None for a classic database."""
+    records: int
+    classes: int
+    class_records: dict[str, int]
+    """Number of records of each class, in label order."""
+    per_class: Spread | None
+    """Of the records per class; None without classes. The other spreads are None without records."""
+    height: Spread | None
+    """As stored, in pixels."""
+    width: Spread | None
+    kinds: dict[str, int]
+    """Number of records of each kind that occurs, most frequent first; names of ``store.Kind``."""
+    decoders: Decoders
+    not_looked_at: int
+    """Records stored without a look at them (``--check none``): kind and size are unknown."""
+    transcoded: int
+    """Records that the converter re-encoded for the GPU."""
+    resized: int
+    """Records that the converter shrank."""
+    num_bytes: int
+    """Of all records."""
+    record_bytes: Spread | None
+    file_bytes: int
+    """Of the store's files."""
+    fingerprint: str
+    made: dict[str, Any]
+    """By what, when, from which source and with which settings."""
+    shards: tuple[Shard, ...]
+    """The files, if there are several."""
+
+
+def info(path: str | os.PathLike[str]) -> StoreInfo:
+    """Describe a store.
+
+    Raises:
+        StoreNotFoundError, StoreFormatError, StoreDamagedError: see ``dali_lmdb.errors``.
+    """
+    with open_store(path) as store:
+        parts = [part.store for part in parts_of(store)]
+        heights, widths = store.column("height"), store.column("width")
+        kinds = store.column("kind")
+        changes = store.column("change")
+        num_bytes = store.column("num_bytes")
+        unseen = (kinds == Kind.UNKNOWN) & (heights == 0) & (widths == 0)
+        class_records = _class_records(store)
+        first = parts[0] if parts else None
+        return StoreInfo(
+            store=str(path),
+            format=first.meta.format if isinstance(first, FileStore) else None,
+            records=len(store),
+            classes=len(store.classes),
+            class_records=dict(zip(store.classes, class_records.tolist(), strict=True)),
+            per_class=_spread(class_records),
+            height=_spread(heights[~unseen]),
+            width=_spread(widths[~unseen]),
+            kinds=_kinds(kinds),
+            decoders=_decoders(kinds),
+            not_looked_at=int(unseen.sum()),
+            transcoded=int(np.count_nonzero(changes & Change.TRANSCODED)),
+            resized=int(np.count_nonzero(changes & Change.RESIZED)),
+            num_bytes=int(num_bytes.sum(dtype=np.int64)),
+            record_bytes=_spread(num_bytes),
+            file_bytes=sum(_file_bytes(part) for part in parts),
+            fingerprint=store.fingerprint,
+            made=first.meta.made if isinstance(first, FileStore) else {},
+            shards=tuple(Shard(path=str(part.path), records=len(part)) for part in parts)
+            if len(parts) > 1
+            else (),
+        )
+
+
+def _class_records(store: Store) -> npt.NDArray[np.int64]:
+    labels, num_classes = store.labels, len(store.classes)
+    inside = labels[(labels >= 0) & (labels < num_classes)]  # `verify` tells of others
+    return np.bincount(inside, minlength=num_classes)
+
+
+def _spread(values: npt.NDArray[Any]) -> Spread | None:
+    if not len(values):
+        return None
+    return Spread(min=int(values.min()), median=float(np.median(values)), max=int(values.max()))
+
+
+def _kinds(kinds: npt.NDArray[np.uint8]) -> dict[str, int]:
+    counts = np.bincount(kinds, minlength=max(Kind) + 1)
+    known = {kind.value: kind.name for kind in Kind}
+    present = sorted(np.flatnonzero(counts).tolist(), key=lambda kind: (-counts[kind], kind))
+    return {known.get(kind, f"kind {kind}"): int(counts[kind]) for kind in present}
+
+
+def _decoders(kinds: npt.NDArray[np.uint8]) -> Decoders:
+    gpu = int(np.isin(kinds, [kind for kind in Kind if kind.decodes_on_gpu]).sum())
+    known = int(np.isin(kinds, [kind for kind in Kind if kind != Kind.UNKNOWN]).sum())
+    return Decoders(gpu=gpu, cpu=known - gpu, none=len(kinds) - known)
+
+
+def _file_bytes(part: Store) -> int:
+    return database_file(part.path).stat().st_size

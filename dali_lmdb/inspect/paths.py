@@ -1,0 +1,106 @@
+"""Where a store's records go as files in a folder, whatever their names say."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dali_lmdb.errors import ConversionError, RecordError
+from dali_lmdb.inspect.records import names_of, repeated
+from dali_lmdb.store import Store
+
+__all__ = ["record_paths", "tells_case_apart"]
+
+_USE_TAR = "export it with --tar, which does without names"
+_AT_ONCE = 1 << 16  # names that are Python strings at a time
+
+
+def record_paths(store: Store, *, fold_case: bool) -> pa.ChunkedArray:
+    """Where each record goes inside a folder: its name, below its class's folder if the name does not begin so.
+
+    Args:
+        fold_case: whether names that differ in case only are the same file.
+
+    Returns:
+        Strings, as many as records; all of them relative, without ``..``, and different.
+
+    Raises:
+        RecordError: a name cannot be such a path, or two records would be the same file.
+        ConversionError: a class name cannot be a folder's.
+    """
+    classes = store.classes
+    for name in classes:
+        if "/" in name or _path_problem(name):
+            raise ConversionError(f"{store.path}: class {name!r} cannot be a folder's name; {_USE_TAR}")
+    names, chunks = names_of(store), []
+    for start in range(0, len(store), _AT_ONCE):
+        run = range(start, min(start + _AT_ONCE, len(store)))
+        paths = []
+        labels = store.gather("label", np.arange(run.start, run.stop)).tolist()
+        for record, label, name in zip(run, labels, names[run.start : run.stop].to_pylist(), strict=True):
+            problem = _path_problem(name)
+            if problem:
+                raise RecordError(f"{store.path}: record {record}: its name {name!r} {problem}; {_USE_TAR}")
+            paths.append(name if name.startswith(classes[label] + "/") else f"{classes[label]}/{name}")
+        chunks.append(pa.array(paths, pa.large_string()))
+    paths = pa.chunked_array(chunks, pa.large_string())
+    _check_different(store, paths, fold_case=fold_case)
+    return paths
+
+
+def _path_problem(name: str) -> str | None:
+    """Why a name cannot be a path inside a folder, or None."""
+    if name.startswith("/"):
+        return "is absolute"
+    if "\0" in name:
+        return "has a NUL"
+    if ".." in name.split("/"):
+        return "leaves the folder"
+    if "" in name.split("/") or "." in name.split("/"):
+        return "is not a plain path"
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return "is not Unicode text"
+    return None
+
+
+def _check_different(store: Store, paths: pa.ChunkedArray, *, fold_case: bool) -> None:
+    """Refuse two records that would be one file, and a file that would be a folder."""
+    folders = set(store.classes)
+    for chunk in paths.chunks:
+        for parent in {path.rpartition("/")[0] for path in chunk.to_pylist()} - folders:
+            folders |= {parent, *(str(above) for above in PurePosixPath(parent).parents)}
+    if fold_case:
+        folded: dict[str, str] = {}
+        for folder in sorted(folders):
+            other = folded.setdefault(folder.lower(), folder)
+            if other != folder:
+                raise ConversionError(
+                    f"{store.path}: folders {other!r} and {folder!r} are one on this file system; {_USE_TAR}"
+                )
+        folders, paths = set(folded), pc.utf8_lower(paths)
+    for record, earlier in repeated(paths):
+        raise RecordError(
+            f"{store.path}: record {record}: its name {paths[record].as_py()!r} is that of record {earlier} too; "
+            f"{_USE_TAR}"
+        )
+    is_folder = pc.is_in(paths, value_set=pa.array(sorted(folders), pa.large_string())).to_numpy()
+    for record in np.flatnonzero(is_folder).tolist():
+        raise RecordError(
+            f"{store.path}: record {record}: its name {paths[record].as_py()!r} is a folder too; {_USE_TAR}"
+        )
+
+
+def tells_case_apart(folder: Path) -> bool:
+    """Whether a file system has different files for ``a`` and ``A``."""
+    probe = folder / "case"
+    probe.touch()
+    try:
+        return not (folder / "CASE").exists()
+    finally:
+        probe.unlink()

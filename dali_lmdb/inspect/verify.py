@@ -1,0 +1,117 @@
+"""Whether a store is what its converter wrote: every checksum, key and column."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from dali_lmdb.errors import StoreDamagedError
+from dali_lmdb.inspect.checks import FileCheck, Findings, PayloadCheck, Show
+from dali_lmdb.inspect.records import default_threads
+from dali_lmdb.store import layout, open_store
+from dali_lmdb.store.pages import PageFile
+from dali_lmdb.store.shards import shard_files
+
+__all__ = ["Verification", "verify"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """What ``verify`` found."""
+
+    store: str
+    records: int
+    """Records whose bytes were read."""
+    num_bytes: int
+    """Of these records."""
+    seconds: float
+    decoded: bool
+    """Whether each record was decoded too."""
+    damage: tuple[str, ...]
+    """A line each, ``STORE: record 41 (name): what``; at most ``checks.MAX_LISTED``."""
+    num_damage: int
+    """All lines, those not listed too."""
+    notes: tuple[str, ...]
+    """What is not damage but worth knowing, a line each."""
+
+    @property
+    def clean(self) -> bool:
+        return self.num_damage == 0
+
+
+def verify(
+    path: str | os.PathLike[str],
+    *,
+    decode: bool = False,
+    num_threads: int | None = None,
+    progress: Show | None = None,
+) -> Verification:
+    """Check a store from end to end; damage is listed, not raised.
+
+    Checked are the B-tree, the checksums of index, names and records, that keys are 0, 1, 2 ..., that lengths,
+    sizes and kinds in the index are those of the records, labels, names and the fingerprint. Of a classic
+    database, which has no checksums, only that each record can be read.
+
+    Args:
+        path: a store.
+        decode: decode each record too.
+        num_threads: by default the cores this process may use, at least 4.
+        progress: called from time to time.
+
+    Raises:
+        StoreNotFoundError, StoreFormatError: there is no store that could be checked.
+    """
+    begin = time.perf_counter()
+    findings = Findings()
+    threads = default_threads(num_threads)
+    with warnings.catch_warnings():
+        # What was stored passed the converter's limit of pixels; Pillow's warning says nothing new.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        # Also about damaged metadata in images, which libtiff and others warn of.
+        warnings.simplefilter("ignore", UserWarning)
+        for check in _checks(Path(path), findings, decode=decode, threads=threads, show=progress):
+            check.run()
+    return Verification(
+        store=str(path),
+        records=findings.records,
+        num_bytes=findings.num_bytes,
+        seconds=time.perf_counter() - begin,
+        decoded=decode,
+        damage=tuple(findings.damage),
+        num_damage=findings.num_damage,
+        notes=tuple(findings.notes),
+    )
+
+
+def _checks(path: Path, findings: Findings, **options: Any) -> Iterator[FileCheck | PayloadCheck]:
+    """One check for each file. Files are not opened as a store first where damage may prevent that."""
+    files = shard_files(path)
+    if files:
+        # Damage shows in the checks; a set that is not whole cannot be checked.
+        with contextlib.suppress(StoreDamagedError):
+            open_store(path)
+    elif path.is_file() and _has_meta(path):
+        files = [path]
+    if files:
+        yield from (FileCheck(file, findings, **options) for file in files)
+        return
+    try:
+        yield PayloadCheck(open_store(path), findings, **options)
+    except StoreDamagedError as error:
+        findings.add(str(error))
+
+
+def _has_meta(path: Path) -> bool:
+    """Whether a file is a store of ours, as far as its damage lets see."""
+    try:
+        return PageFile(path).find(layout.META_KEY) is not None
+    except StoreDamagedError:
+        return True
