@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "errors": set(),
     "store": {"errors"},
     "convert": {"errors", "store"},
+    "inspect": {"errors", "store", "convert"},
     "plan": {"errors", "store"},
     "loaders": {"errors", "store", "plan"},
     "train": {"errors", "store", "plan", "loaders"},
@@ -126,7 +127,9 @@ def commands():
 
 
 def test_group_has_the_commands():
-    assert {("convert",), ("train",), ("compare",)} <= {words for words, _ in commands()}
+    assert {("convert",), ("train",), ("compare",), ("info",), ("verify",), ("export",)} <= {
+        words for words, _ in commands()
+    }
 
 
 def test_every_command_says_what_it_does():
@@ -189,7 +192,7 @@ def test_requirements_have_no_upper_end():
     setup.read(ROOT / "setup.cfg", encoding="utf-8")
     lines = [setup["options"]["install_requires"], *setup["options.extras_require"].values()]
     requirements = "\n".join(lines).split()
-    assert "torch>=2.2" in requirements
+    assert "torch>=2.3" in requirements
     assert [line for line in requirements if any(sign in line for sign in ("<", "==", "~="))] == []
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,14 +21,20 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)  # RGB in [0, 1]; what torchvision's weigh
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _CROP_TRIES = 10  # torchvision RandomResizedCrop.get_params
+_ERASE_TRIES = 10  # torchvision RandomErasing.get_params
 # Each random number of a record has a place of its own, so that a new one changes no other.
-_DRAWS_PER_TRY = 4  # area, aspect, y, x: draws 0 to 39
+_DRAWS_PER_TRY = 4  # area, aspect, y, x
+_DRAW_CROP = 0  # to 39
 _DRAW_FLIP = 40
+_DRAW_BRIGHTNESS, _DRAW_CONTRAST, _DRAW_SATURATION, _DRAW_HUE, _DRAW_GRAYSCALE, _DRAW_ERASE = range(41, 47)
+_DRAW_ERASE_WINDOW = 50  # to 89
 
-# An antialiased linear filter reaches one output pixel, that is `scale` input pixels, to each side; two more
-# keep the edge of a partial JPEG decode, where chroma is upsampled from fewer neighbours, outside.
+# A filter reaches so many output pixels to each side; an antialiased one so many times `scale` input pixels.
+_FILTER_RADIUS = {"nearest": 1, "linear": 1, "cubic": 2, "lanczos": 3}
+# Two more pixels keep the edge of a partial JPEG decode, where chroma has fewer neighbours, out of the picture.
 _FILTER_MARGIN = 2
 
+Interpolation = Literal["nearest", "linear", "cubic", "lanczos"]
 Ints = npt.NDArray[np.int32]
 Reals = npt.NDArray[np.float32]
 
@@ -50,6 +56,43 @@ class Augmentation(NamedTuple):
     """Lower right corner (y, x), exclusive, likewise."""
     mirror: Ints
     """1 to flip horizontally, else 0; int32 of shape (n,)."""
+    size: Reals
+    """Height and width of the output, in pixels, float32 of shape (n, 2); the same for all n."""
+    hue: Reals
+    """Rotation of the colour wheel, in degrees, float32 of shape (n,); 0 changes nothing."""
+    saturation: Reals
+    """Factor, float32 of shape (n,); 1 changes nothing, 0 is grey. So are the next two."""
+    brightness: Reals
+    contrast: Reals
+    erase_anchor: Reals
+    """Upper left corner (y, x) of the rectangle to erase in the output, in pixels, float32 of shape (n, 2)."""
+    erase_shape: Reals
+    """Its height and width; 0 where nothing is erased."""
+
+
+def _augmentation(
+    anchors: Ints, shapes: Ints, roi_start: Reals, roi_end: Reals, size: int, **others: npt.NDArray[Any]
+) -> Augmentation:
+    """An augmentation that changes nothing but what is given."""
+    n = len(anchors)
+    ones, zeros, corners = np.ones(n, np.float32), np.zeros(n, np.float32), np.zeros((n, 2), np.float32)
+    nothing: dict[str, npt.NDArray[Any]] = {
+        "mirror": np.zeros(n, np.int32),
+        "hue": zeros,
+        "saturation": ones,
+        "brightness": ones,
+        "contrast": ones,
+        "erase_anchor": corners,
+        "erase_shape": corners,
+    }
+    return Augmentation(
+        anchors=anchors,
+        shapes=shapes,
+        roi_start=roi_start,
+        roi_end=roi_end,
+        size=np.full((n, 2), size, np.float32),
+        **(nothing | others),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,17 +103,34 @@ class _Output:
     """Subtracted from each channel, RGB in [0, 1]."""
     std: tuple[float, float, float] = IMAGENET_STD
     """Then divides each channel, RGB in [0, 1]."""
+    interpolation: Interpolation = "linear"
+    """Of the resizing, always antialiased; ``"linear"`` is torchvision's bilinear."""
 
     def __post_init__(self) -> None:
         if self.size < 1:
             raise ValueError(f"size is {self.size}, expected at least 1 pixel")
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise ValueError(f"mean {self.mean}, std {self.std}: expected three numbers each, std above 0")
+        if self.interpolation not in _FILTER_RADIUS:
+            raise ValueError(
+                f"interpolation is {self.interpolation!r}, expected one of {', '.join(map(repr, _FILTER_RADIUS))}"
+            )
+
+    @property
+    def changes_color(self) -> bool:
+        """Whether hue, saturation, brightness or contrast may differ from what changes nothing."""
+        return False
+
+    @property
+    def erases(self) -> bool:
+        """Whether rectangles may be erased."""
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainTransform(_Output):
-    """Random resized crop and horizontal flip, as torchvision's RandomResizedCrop and RandomHorizontalFlip.
+    """Random resized crop and horizontal flip, as torchvision's RandomResizedCrop and RandomHorizontalFlip;
+    colour jitter, grayscale and random erasing if asked for.
 
     Raises:
         ValueError: a setting is out of range.
@@ -82,20 +142,59 @@ class TrainTransform(_Output):
     """Smallest and largest width / height of a crop, before resizing."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
+    size_schedule: tuple[tuple[int, int], ...] = ()
+    """(epoch, size) pairs, epochs rising: from that epoch on, this size instead of ``size``."""
+    brightness: float = 0.0
+    """The factor is uniform in [max(0, 1 - brightness), 1 + brightness], as in torchvision's ColorJitter; so
+    are those of contrast and saturation. They are applied by one linear map, DALI's ``color_twist``: contrast
+    about mid-grey, saturation and hue in YIQ."""
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
+    """The colour wheel is turned by a uniform part of itself in [-hue, hue]; at most 0.5."""
+    grayscale: float = 0.0
+    """Probability that colour is taken away."""
+    erase: float = 0.0
+    """Probability that a rectangle is erased, as torchvision's RandomErasing does: set to the mean colour."""
+    erase_scale: tuple[float, float] = (0.02, 0.33)
+    """Smallest and largest part of the output's area that is erased."""
+    erase_ratio: tuple[float, float] = (0.3, 3.3)
+    """Smallest and largest height / width of what is erased."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.scale[0] <= self.scale[1]:
-            raise ValueError(f"scale is {self.scale}, expected 0 < smallest <= largest")
-        if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError(f"ratio is {self.ratio}, expected 0 < smallest <= largest")
-        if not 0 <= self.flip <= 1:
-            raise ValueError(f"flip is {self.flip}, expected a probability from 0 to 1")
+        for name in ("scale", "ratio", "erase_scale", "erase_ratio"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ValueError(f"{name} is {(low, high)}, expected 0 < smallest <= largest")
+        for name in ("flip", "grayscale", "erase"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a probability from 0 to 1")
+        for name in ("brightness", "contrast", "saturation"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0")
+        if not 0 <= self.hue <= 0.5:
+            raise ValueError(f"hue is {self.hue}, expected 0 to 0.5")
+        epochs = [epoch for epoch, _ in self.size_schedule]
+        if epochs != sorted(set(epochs)) or any(size < 1 for _, size in self.size_schedule):
+            raise ValueError(f"size_schedule is {self.size_schedule}, expected (epoch, size) pairs, epochs rising")
+
+    @property
+    def changes_color(self) -> bool:
+        return max(self.brightness, self.contrast, self.saturation, self.hue, self.grayscale) > 0
+
+    @property
+    def erases(self) -> bool:
+        return self.erase > 0
+
+    def size_at(self, epoch: int) -> int:
+        """Height and width of the output in an epoch, in pixels."""
+        return [self.size, *(size for first, size in self.size_schedule if first <= epoch)][-1]
 
     def augment(
         self, records: npt.NDArray[np.int64], heights: Ints, widths: Ints, *, seed: int, epoch: int
     ) -> Augmentation:
-        """Choose window and flip of some records.
+        """Choose what happens to some records.
 
         Args:
             records: record indices, int64 of shape (n,); they key the randomness.
@@ -103,10 +202,17 @@ class TrainTransform(_Output):
             seed, epoch: the run's seed and the epoch's number.
         """
         key = key_of(seed, epoch)
+        size = self.size_at(epoch)
         anchors, shapes = self._crop_windows(records, heights, widths, key)
-        mirror = (uniform(key, records, _DRAW_FLIP) < self.flip).astype(np.int32)
         roi_end = shapes.astype(np.float32)
-        return Augmentation(anchors, shapes, np.zeros_like(roi_end), roi_end, mirror)
+        others: dict[str, npt.NDArray[Any]] = {
+            "mirror": (uniform(key, records, _DRAW_FLIP) < self.flip).astype(np.int32)
+        }
+        if self.changes_color:
+            others |= self._colors(records, key)
+        if self.erases:
+            others |= self._erased(records, size, key)
+        return _augmentation(anchors, shapes, np.zeros_like(roi_end), roi_end, size, **others)
 
     def _crop_windows(
         self, records: npt.NDArray[np.int64], heights: Ints, widths: Ints, key: np.uint64
@@ -115,17 +221,13 @@ class TrainTransform(_Output):
         central window within the aspect limits."""
         anchors, shapes = self._central_windows(heights, widths)
         open_ = np.arange(len(records))
-        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
         for try_ in range(_CROP_TRIES):
             if len(open_) == 0:
                 break
             image_height, image_width = heights[open_], widths[open_]
-            area, aspect, y, x = (
-                uniform(key, records[open_], try_ * _DRAWS_PER_TRY + draw) for draw in range(_DRAWS_PER_TRY)
-            )
-            part = self.scale[0] + area * (self.scale[1] - self.scale[0])
-            target = image_height.astype(np.float64) * image_width * part
-            aspect_ratio = np.exp(low + aspect * (high - low))
+            area, aspect, y, x = _window_draws(key, records[open_], _DRAW_CROP, try_)
+            target = image_height.astype(np.float64) * image_width * _between(area, self.scale)
+            aspect_ratio = _log_between(aspect, self.ratio)
             width = np.rint(np.sqrt(target * aspect_ratio))
             height = np.rint(np.sqrt(target / aspect_ratio))
             fits = (0 < width) & (width <= image_width) & (0 < height) & (height <= image_height)
@@ -146,6 +248,54 @@ class TrainTransform(_Output):
         shapes = np.stack([height, width], axis=1).astype(np.int32)
         anchors = (np.stack([heights, widths], axis=1) - shapes) // 2
         return anchors.astype(np.int32), shapes
+
+    def _colors(self, records: npt.NDArray[np.int64], key: np.uint64) -> dict[str, npt.NDArray[Any]]:
+        def factor(strength: float, draw: int) -> npt.NDArray[np.float64]:
+            return _between(uniform(key, records, draw), (max(0.0, 1 - strength), 1 + strength))
+
+        grey = uniform(key, records, _DRAW_GRAYSCALE) < self.grayscale
+        colors = {
+            "brightness": factor(self.brightness, _DRAW_BRIGHTNESS),
+            "contrast": factor(self.contrast, _DRAW_CONTRAST),
+            "saturation": np.where(grey, 0.0, factor(self.saturation, _DRAW_SATURATION)),
+            "hue": 360 * _between(uniform(key, records, _DRAW_HUE), (-self.hue, self.hue)),
+        }
+        return {name: values.astype(np.float32) for name, values in colors.items()}
+
+    def _erased(self, records: npt.NDArray[np.int64], size: int, key: np.uint64) -> dict[str, npt.NDArray[Any]]:
+        """The rule of torchvision's RandomErasing.get_params: ten tries, else nothing is erased."""
+        anchors, shapes = np.zeros((len(records), 2), np.float32), np.zeros((len(records), 2), np.float32)
+        open_ = np.flatnonzero(uniform(key, records, _DRAW_ERASE) < self.erase)
+        for try_ in range(_ERASE_TRIES):
+            if len(open_) == 0:
+                break
+            area, aspect, y, x = _window_draws(key, records[open_], _DRAW_ERASE_WINDOW, try_)
+            target = size * size * _between(area, self.erase_scale)
+            aspect_ratio = _log_between(aspect, self.erase_ratio)
+            height = np.rint(np.sqrt(target * aspect_ratio))
+            width = np.rint(np.sqrt(target / aspect_ratio))
+            fits = (height < size) & (width < size)
+            corner = np.stack([np.floor(y * (size - height + 1)), np.floor(x * (size - width + 1))], axis=1)
+            anchors[open_[fits]] = corner[fits]
+            shapes[open_[fits]] = np.stack([height, width], axis=1)[fits]
+            open_ = open_[~fits]
+        return {"erase_anchor": anchors, "erase_shape": shapes}
+
+
+def _window_draws(
+    key: np.uint64, records: npt.NDArray[np.int64], first_draw: int, try_: int
+) -> list[npt.NDArray[np.float64]]:
+    """A try's numbers for area, aspect, y and x, each uniform in [0, 1) and of shape (n,)."""
+    first = first_draw + try_ * _DRAWS_PER_TRY
+    return [uniform(key, records, first + draw) for draw in range(_DRAWS_PER_TRY)]
+
+
+def _between(part: npt.NDArray[np.float64], limits: tuple[float, float]) -> npt.NDArray[np.float64]:
+    return limits[0] + part * (limits[1] - limits[0])
+
+
+def _log_between(part: npt.NDArray[np.float64], limits: tuple[float, float]) -> npt.NDArray[np.float64]:
+    return np.exp(_between(part, (math.log(limits[0]), math.log(limits[1]))))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,15 +331,15 @@ class EvalTransform(_Output):
         crop = np.rint((resized - self.size) / 2)
         scale = image / np.maximum(resized, 1)
         start, end = crop * scale, (crop + self.size) * scale
-        margin = np.ceil(np.maximum(scale, 1)) + _FILTER_MARGIN
+        margin = np.ceil(_FILTER_RADIUS[self.interpolation] * np.maximum(scale, 1)) + _FILTER_MARGIN
         anchors = np.clip(np.floor(start) - margin, 0, image)
         stops = np.clip(np.ceil(end) + margin, 0, image)
-        return Augmentation(
+        return _augmentation(
             anchors.astype(np.int32),
             (stops - anchors).astype(np.int32),
             (start - anchors).astype(np.float32),
             (end - anchors).astype(np.float32),
-            np.zeros(len(records), dtype=np.int32),
+            self.size,
         )
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from dali_lmdb.plan.augment import Augmentation, Transform
-from dali_lmdb.plan.order import Shuffle, StepPlan, epoch_order
+from dali_lmdb.plan.order import StepPlan
+from dali_lmdb.plan.sampling import Sampling
 from dali_lmdb.store import Store
 
 __all__ = ["BatchPlan", "Planner"]
@@ -39,15 +40,15 @@ class Planner:
         store: where labels and sizes come from.
         transform: how images are augmented.
         steps: how positions are dealt to ranks.
-        seed: of order and augmentation.
-        shuffle: see ``epoch_order``.
+        sampling: which record stands at which position.
+        seed: of the augmentation.
     """
 
     def __init__(
-        self, store: Store, *, transform: Transform, steps: StepPlan, seed: int, shuffle: Shuffle
+        self, store: Store, *, transform: Transform, steps: StepPlan, sampling: Sampling, seed: int
     ) -> None:
         self.store, self.transform, self.steps = store, transform, steps
-        self.seed, self.shuffle = seed, shuffle
+        self.sampling, self.seed = sampling, seed
         self._ready: dict[tuple[int, int], npt.NDArray[np.int64]] = {}
 
     def plan(self, epoch: int, start: int) -> BatchPlan | None:
@@ -62,6 +63,27 @@ class Planner:
         while (plan := self.plan(epoch, start)) is not None:
             yield plan
             start = plan.end
+
+    def plans_from(self, epoch: int, start: int) -> Iterator[BatchPlan]:
+        """Steps from a place on, without end: the next epoch follows. There must be one at the place itself.
+
+        Where a whole epoch has none for this rank, the last one comes again and again, as if of later epochs.
+        """
+        plan = None
+        while plan is None or self.steps.num_steps():
+            for plan in self.plans(epoch, start):
+                yield plan
+            assert plan is not None, "a loader without steps must not ask for a batch"
+            epoch, start = epoch + 1, 0
+        while True:
+            plan = replace(plan, epoch=plan.epoch + 1)
+            yield plan
+
+    def following(self, plan: BatchPlan) -> Iterator[int]:
+        """The records that follow a step in its epoch's order, then those from the epoch's beginning."""
+        count = self.steps.num_positions
+        for offset in range(count):
+            yield int(self.sampling.records(np.array([(plan.end + offset) % count]), epoch=plan.epoch)[0])
 
     def augment(self, plan: BatchPlan) -> Augmentation:
         """How the plan's images are augmented, from the sizes in the store's index."""
@@ -88,8 +110,7 @@ class Planner:
             start = self.steps.end_of_step(start)
         if not positions:
             return {}
-        order = epoch_order(self.steps.num_positions, seed=self.seed, epoch=epoch, shuffle=self.shuffle)
-        records = order(np.concatenate(list(positions.values())))
+        records = self.sampling.records(np.concatenate(list(positions.values())), epoch=epoch)
         bounds = np.cumsum([len(part) for part in positions.values()])[:-1]
         parts = np.split(records, bounds)
         return {(epoch, start): part for start, part in zip(positions, parts, strict=True)}

@@ -33,18 +33,18 @@ _TOP_BIT = np.uint64(63)
 
 
 def _permute(
-    positions: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64], keys: npt.NDArray[np.uint64]
+    positions: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64], keys: npt.NDArray[np.uint64], *, largest: int
 ) -> npt.NDArray[np.int64]:
     """Where each position goes under a keyed bijection on [0, size): the swap-or-not shuffle.
 
     Args:
         positions: int64 of shape (n,), each in [0, size).
         sizes, keys: int64 and uint64, of shape (n,) or (1,): the domain and key of each position.
+        largest: of all sizes of the epoch, whatever this call asks for; it decides the number of rounds.
 
     Every round pairs x with (k - x) mod size and swaps the two on the toss of a coin that depends on
     the larger of them, so each round, and the whole, is a bijection for any size.
     """
-    largest = int(sizes.max(initial=1))
     x = positions.astype(np.int64)
     for round_ in range(max(_MIN_ROUNDS, _ROUNDS_PER_BIT * largest.bit_length())):
         round_keys = mix(keys + np.uint64(round_))
@@ -77,7 +77,7 @@ class EpochOrder:
             return positions.astype(np.int64)
         key = key_of(self.seed, self.epoch)
         if self.shuffle == "full":
-            return _permute(positions, np.array([self.num_records]), np.array([key]))
+            return _permute(positions, np.array([self.num_records]), np.array([key]), largest=self.num_records)
         return self._block_records(positions, key)
 
     def _block_records(self, positions: npt.NDArray[np.int64], key: np.uint64) -> npt.NDArray[np.int64]:
@@ -88,14 +88,16 @@ class EpochOrder:
         starts = windows * window_records
         sizes = np.minimum(window_records, self.num_records - starts)
         window_keys = mix(windows.astype(np.uint64) ^ key)
-        slots = starts + _permute(positions - starts, sizes, window_keys)
+        slots = starts + _permute(positions - starts, sizes, window_keys, largest=window_records)
         blocks, inside = slots // BLOCK_RECORDS, slots % BLOCK_RECORDS
         whole_blocks = self.num_records // BLOCK_RECORDS
         movable = blocks < whole_blocks
         if whole_blocks:
             # Another key than the windows': theirs hash window numbers, which are small.
             block_key = np.array([~key])
-            moved = _permute(np.where(movable, blocks, 0), np.array([whole_blocks]), block_key)
+            moved = _permute(
+                np.where(movable, blocks, 0), np.array([whole_blocks]), block_key, largest=whole_blocks
+            )
             blocks = np.where(movable, moved, blocks)
         return blocks * BLOCK_RECORDS + inside
 

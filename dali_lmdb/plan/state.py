@@ -10,7 +10,7 @@ from dali_lmdb.errors import StateError
 
 __all__ = ["LoaderState"]
 
-_MUST_AGREE = ("fingerprint", "num_records", "seed", "shuffle")
+_MUST_AGREE = ("fingerprint", "num_positions", "seed", "order")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,9 +21,12 @@ class LoaderState:
     epoch: int
     position: int
     """Positions of the epoch consumed, over all ranks."""
-    shuffle: str
+    order: str
+    """What decides the order, as ``Sampling.identity``."""
     fingerprint: str
-    num_records: int
+    """Of the store."""
+    num_positions: int
+    """Of an epoch."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for a checkpoint."""
@@ -36,11 +39,13 @@ class LoaderState:
         Raises:
             StateError: not such a dictionary.
         """
-        names = {field.name for field in fields(cls)}
-        if set(values) != names:
+        types = {"str": str, "int": int}
+        expected = {field.name: types[str(field.type)] for field in fields(cls)}
+        found = {name: type(value) for name, value in values.items()} if isinstance(values, Mapping) else values
+        if found != expected:
             raise StateError(
-                f"loader state: has {sorted(values)}, expected {sorted(names)}; "
-                "it was not made by this version's state_dict()"
+                f"loader state: {values!r}, expected a dictionary with {', '.join(expected)}; "
+                "give what state_dict() of this version returned"
             )
         return cls(**values)
 
@@ -60,5 +65,8 @@ class LoaderState:
                 f"{where}: the state was saved with {', '.join(differences)}; "
                 "resume with the same data set and settings, or start anew"
             )
-        if not 0 <= self.position <= self.num_records:
-            raise StateError(f"{where}: the state's position is {self.position}, expected 0 to {self.num_records}")
+        if not 0 <= self.position <= self.num_positions or self.epoch < 0:
+            raise StateError(
+                f"{where}: the state is at epoch {self.epoch}, position {self.position}, expected an epoch from 0 "
+                f"and a position from 0 to {self.num_positions}; it was altered"
+            )

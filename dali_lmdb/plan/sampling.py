@@ -1,0 +1,155 @@
+"""What stands at the positions of an epoch: every record once, or what a sampler, a list or weights say."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from dali_lmdb.plan.order import Shuffle, epoch_order
+from dali_lmdb.plan.random import key_of, uniform
+
+__all__ = ["AllRecords", "Listed", "Sampled", "Sampling", "Weighted", "sampling_of"]
+
+_WEIGHTS_KEY = 1  # besides seed and epoch, so that drawing by weight and augmenting do not share numbers
+
+
+class Sampling(Protocol):
+    """The records of an epoch, by position."""
+
+    @property
+    def num_positions(self) -> int:
+        """Positions of an epoch."""
+
+    @property
+    def identity(self) -> str:
+        """What must be the same for a saved state to fit."""
+
+    def records(self, positions: npt.NDArray[np.int64], *, epoch: int) -> npt.NDArray[np.int64]:
+        """Records at some positions: int64 of the same shape (n,)."""
+
+
+class AllRecords:
+    """Every record once, in the order of ``epoch_order``."""
+
+    def __init__(self, num_records: int, *, seed: int, shuffle: Shuffle) -> None:
+        self.num_positions, self.identity = num_records, str(shuffle)
+        self._seed, self._shuffle = seed, shuffle
+        self._order(0)  # checks the arguments
+
+    def records(self, positions: npt.NDArray[np.int64], *, epoch: int) -> npt.NDArray[np.int64]:
+        return self._order(epoch)(positions)
+
+    def _order(self, epoch: int) -> Any:
+        return epoch_order(self.num_positions, seed=self._seed, epoch=epoch, shuffle=self._shuffle)
+
+
+class Listed:
+    """The listed records, as listed or shuffled anew in every epoch."""
+
+    def __init__(self, indices: npt.NDArray[np.int64], *, seed: int, shuffle: Shuffle) -> None:
+        self._indices = indices
+        self._places = AllRecords(len(indices), seed=seed, shuffle=shuffle)
+        self.num_positions = len(indices)
+        self.identity = f"{shuffle}, {len(indices)} listed, {_digest(indices)}"
+
+    def records(self, positions: npt.NDArray[np.int64], *, epoch: int) -> npt.NDArray[np.int64]:
+        return self._indices[self._places.records(positions, epoch=epoch)]
+
+
+class Weighted:
+    """As many draws as there are records, with replacement; a record's chance is proportional to its weight."""
+
+    def __init__(self, weights: npt.NDArray[np.float64], *, seed: int) -> None:
+        self._cumulative, self._seed = np.cumsum(weights), seed
+        self.num_positions = len(weights)
+        self.identity = f"weights {_digest(weights)}"
+
+    def records(self, positions: npt.NDArray[np.int64], *, epoch: int) -> npt.NDArray[np.int64]:
+        drawn = uniform(key_of(self._seed, epoch, _WEIGHTS_KEY), positions, 0) * self._cumulative[-1]
+        return np.searchsorted(self._cumulative, drawn, side="right").astype(np.int64)
+
+
+class Sampled:
+    """What a PyTorch ``Sampler`` gives; its ``set_epoch`` is called where it has one.
+
+    It must give the same on every rank and again after a resume, so seed its generator by the epoch.
+    """
+
+    def __init__(self, sampler: Any, *, num_records: int) -> None:
+        self._sampler, self._num_records = sampler, num_records
+        self.num_positions = len(sampler)
+        self.identity = f"sampler {type(sampler).__name__}"
+        self._epoch: int | None = None
+        self._listed = np.empty(0, dtype=np.int64)
+
+    def records(self, positions: npt.NDArray[np.int64], *, epoch: int) -> npt.NDArray[np.int64]:
+        if epoch != self._epoch:
+            if hasattr(self._sampler, "set_epoch"):
+                self._sampler.set_epoch(epoch)
+            self._listed = _checked_indices(self._sampler, self._num_records)
+            if len(self._listed) != self.num_positions:
+                raise ValueError(
+                    f"sampler gave {len(self._listed)} indices in epoch {epoch}, its len() is {self.num_positions}"
+                )
+            self._epoch = epoch
+        return self._listed[positions]
+
+
+def sampling_of(
+    num_records: int,
+    *,
+    sampler: Iterable[int] | None,
+    weights: Sequence[float] | npt.NDArray[np.float64] | None,
+    seed: int,
+    shuffle: Shuffle | None,
+    default_shuffle: Shuffle,
+) -> Sampling:
+    """The sampling that a loader's arguments ask for.
+
+    Args:
+        num_records: records of the store.
+        sampler: a PyTorch ``Sampler``, or a sequence or array of record indices.
+        weights: one for each record.
+        shuffle: for all records or a sequence; None means ``default_shuffle`` for the first, ``"none"`` for the
+            second.
+
+    Raises:
+        ValueError: an index or weight is out of range, or two of the arguments exclude each other.
+    """
+    if sampler is not None and weights is not None:
+        raise ValueError("sampler and weights are both given; choose one")
+    if sampler is None and weights is None:
+        return AllRecords(num_records, seed=seed, shuffle=shuffle or default_shuffle)
+    if isinstance(sampler, (Sequence, np.ndarray)):
+        indices = _checked_indices(sampler, num_records)
+        return Listed(indices, seed=seed, shuffle=shuffle or "none")
+    if shuffle is not None:
+        given = "sampler" if weights is None else "weights"
+        raise ValueError(f"shuffle is {shuffle!r}, but {given} decides the order; leave shuffle out")
+    if weights is None:
+        return Sampled(sampler, num_records=num_records)
+    array = np.asarray(weights, dtype=np.float64)
+    if array.shape != (num_records,) or not (np.isfinite(array).all() and (array >= 0).all() and array.sum() > 0):
+        raise ValueError(
+            f"weights of shape {array.shape}, expected {num_records} finite numbers of at least 0, one above 0"
+        )
+    return Weighted(array, seed=seed)
+
+
+def _checked_indices(indices: Iterable[int], num_records: int) -> npt.NDArray[np.int64]:
+    array = np.asarray(indices if isinstance(indices, (Sequence, np.ndarray)) else list(indices))
+    if array.ndim != 1 or (len(array) and array.dtype.kind not in "iu"):
+        raise ValueError(f"sampler gives {array.dtype} of shape {array.shape}, expected integers of shape (n,)")
+    array = array.astype(np.int64)
+    wrong = array[(array < 0) | (array >= num_records)]
+    if len(wrong):
+        raise ValueError(f"sampler gives record {wrong[0]}, expected 0 to {num_records - 1}")
+    return array
+
+
+def _digest(array: npt.NDArray[Any]) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:16]

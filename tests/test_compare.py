@@ -1,0 +1,283 @@
+import json
+import multiprocessing
+import pickle
+import re
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+from dali_lmdb.compare import CompareSettings, compare_throughput
+from dali_lmdb.compare.__main__ import main
+from dali_lmdb.compare.repeat import RepeatedStore
+from dali_lmdb.compare.throughput import _open_loader, _window
+from dali_lmdb.convert import ConvertSettings, convert
+from dali_lmdb.errors import DeviceError, RecordError, SourceError, StoreNotFoundError
+from dali_lmdb.loaders.torch import open_data
+from dali_lmdb.store import open_store
+
+NUM_CLASSES, PER_CLASS = 2, 5
+QUICK = CompareSettings(batch_size=4, rounds=2, seconds=0.05, workers=1, size=16, device="cpu")
+
+
+def make_folder(path, *, per_class=PER_CLASS):
+    """Record i is an image of grey level 20 i."""
+    for label in range(NUM_CLASSES):
+        folder = path / f"class{label}"
+        folder.mkdir(parents=True)
+        for number in range(per_class):
+            grey = 20 * (label * per_class + number)
+            Image.new("RGB", (40, 30), (grey,) * 3).save(folder / f"{number}.jpg")
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("images") / "train")
+
+
+@pytest.fixture(scope="module")
+def store(folder, tmp_path_factory):
+    target = tmp_path_factory.mktemp("stores") / "train.lmdb"
+    convert(folder, target)
+    return target
+
+
+def settings(**overrides):
+    return CompareSettings(**{**vars(QUICK), **overrides})
+
+
+def test_every_backend_is_measured_in_every_round(store, folder):
+    result = compare_throughput(store, images=folder, settings=QUICK)
+    assert [found.backend for found in result.measurements] == ["files", "torch", "dali"]
+    for found in result.measurements:
+        assert len(found.rounds) == len(found.ratios) == 2
+        assert min(found.rounds) > 0
+
+
+def test_without_an_image_folder_only_the_store_is_read(store):
+    result = compare_throughput(store, settings=settings(rounds=1))
+    assert [found.backend for found in result.measurements] == ["torch", "dali"]
+
+
+def test_ratio_is_the_median_of_the_ratios_inside_rounds(store):
+    seen = []
+    result = compare_throughput(store, settings=settings(rounds=3), progress=seen.append)
+    ratios = [one.images_per_s["dali"] / one.images_per_s["torch"] for one in seen[1:]]
+    measured = {found.backend: found for found in result.measurements}
+    assert measured["dali"].ratio == sorted(ratios)[1]
+    assert measured["torch"].ratio == 1
+
+
+def test_warm_up_is_reported_but_not_counted(store):
+    seen = []
+    result = compare_throughput(store, settings=QUICK, progress=seen.append)
+    assert [one.number for one in seen] == [0, 1, 2]
+    torch_rounds = result.measurements[0].rounds
+    assert torch_rounds == [one.images_per_s["torch"] for one in seen[1:]]
+
+
+def test_order_of_the_backends_is_reversed_from_round_to_round(store, folder):
+    seen = []
+    compare_throughput(store, images=folder, settings=QUICK, progress=seen.append)
+    order = ["files", "torch", "dali"]
+    assert [list(one.images_per_s) for one in seen] == [order, order[::-1], order]
+
+
+def test_workers_of_a_backend_are_gone_when_its_window_is_over(store):
+    left = []
+    compare_throughput(
+        store,
+        settings=settings(workers=2),
+        progress=lambda _: left.extend(multiprocessing.active_children()),
+    )
+    assert left == []
+
+
+@pytest.mark.parametrize("task", ["train", "eval"])
+def test_backends_of_a_round_yield_the_same_batches(store, folder, task):
+    found = []
+    for backend, data in (("files", open_data(folder)), ("torch", open_store(store)), ("dali", open_store(store))):
+        with _open_loader(backend, RepeatedStore(data, times=3), settings(task=task)) as loader:
+            loader.set_epoch(1)
+            batches = [(images.clone(), labels.clone()) for images, labels in loader]
+            assert len(batches) == 30 // 4  # full batches only
+            found.append([torch.cat(part) for part in zip(*batches, strict=True)])
+    for images, labels in found[1:]:
+        assert torch.equal(labels, found[0][1])
+        # Flat grey images: the records lie 0.35 apart after normalising, decoders differ by less than 0.05.
+        assert (images - found[0][0]).abs().max() < 0.05
+
+
+def test_batches_prefetched_before_the_window_do_not_count():
+    workers = 3
+
+    class Loader:
+        def __iter__(self):
+            for _ in range(2 * workers):  # what they have prefetched
+                yield None, range(10**15)
+            while True:
+                yield None, range(1)
+
+    assert _window(Loader(), settings(workers=workers), burst=workers) < 10**9
+
+
+def test_batch_size_is_cut_down_to_the_records_of_the_store(store):
+    result = compare_throughput(store, settings=settings(rounds=1, batch_size=500))
+    assert result.settings.batch_size == 10
+
+
+def test_settings_of_the_result_say_what_was_used(store):
+    result = compare_throughput(store, settings=settings(rounds=1, workers=None, device="auto"))
+    assert result.settings.workers >= 1
+    assert result.settings.device == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.gpu
+def test_backends_are_measured_on_the_gpu(store, folder):
+    result = compare_throughput(store, images=folder, settings=settings(device="cuda"))
+    assert result.machine["gpu"]
+    assert min(min(found.rounds) for found in result.measurements) > 0
+
+
+def test_repeated_store_is_the_store_over_and_over(store):
+    once = open_store(store)
+    twice = RepeatedStore(once, times=2)
+    assert len(twice) == 20
+    assert twice.labels.tolist() == once.labels.tolist() * 2
+    records = np.array([3, 13, 19])
+    assert twice.gather("label", records).tolist() == [0, 0, 1]
+    assert [bytes(array) for array in twice.arrays(records)] == [bytes(once.read(i)) for i in (3, 3, 9)]
+    assert twice.name(13) == once.name(3) == "class0/3.jpg"
+    [(file, offsets, lengths)] = twice.byte_ranges(records)
+    [(_, expected_offsets, _)] = once.byte_ranges(records % 10)
+    assert file == store
+    assert offsets.tolist() == expected_offsets.tolist()
+    assert lengths.tolist() == [len(array) for array in twice.arrays(records)]
+    assert twice.fingerprint != once.fingerprint
+    with pytest.raises(IndexError, match="expected 0 to 19"):
+        twice.name(20)
+
+
+def test_repeated_store_pickles_for_spawned_workers(store):
+    twice = pickle.loads(pickle.dumps(RepeatedStore(open_store(store), times=2)))
+    assert len(twice) == 20
+    assert bytes(twice.read(13)) == bytes(open_store(store).read(3))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"batch_size": 0},
+        {"rounds": 0},
+        {"size": 0},
+        {"seconds": 0},
+        {"seconds": float("nan")},
+        {"workers": 0},
+        {"device": "tpu"},
+        {"task": "predict"},
+    ],
+    ids=str,
+)
+def test_settings_out_of_range_are_refused(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}.*expected"):
+        settings(**wrong)
+
+
+def test_missing_store_is_an_error(tmp_path):
+    with pytest.raises(StoreNotFoundError):
+        compare_throughput(tmp_path / "none.lmdb", settings=QUICK)
+
+
+@pytest.mark.parametrize("name", ["missing", "file.txt", "empty"])
+def test_image_folder_that_is_none_is_an_error(store, tmp_path, name):
+    (tmp_path / "file.txt").write_text("no images")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SourceError, match=name):
+        compare_throughput(store, images=tmp_path / name, settings=QUICK)
+
+
+def test_image_folder_of_other_records_is_refused(store, tmp_path):
+    other = make_folder(tmp_path / "other", per_class=3)
+    with pytest.raises(SourceError, match="6 images of 2 classes are not the 10 records of 2 classes"):
+        compare_throughput(store, images=other, settings=QUICK)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_without_a_gpu_is_refused(store):
+    with pytest.raises(DeviceError, match="no usable GPU"):
+        compare_throughput(store, settings=settings(device="cuda"))
+
+
+def test_image_that_cannot_be_decoded_is_an_error(tmp_path):
+    images = make_folder(tmp_path / "images")
+    (images / "class1" / "4.jpg").write_bytes(b"\xff\xd8 not a JPEG")
+    convert(images, tmp_path / "bad.lmdb", settings=ConvertSettings(check="none"))
+    with pytest.raises(RecordError, match=re.escape("record 9 (class1/4.jpg)")):
+        compare_throughput(tmp_path / "bad.lmdb", settings=QUICK)
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+QUICK_OPTIONS = (
+    "--batch-size",
+    4,
+    "--rounds",
+    1,
+    "--seconds",
+    0.05,
+    "--workers",
+    1,
+    "--size",
+    16,
+    "--device",
+    "cpu",
+)
+
+
+def test_command_prints_a_table(store, folder):
+    result = run(store, "--images", folder, *QUICK_OPTIONS)
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert lines[0] == f"{store}: 10 records, 0.0 MB"
+    assert [line.split()[0] for line in lines[5:8]] == ["files", "torch", "dali"]
+    assert lines[6].split()[4:] == ["1.00", "1.00", "1.00"]
+
+
+def test_command_prints_one_json_object(store):
+    result = run(store, "--task", "eval", "--json", *QUICK_OPTIONS)
+    assert result.exit_code == 0, result.output
+    values = json.loads(result.stdout)
+    assert values["settings"] == {
+        "batch_size": 4,
+        "rounds": 1,
+        "seconds": 0.05,
+        "workers": 1,
+        "size": 16,
+        "device": "cpu",
+        "task": "eval",
+    }
+    assert list(values["backends"]) == ["torch", "dali"]
+    speed = values["backends"]["dali"]["images_per_s"]
+    assert speed["min"] == speed["median"] == speed["max"] == speed["rounds"][0]
+    torch_speed = values["backends"]["torch"]["images_per_s"]["median"]
+    assert values["backends"]["dali"]["ratio"] == pytest.approx(speed["median"] / torch_speed)
+    assert values["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert values["machine"]["cores"] >= 1
+
+
+def test_command_says_in_one_line_what_is_wrong(tmp_path):
+    result = run(tmp_path / "none.lmdb", *QUICK_OPTIONS)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith("Error: no store at ")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("wrong", [("--batch-size", 0), ("--seconds", 0), ("--task", "x"), ()])
+def test_wrong_usage_ends_with_code_2(store, wrong):
+    arguments = (store, *wrong) if wrong else ()
+    assert run(*arguments).exit_code == 2

@@ -1,0 +1,237 @@
+import re
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from nvidia.dali import types
+
+from dali_lmdb.loaders.pipeline import GraphSettings, build_pipeline, define_pipeline
+from dali_lmdb.plan.augment import IMAGENET_MEAN, IMAGENET_STD, EvalTransform, TrainTransform
+
+JITTER = TrainTransform(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, grayscale=0.2, erase=0.25)
+TRANSFORMS = {"train": TrainTransform(), "eval": EvalTransform(), "jitter": JITTER}
+
+
+def settings(device="cuda", transform="train", **changes):
+    return GraphSettings(
+        **{
+            "transform": TRANSFORMS[transform],
+            "batch_size": 64,
+            "device": device,
+            "device_id": 0 if device == "cuda" else None,
+            "num_threads": 3,
+            "prefetch_queue_depth": 2,
+            "dtype": "float16",
+            "layout": "NHWC",
+            "hw_decoder_load": 0.7,
+            "height_hint": 500,
+            "width_hint": 600,
+        }
+        | changes
+    )
+
+
+class Operator(NamedTuple):
+    name: str
+    device: str
+    inputs: list[str]
+    """``OPERATOR_NUMBER_DEVICE`` of each input, in order."""
+    outputs: list[str]
+    arguments: dict[str, str]
+
+
+def operator_of(spec):
+    """An operator from the text of its specification, all that DALI shows of it."""
+    head, inputs, outputs, arguments = re.fullmatch(
+        r"OpSpec for (\w+):\n  Inputs:\n(.*?)  Outputs:\n(.*?)  Arguments:\n(.*)", str(spec), re.DOTALL
+    ).groups()
+    values = dict(re.findall(r"^    (\w+): (.*)$", arguments, re.MULTILINE))
+    return Operator(head, values["device"], inputs.split(), outputs.split(), values)
+
+
+class Graph:
+    """The operators that a pipeline's outputs depend on."""
+
+    def __init__(self, pipeline):
+        self.outputs = list(pipeline._graph_out)
+        self.sources = {}
+        pending = [node.source for node in self.outputs]
+        while pending:
+            instance = pending.pop()
+            if instance.id in self.sources:
+                continue
+            self.sources[instance.id] = instance
+            pending += [node.source for node in instance.inputs]
+        self.operators = [operator_of(instance.spec) for instance in self.sources.values()]
+
+    def named(self, name):
+        (operator,) = [operator for operator in self.operators if operator.name == name]
+        return operator
+
+    def way_of_the_images(self):
+        """Operators from the decoder to the output, in order."""
+        way = [self.outputs[0].source]
+        while way[0].inputs:
+            way.insert(0, way[0].inputs[0].source)
+        return [operator_of(instance.spec) for instance in way]
+
+
+def graph_of(*arguments, **changes):
+    return Graph(define_pipeline(lambda info: None, settings(*arguments, **changes)))
+
+
+def numbers(text):
+    return [float(number) for number in re.findall(r"-?[\d.]+", text)]
+
+
+WAYS = {
+    "train": ["ExternalSource", "decoders__ImageSlice", "Resize", "CropMirrorNormalize"],
+    "eval": ["ExternalSource", "decoders__ImageSlice", "Resize", "CropMirrorNormalize"],
+    "jitter": [
+        "ExternalSource",
+        "decoders__ImageSlice",
+        "Resize",
+        "ColorTwist",
+        "CropMirrorNormalize",
+        "Erase",
+    ],
+}
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("transform", WAYS)
+def test_images_pass_the_same_operators_on_either_device(device, transform):
+    assert [operator.name for operator in graph_of(device, transform).way_of_the_images()] == WAYS[transform]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "uint8"])
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+@pytest.mark.parametrize("transform", WAYS)
+def test_nothing_after_the_decoder_is_on_the_cpu(transform, layout, dtype):
+    graph = graph_of("cuda", transform, layout=layout, dtype=dtype)
+    bytes_, decoder, *after = graph.way_of_the_images()
+    assert (bytes_.device, decoder.device) == ("cpu", "mixed")
+    assert {operator.device for operator in after} == {"gpu"}
+    # Besides, there are only the numbers of the plan, which the host makes.
+    others = [operator for operator in graph.operators if operator not in [decoder, *after]]
+    assert {(operator.name, operator.device) for operator in others} == {("ExternalSource", "cpu")}
+    # Pixels never come back: each operator's first input is the one before's output on the GPU.
+    for operator in after:
+        assert operator.inputs[0].endswith("_gpu")
+
+
+@pytest.mark.parametrize("transform", WAYS)
+def test_without_a_gpu_everything_is_on_the_cpu(transform):
+    graph = graph_of("cpu", transform)
+    assert {operator.device for operator in graph.operators} == {"cpu"}
+    assert {node.device for node in graph.outputs} == {"cpu"}
+
+
+def test_images_and_labels_come_out_on_the_gpu_and_record_indices_on_the_cpu():
+    assert [node.device for node in graph_of("cuda").outputs] == ["gpu", "gpu", "cpu"]
+
+
+def test_the_decoder_decodes_the_planned_window_only():
+    decoder = graph_of("cuda").named("decoders__ImageSlice")
+    assert len(decoder.inputs) == 3  # bytes, start, shape
+    assert numbers(decoder.arguments["axes"]) == [0, 1]
+    assert decoder.arguments["output_type"] == str(int(types.RGB))
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_the_decoder_leaves_exif_orientation_alone(device):
+    assert graph_of(device).named("decoders__ImageSlice").arguments["adjust_orientation"] == "False"
+
+
+def test_the_gpu_decoder_is_told_what_it_needs_to_know():
+    arguments = graph_of("cuda", hw_decoder_load=0.25).named("decoders__ImageSlice").arguments
+    assert arguments["jpeg_fancy_upsampling"] == "True"
+    assert float(arguments["hw_decoder_load"]) == 0.25
+    assert (arguments["preallocate_height_hint"], arguments["preallocate_width_hint"]) == ("500", "600")
+
+
+def test_the_cpu_decoder_gets_no_arguments_of_the_gpu():
+    arguments = graph_of("cpu").named("decoders__ImageSlice").arguments
+    assert not {name for name in arguments if name.startswith(("hw_", "preallocate", "jpeg_fancy"))}
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_resizing_is_linear_and_antialiased_as_torchvisions(device):
+    arguments = graph_of(device).named("Resize").arguments
+    assert arguments["interp_type"] == str(int(types.INTERP_LINEAR))
+    assert arguments["antialias"] == "True"
+
+
+@pytest.mark.parametrize(
+    ("interpolation", "expected"),
+    [
+        ("nearest", types.INTERP_NN),
+        ("linear", types.INTERP_LINEAR),
+        ("cubic", types.INTERP_CUBIC),
+        ("lanczos", types.INTERP_LANCZOS3),
+    ],
+)
+def test_the_interpolation_is_the_transforms(interpolation, expected):
+    with_it = replace(settings("cuda"), transform=TrainTransform(interpolation=interpolation))
+    graph = Graph(define_pipeline(lambda info: None, with_it))
+    assert graph.named("Resize").arguments["interp_type"] == str(int(expected))
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize(
+    ("dtype", "dali_dtype"), [("float32", types.FLOAT), ("float16", types.FLOAT16), ("uint8", types.UINT8)]
+)
+@pytest.mark.parametrize(("layout", "dali_layout"), [("NHWC", "HWC"), ("NCHW", "CHW")])
+def test_the_output_is_of_the_asked_type_and_layout(device, dtype, dali_dtype, layout, dali_layout):
+    arguments = graph_of(device, dtype=dtype, layout=layout).named("CropMirrorNormalize").arguments
+    assert arguments["dtype"] == str(int(dali_dtype))
+    assert arguments["output_layout"] == dali_layout
+
+
+def test_floats_are_normalised_as_torchvision_does_and_bytes_are_not():
+    arguments = graph_of("cuda").named("CropMirrorNormalize").arguments
+    assert np.allclose(numbers(arguments["mean"]), [255 * value for value in IMAGENET_MEAN])
+    assert np.allclose(numbers(arguments["std"]), [255 * value for value in IMAGENET_STD])
+    arguments = graph_of("cuda", dtype="uint8").named("CropMirrorNormalize").arguments
+    assert (set(numbers(arguments["mean"])), set(numbers(arguments["std"]))) == ({0.0}, {1.0})
+
+
+def test_no_operator_draws_random_numbers():
+    """DALI's own key on the place in the batch; every choice comes from the plan."""
+    for transform in WAYS:
+        for operator in graph_of("cuda", transform).operators:
+            assert "random" not in operator.name.lower()
+            assert operator.name not in ("CoinFlip", "Uniform", "decoders__ImageRandomCrop")
+            assert not {"seed", "probability"} & set(operator.arguments)
+
+
+def test_the_source_hands_over_without_a_copy_in_whole_batches():
+    sources = [operator for operator in graph_of("cuda").operators if operator.name == "ExternalSource"]
+    assert all(operator.arguments["no_copy"] == "True" for operator in sources)
+    assert all(operator.arguments["repeat_last"] == "False" for operator in sources)
+
+
+def test_colour_and_erasing_are_in_the_graph_only_if_asked_for():
+    names = {operator.name for operator in graph_of("cuda", "train").operators}
+    assert not names & {"ColorTwist", "Erase"}
+
+
+def test_the_pipeline_is_as_large_as_asked():
+    pipeline = define_pipeline(lambda info: None, settings("cuda"))
+    assert pipeline.max_batch_size == 64
+    assert pipeline.num_threads == 3
+    assert pipeline.device_id == 0
+
+
+def test_the_cpu_pipeline_has_no_device():
+    pipeline = build_pipeline(lambda info: None, settings("cpu"))
+    assert pipeline.device_id is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("transform", WAYS)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "uint8"])
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+def test_the_gpu_pipeline_builds(transform, dtype, layout):
+    build_pipeline(lambda info: None, settings("cuda", transform, dtype=dtype, layout=layout))

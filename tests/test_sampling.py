@@ -1,0 +1,142 @@
+import math
+
+import numpy as np
+import pytest
+from torch.utils.data import DistributedSampler, Sampler, SequentialSampler
+
+from dali_lmdb.plan.order import epoch_order
+from dali_lmdb.plan.sampling import AllRecords, Listed, Sampled, Weighted, sampling_of
+
+
+def sampling(num_records=10, **arguments):
+    given = {"sampler": None, "weights": None, "seed": 0, "shuffle": None, "default_shuffle": "full"}
+    return sampling_of(num_records, **given | arguments)
+
+
+def epoch_of(samples, epoch=0):
+    return samples.records(np.arange(samples.num_positions), epoch=epoch).tolist()
+
+
+def test_by_default_every_record_comes_once_in_the_epochs_order():
+    samples = sampling(100, seed=3)
+    assert isinstance(samples, AllRecords)
+    assert epoch_of(samples, 4) == epoch_order(100, seed=3, epoch=4)(np.arange(100)).tolist()
+    assert epoch_of(sampling(100, shuffle="none")) == list(range(100))
+
+
+@pytest.mark.parametrize("make", [list, tuple, np.array, lambda indices: np.array(indices, dtype=np.int32)])
+def test_listed_records_come_as_listed(make):
+    samples = sampling(sampler=make([7, 0, 7, 9]))
+    assert isinstance(samples, Listed)
+    assert samples.num_positions == 4
+    assert epoch_of(samples, 0) == epoch_of(samples, 1) == [7, 0, 7, 9]
+
+
+def test_a_range_is_a_list():
+    assert epoch_of(sampling(sampler=range(9, -1, -3))) == [9, 6, 3, 0]
+
+
+def test_listed_records_are_shuffled_when_asked():
+    indices = np.arange(0, 200, 2)
+    samples = sampling(200, sampler=indices, shuffle="full")
+    first, second = epoch_of(samples, 0), epoch_of(samples, 1)
+    assert sorted(first) == sorted(second) == indices.tolist()
+    assert first != second != indices.tolist()
+
+
+def test_weighted_draws_follow_the_weights():
+    weights = np.array([0, 1, 2, 0, 5, 0.5, 0])
+    draws = 4000
+    samples = sampling(7, weights=weights)
+    assert isinstance(samples, Weighted)
+    assert samples.num_positions == 7
+    counts = np.bincount(
+        [record for epoch in range(draws // 7) for record in epoch_of(samples, epoch)], minlength=7
+    )
+    expected = weights / weights.sum() * counts.sum()
+    assert (counts[weights == 0] == 0).all()
+    spread = np.sqrt(expected) + 1e-9
+    assert (np.abs(counts - expected) <= 5 * spread).all()
+
+
+def test_weighted_draws_are_a_function_of_seed_epoch_and_position():
+    weights = np.linspace(0, 1, 1000)
+    samples = sampling(1000, weights=weights, seed=1)
+    whole = np.array(epoch_of(samples, 2))
+    scattered = np.random.default_rng(0).permutation(1000)
+    assert np.array_equal(samples.records(scattered, epoch=2), whole[scattered])
+    assert not np.array_equal(whole, epoch_of(samples, 3))
+    assert not np.array_equal(whole, epoch_of(sampling(1000, weights=weights, seed=2), 2))
+    other = epoch_of(samples, 3)
+    assert abs(np.corrcoef(whole, other)[0, 1]) < 5 / math.sqrt(1000)
+
+
+def test_a_torch_sampler_decides_and_is_told_the_epoch():
+    class Data:
+        def __len__(self):
+            return 10
+
+    sampler = DistributedSampler(Data(), num_replicas=1, rank=0, shuffle=True, seed=5)
+    samples = sampling(sampler=sampler)
+    assert isinstance(samples, Sampled)
+    for epoch in (0, 3, 0):
+        found = epoch_of(samples, epoch)
+        sampler.set_epoch(epoch)
+        assert found == list(sampler)
+    assert epoch_of(sampling(sampler=SequentialSampler(range(10)))) == list(range(10))
+
+
+def test_a_sampler_whose_length_lies_is_refused():
+    class Lying(Sampler):
+        def __len__(self):
+            return 5
+
+        def __iter__(self):
+            return iter(range(3))
+
+    with pytest.raises(ValueError, match=r"3 indices in epoch 0, its len\(\) is 5"):
+        epoch_of(sampling(sampler=Lying()))
+
+
+def test_different_samplings_have_different_identities():
+    samplings = [
+        sampling(),
+        sampling(shuffle="none"),
+        sampling(shuffle="block"),
+        sampling(sampler=[1, 2, 3]),
+        sampling(sampler=[1, 2, 4]),
+        sampling(sampler=[1, 2, 3], shuffle="full"),
+        sampling(weights=[1] * 10),
+        sampling(weights=[1] * 9 + [2]),
+        sampling(sampler=SequentialSampler(range(10))),
+    ]
+    identities = [samples.identity for samples in samplings]
+    assert len(set(identities)) == len(identities)
+    assert all(isinstance(identity, str) and len(identity) < 100 for identity in identities)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"sampler": [10]},
+        {"sampler": [-1]},
+        {"sampler": [0.5]},
+        {"sampler": [[1, 2]]},
+        {"sampler": ["a"]},
+        {"weights": [1] * 9},
+        {"weights": [0] * 10},
+        {"weights": [-1] + [1] * 9},
+        {"weights": [float("nan")] * 10},
+        {"weights": [float("inf")] * 10},
+        {"weights": [[1] * 10]},
+        {"weights": [1] * 10, "sampler": [1]},
+        {"weights": [1] * 10, "shuffle": "full"},
+        {"sampler": SequentialSampler(range(10)), "shuffle": "full"},
+        {"shuffle": "random"},
+        {"sampler": [1], "shuffle": "random"},
+    ],
+    ids=str,
+)
+def test_wrong_samplings_are_value_errors(arguments):
+    with pytest.raises(ValueError, match=r"sampler|weights|shuffle"):
+        sampling(**arguments)
