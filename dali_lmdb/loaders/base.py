@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed
 
+from dali_lmdb.errors import DeviceError
+from dali_lmdb.loaders.bad import BadRecord, BadRecords
 from dali_lmdb.plan.augment import TrainTransform, Transform
 from dali_lmdb.plan.batches import Planner
 from dali_lmdb.plan.order import LastBatch, Shuffle, StepPlan
+from dali_lmdb.plan.sampling import sampling_of
 from dali_lmdb.plan.state import LoaderState
 from dali_lmdb.store import Store
 
@@ -21,6 +27,22 @@ __all__ = ["Batch", "Dtype", "Layout", "Loader"]
 
 Dtype = Literal["float32", "float16", "uint8"]
 Layout = Literal["NCHW", "NHWC"]
+
+
+class _Epoch(Iterator[tuple[torch.Tensor, ...]]):
+    """One epoch under way. After a ``RecordError`` it goes on with the next step."""
+
+    def __init__(self, loader: Loader, iteration: int) -> None:
+        self._loader, self._iteration, self._first = loader, iteration, True
+
+    def __next__(self) -> tuple[torch.Tensor, ...]:
+        if self._iteration != self._loader._iteration:  # over, or another epoch was begun since
+            raise StopIteration
+        first, self._first = self._first, False
+        tensors = self._loader._advance(first=first)
+        if tensors is None:
+            raise StopIteration
+        return tensors
 
 
 class Batch(NamedTuple):
@@ -47,13 +69,17 @@ class Loader(ABC):
         *,
         transform: Transform,
         batch_size: int,
+        device: str,
         rank: int | None,
         world_size: int | None,
         seed: int,
         shuffle: Shuffle | None,
+        sampler: Iterable[int] | None,
+        weights: Sequence[float] | npt.NDArray[np.float64] | None,
         last_batch: LastBatch | None,
         dtype: Dtype,
         layout: Layout,
+        bad: BadRecords,
         return_index: bool,
     ) -> None:
         training = isinstance(transform, TrainTransform)
@@ -61,29 +87,45 @@ class Loader(ABC):
             raise ValueError(f"dtype is {dtype!r}, expected 'float32', 'float16' or 'uint8'")
         if layout not in ("NCHW", "NHWC"):
             raise ValueError(f"layout is {layout!r}, expected 'NCHW' or 'NHWC'")
+        if device not in ("cuda", "cpu"):
+            raise ValueError(f"device is {device!r}, expected 'cuda' or 'cpu'")
+        if device == "cuda" and not torch.cuda.is_available():
+            raise DeviceError("device 'cuda': no usable GPU found; install its driver or use device 'cpu'")
+        seed = operator.index(seed)
+        if (rank is None) != (world_size is None):
+            raise ValueError(f"rank is {rank} and world_size {world_size}; give both or neither")
         if rank is None or world_size is None:
             rank, world_size = _distributed_place()
+        sampling = sampling_of(
+            len(store),
+            sampler=sampler,
+            weights=weights,
+            seed=seed,
+            shuffle=shuffle,
+            default_shuffle="full" if training else "none",
+        )
         steps = StepPlan(
-            num_positions=len(store),
+            num_positions=sampling.num_positions,
             batch_size=batch_size,
             rank=rank,
             world_size=world_size,
             last_batch=last_batch or ("drop" if training else "short"),
         )
-        if steps.last_batch == "drop" and len(store) < steps.global_batch_size:
+        if steps.last_batch == "drop" and steps.num_positions < steps.global_batch_size:
             raise ValueError(
-                f"{store.path}: {len(store)} records, fewer than batch_size {batch_size} x world_size "
+                f"{store.path}: {steps.num_positions} records, fewer than batch_size {batch_size} x world_size "
                 f"{world_size} = {steps.global_batch_size}; use a smaller batch_size or last_batch='short'"
             )
         self.store = store
         self.return_index = return_index
+        self.bad = bad
         self.dtype, self.layout = dtype, layout
         self.planner = Planner(
             store,
             transform=transform,
             steps=steps,
+            sampling=sampling,
             seed=seed,
-            shuffle=shuffle or ("full" if training else "none"),
         )
         self.epoch = 0
         self._position = 0
@@ -93,6 +135,7 @@ class Loader(ABC):
         self._images = 0
         self._wait_s = 0.0
         self._busy_s = 0.0
+        self._handed_out_at: float | None = None
 
     @property
     def num_records(self) -> int:
@@ -104,14 +147,25 @@ class Loader(ABC):
         """Class names; a label is a position in it."""
         return self.store.classes
 
+    @property
+    def bad_records(self) -> list[BadRecord]:
+        """Every record that did not decode, in the order they were met."""
+        return list(self.bad.met.values())
+
     def __len__(self) -> int:
         """Steps of this rank in a whole epoch."""
         return self.planner.steps.num_steps()
 
     def set_epoch(self, epoch: int) -> None:
-        """Let the next ``iter`` begin epoch ``epoch`` from its first record."""
-        self.epoch, self._position, self._under_way = epoch, 0, False
-        self._iteration += 1
+        """Let the next ``iter`` begin epoch ``epoch``, from its first record.
+
+        Right after ``load_state_dict``, the epoch of the state goes on where it was: the usual loop, which sets
+        each epoch, needs no special case for a resumed one.
+        """
+        epoch = operator.index(epoch)
+        if epoch != self.epoch or self._under_way:
+            self.epoch, self._position, self._under_way = epoch, 0, False
+            self._iteration += 1
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loader is, in plain types; valid after any step.
@@ -137,9 +191,9 @@ class Loader(ABC):
             seed=self.planner.seed,
             epoch=epoch,
             position=position,
-            shuffle=self.planner.shuffle,
+            order=self.planner.sampling.identity,
             fingerprint=self.store.fingerprint,
-            num_records=self.num_records,
+            num_positions=self.planner.steps.num_positions,
         )
 
     def stats(self) -> dict[str, float]:
@@ -147,7 +201,8 @@ class Loader(ABC):
 
         Returns:
             ``images``: handed out; ``images_per_s``: over the time inside epochs; ``wait_s``: seconds the
-            consumer waited for a batch; ``wait_fraction``: that time over the time inside epochs.
+            consumer waited for a batch; ``wait_fraction``: that time over the time inside epochs;
+            ``bad_records``: that were met; ``substituted``: how often another was shown in their place.
         """
         busy_s = max(self._busy_s, 1e-9)
         return {
@@ -155,6 +210,8 @@ class Loader(ABC):
             "images_per_s": self._images / busy_s,
             "wait_s": self._wait_s,
             "wait_fraction": self._wait_s / busy_s,
+            "bad_records": len(self.bad.met),
+            "substituted": self.bad.num_substituted,
         }
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
@@ -165,32 +222,39 @@ class Loader(ABC):
             self.epoch, self._position = self.epoch + 1, 0
         self._under_way = True
         self._iteration += 1
-        return self._iterate(self._iteration)
+        return _Epoch(self, self._iteration)
 
-    def _iterate(self, iteration: int) -> Iterator[tuple[torch.Tensor, ...]]:
-        batches = self._batches(self.epoch, self._position)
-        try:
-            while True:
-                begin = time.perf_counter()
-                batch = next(batches, None)
-                waited_s = time.perf_counter() - begin
-                self._wait_s += waited_s
-                if batch is None or iteration != self._iteration:
-                    break
-                self._position = batch.end
-                self._images += len(batch.labels)
-                yield (batch.images, batch.labels) + ((batch.records,) if self.return_index else ())
-                self._busy_s += time.perf_counter() - begin
-                if iteration != self._iteration:
-                    break
-        finally:
-            batches.close()
-        if iteration == self._iteration:
+    def _advance(self, *, first: bool) -> tuple[torch.Tensor, ...] | None:
+        """The next step's tensors; None at the end of the epoch."""
+        begin = time.perf_counter()
+        if self._handed_out_at is not None:
+            self._busy_s += begin - self._handed_out_at
+        self._handed_out_at = None
+        if self.planner.steps.positions(self._position) is None:
             self.epoch, self._position, self._under_way = self.epoch + 1, 0, False
+            self._iteration += 1
+            return None
+        if first:
+            self._begin(self.epoch, self._position)
+        batch = self._next()
+        self._position = batch.end
+        self._images += len(batch.labels)
+        self._handed_out_at = time.perf_counter()
+        self._wait_s += self._handed_out_at - begin
+        self._busy_s += self._handed_out_at - begin
+        return (batch.images, batch.labels) + ((batch.records,) if self.return_index else ())
 
     @abstractmethod
-    def _batches(self, epoch: int, position: int) -> Any:
-        """A generator of the epoch's batches from ``position`` on."""
+    def _begin(self, epoch: int, position: int) -> None:
+        """Make the step that begins at ``position`` of ``epoch`` the next one."""
+
+    @abstractmethod
+    def _next(self) -> Batch:
+        """The next step's batch; there is one.
+
+        Raises:
+            RecordError: a record does not decode; ``_position`` is then behind that step.
+        """
 
     def close(self) -> None:
         """Free threads, processes and device memory; the loader cannot be used again."""

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
-from dali_lmdb.errors import DeviceError, RecordError
+from dali_lmdb.errors import StoreFormatError
+from dali_lmdb.loaders.bad import BadRecords, OnBad, substituted
 from dali_lmdb.loaders.base import Batch, Dtype, Layout, Loader, default_num_threads
-from dali_lmdb.loaders.pipeline import OUTPUTS, GraphSettings, build_pipeline
-from dali_lmdb.loaders.source import Source
+from dali_lmdb.loaders.pipeline import OUTPUTS, GraphSettings, Probe, build_pipeline, without_copy
+from dali_lmdb.loaders.reader import BatchReader, Feed
+from dali_lmdb.loaders.source import Source, feed_of
 from dali_lmdb.plan.augment import Transform
+from dali_lmdb.plan.batches import BatchPlan, Planner
 from dali_lmdb.plan.order import LastBatch, Shuffle
 from dali_lmdb.store import Store, open_store
 
@@ -21,6 +28,19 @@ __all__ = ["DaliLoader"]
 
 # DALI's own default. Other good values were found between 0.12 and 0.75, depending on GPU and CPU threads.
 _HW_DECODER_LOAD = 0.65
+# 128 MB in flight keep a device of 1 GB/s busy through 100 ms of waiting, which is more than disks and most
+# network file systems need.
+_READAHEAD_BYTES = 128 << 20
+
+
+def _usual_maximum(sizes: npt.NDArray[np.int32]) -> int:
+    """The 99th percentile: memory is set aside for a whole batch of it, and a giant would ask for too much."""
+    return int(np.quantile(sizes, 0.99, method="higher")) if len(sizes) else 0
+
+
+def _feed(planner: Planner, plan: BatchPlan) -> Feed:
+    encoded, *numbers = feed_of(plan, planner)
+    return without_copy(encoded), *numbers
 
 
 class DaliLoader(Loader):
@@ -41,11 +61,20 @@ class DaliLoader(Loader):
         rank, world_size: by default the process group's, if there is one, else 0 and 1.
         seed: of order and augmentation, the same on every rank.
         shuffle: ``"full"`` (default with TrainTransform), ``"block"`` or ``"none"`` (default otherwise).
+        sampler: instead of every record once: record indices in the order to show them (a sequence or an array;
+            shuffled in every epoch if ``shuffle`` says so), or a PyTorch ``Sampler`` that gives the same on every
+            rank.
+        weights: instead: one for each record; an epoch draws as many records as there are, with replacement.
         last_batch: what becomes of records that do not fill a global step: ``"drop"`` (default with
             TrainTransform), ``"pad"`` from the epoch's beginning, or ``"short"`` (default otherwise): every
             record exactly once; ranks may then differ in their number of steps.
         dtype: ``"float32"``, ``"float16"`` or ``"uint8"``.
         layout: ``"NCHW"`` or ``"NHWC"``.
+        on_bad: what to do when records of a batch do not decode. ``"raise"``: ``RecordError`` with store, index,
+            name and cause; the next batch can be had after it. ``"substitute"``: the batch comes complete and in
+            its place, with other records of it in theirs, and a warning names them.
+        quarantine: a file that gets one JSON line for each bad record.
+        readahead_bytes: bytes read from cold storage ahead of the batch that is due; 0 turns it off.
         num_threads: CPU threads of the pipeline; by default the cores shared by the node's ranks.
         prefetch_queue_depth: batches DALI works on ahead.
         hw_decoder_load: share of a batch offered to the GPU's hardware JPEG engine, where it has one.
@@ -68,31 +97,43 @@ class DaliLoader(Loader):
         world_size: int | None = None,
         seed: int = 0,
         shuffle: Shuffle | None = None,
+        sampler: Iterable[int] | None = None,
+        weights: Sequence[float] | npt.NDArray[np.float64] | None = None,
         last_batch: LastBatch | None = None,
         dtype: Dtype = "float32",
         layout: Layout = "NCHW",
+        on_bad: OnBad = "raise",
+        quarantine: str | os.PathLike[str] | None = None,
+        readahead_bytes: int = _READAHEAD_BYTES,
         num_threads: int | None = None,
         prefetch_queue_depth: int = 2,
         hw_decoder_load: float = _HW_DECODER_LOAD,
         return_index: bool = False,
     ) -> None:
+        store = store if isinstance(store, Store) else open_store(store)
         super().__init__(
-            store if isinstance(store, Store) else open_store(store),
+            store,
             transform=transform,
             batch_size=batch_size,
+            device=device,
             rank=rank,
             world_size=world_size,
             seed=seed,
             shuffle=shuffle,
+            sampler=sampler,
+            weights=weights,
             last_batch=last_batch,
             dtype=dtype,
             layout=layout,
+            bad=BadRecords(store, on_bad=on_bad, quarantine=quarantine),
             return_index=return_index,
         )
-        if device not in ("cuda", "cpu"):
-            raise ValueError(f"device is {device!r}, expected 'cuda' or 'cpu'")
-        if device == "cuda" and not torch.cuda.is_available():
-            raise DeviceError("device 'cuda': no usable GPU found; install its driver or use device 'cpu'")
+        heights, widths = store.column("height"), store.column("width")
+        if len(store) and min(heights.min(), widths.min()) < 1:
+            raise StoreFormatError(
+                f"{store.path}: the index has no image sizes (it was converted with --check none), which crops "
+                "need; convert it again with --check header"
+            )
         self.settings = GraphSettings(
             transform=transform,
             batch_size=batch_size,
@@ -103,60 +144,110 @@ class DaliLoader(Loader):
             dtype=dtype,
             layout=layout,
             hw_decoder_load=hw_decoder_load,
-            height_hint=int(self.store.column("height").max(initial=0)) if device == "cuda" else 0,
-            width_hint=int(self.store.column("width").max(initial=0)) if device == "cuda" else 0,
+            height_hint=_usual_maximum(heights),
+            width_hint=_usual_maximum(widths),
         )
-        self._source = Source(self.planner)
+        # The reader's thread must not keep the loader alive: one that is dropped unclosed should go.
+        self._feed = partial(_feed, self.planner)
+        self._reader = BatchReader(self.planner, self._feed, readahead_bytes=readahead_bytes)
+        weakref.finalize(self, self._reader.close)
+        self._source = Source(self._reader, self._repair)
         self._iterator: DALIGenericIterator | None = None
+        self._probe = Probe(self.settings)
+        # Whether a record failed in an epoch (with that epoch's window), and why; None if it decoded.
+        self._verdicts: dict[tuple[int, int], str | None] = {}
 
-    def _batches(self, epoch: int, position: int) -> Iterator[Batch]:
-        steps = self.planner.steps.num_steps(position)
-        if steps:
-            self._aim(epoch, position)
-        for _ in range(steps):
-            yield self._next()
-
-    def _aim(self, epoch: int, position: int) -> None:
-        """Make the step that begins at ``position`` of ``epoch`` the next one to come out."""
+    def _begin(self, epoch: int, position: int) -> None:
+        self._verdicts = {key: cause for key, cause in self._verdicts.items() if key[0] >= epoch}
         in_flight = self._source.in_flight
-        if in_flight and (in_flight[0][0].epoch, in_flight[0][0].start) == (epoch, position):
-            return
+        if self._iterator is not None and in_flight:
+            next_plan, _ = in_flight[0]
+            if (next_plan.epoch, next_plan.start) == (epoch, position):
+                return
         stale = len(in_flight)
-        self._source.seek(epoch, position)
+        self._reader.seek(epoch, position)
         if self._iterator is None:
+            in_flight.clear()
             self._iterator = DALIGenericIterator(
                 build_pipeline(self._source, self.settings),
                 list(OUTPUTS),
                 size=-1,  # short batches pass, and the source never ends
                 prepare_first_batch=False,
             )
+            return
         for _ in range(stale):
-            self._next()
+            try:
+                next(self._iterator)
+            except RuntimeError:  # a bad record of an epoch that was left early concerns nobody
+                self._iterator = None
+                self._begin(epoch, position)
+                return
+            in_flight.popleft()
 
     def _next(self) -> Batch:
-        assert self._iterator is not None
-        try:
-            outputs = next(self._iterator)[0]
-        except RuntimeError as error:
-            # The pipeline has lost its place; the next epoch builds another one.
-            plan, _ = self._source.in_flight[0]
-            self._stop()
-            first_line = str(error).strip().splitlines()[-2:]
-            raise RecordError(
-                f"{self.store.path}: a record of the batch {plan.records.tolist()} cannot be decoded: "
-                f"{' '.join(first_line)}; find it with: dali-lmdb verify --decode {self.store.path}"
-            ) from error
+        while True:
+            assert self._iterator is not None
+            try:
+                outputs = next(self._iterator)[0]
+                break
+            except RuntimeError as error:
+                self._recover(error)
         plan, _ = self._source.in_flight.popleft()
         images = outputs["images"]
         if self.layout == "NHWC":
             images = images.permute(0, 3, 1, 2)
         return Batch(images, outputs["labels"], outputs["records"], plan.end)
 
-    def _stop(self) -> None:
+    def _recover(self, error: RuntimeError) -> None:
+        """After a failed batch: find its bad records, and go on with it repaired, or after it."""
+        # DALI says that the pipeline is no longer valid, and by now it is batches ahead: make another one.
         self._iterator = None
-        self._source.in_flight.clear()
+        if not self._source.in_flight:
+            raise error
+        plan, feed = self._source.in_flight[0]
+        failed = self._probe_records(plan, feed, plan.records.tolist())
+        if not failed:
+            raise error  # every record decodes alone: it is not about records
+        raising = self.bad.on_bad == "raise"
+        self._begin(plan.epoch, plan.end if raising else plan.start)
+        self._position = plan.end if raising else self._position
+        self.bad.report(failed)
+
+    def _repair(self, plan: BatchPlan, feed: Feed) -> tuple[BatchPlan, Feed]:
+        """Before a batch goes to DALI: replace what is known to fail, so that the pipeline lives."""
+        if not self.bad.met or self.bad.on_bad == "raise":
+            return plan, feed
+        original = plan
+        failed: dict[int, str] = {}
+        while True:
+            suspects = [record for record in plan.records.tolist() if record in self.bad.met]
+            found = self._probe_records(plan, feed, suspects)
+            if not found:
+                self.bad.num_substituted += int((plan.records != original.records).sum())
+                return plan, feed
+            failed |= found
+            plan = substituted(original, failed, self.planner)
+            feed = self._feed(plan)
+
+    def _probe_records(self, plan: BatchPlan, feed: Feed, records: list[int]) -> dict[int, str]:
+        """Decode some records of a batch one by one; the causes of those that fail."""
+        wanted = {record for record in records if (plan.epoch, record) not in self._verdicts}
+        for place, record in enumerate(plan.records.tolist()):
+            if record in wanted:
+                wanted.discard(record)
+                self._verdicts[plan.epoch, record] = self._probe.cause(feed, place)
+        verdicts = {record: self._verdicts[plan.epoch, record] for record in records}
+        return {record: cause for record, cause in verdicts.items() if cause is not None}
+
+    def stats(self) -> dict[str, float]:
+        readahead = self._reader.readahead
+        cold_bytes = readahead.bytes_read if readahead is not None else 0
+        return super().stats() | {"cold_bytes": cold_bytes, "queue_fill": self._reader.fill}
 
     def close(self) -> None:
-        """Free the pipeline: its threads, its GPU memory, then its hold on the store's map."""
+        """Free the threads and the pipeline, its GPU memory too, then the hold on the store's map."""
         super().close()
-        self._stop()
+        self._reader.close()
+        self._iterator = None
+        self._probe.close()
+        self._source.in_flight.clear()

@@ -14,7 +14,13 @@ from torchvision.datasets import ImageFolder
 from dali_lmdb.errors import RecordError, SourceError
 from dali_lmdb.store import Store
 
-__all__ = ["FolderStore"]
+__all__ = ["FolderStore", "is_image_folder"]
+
+
+def is_image_folder(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is a folder to read images from: not shards, not a classic database's folder."""
+    folder = Path(path)
+    return folder.is_dir() and not any(folder.glob("*.mdb")) and not any(folder.glob("*.lmdb"))
 
 
 class FolderStore(Store):

@@ -6,27 +6,37 @@ step      operator          ``device="cuda"``        ``device="cpu"``
 bytes     external_source   cpu, no copy             cpu, no copy
 decode    image_slice       mixed (nvJPEG)           cpu (libjpeg-turbo)
 resize    resize            gpu                      cpu
+colour    color_twist       gpu                      cpu          if the transform has it
 flip ...  crop_mirror_...   gpu                      cpu
+erase     erase             gpu                      cpu          if the transform has it
 ========  ================  =======================  ==================================
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 from nvidia.dali import Pipeline, fn, types
+from nvidia.dali.backend import TensorCPU
 
-from dali_lmdb.loaders.source import FIELDS
+from dali_lmdb.loaders.source import fields_of
 from dali_lmdb.plan.augment import Transform
 
-__all__ = ["OUTPUTS", "GraphSettings", "build_pipeline", "define_pipeline"]
+__all__ = ["OUTPUTS", "GraphSettings", "Probe", "build_pipeline", "define_pipeline", "without_copy"]
 
 OUTPUTS = ("images", "labels", "records")
 
 _DTYPES = {"float32": types.FLOAT, "float16": types.FLOAT16, "uint8": types.UINT8}
+_INTERPOLATIONS = {
+    "nearest": types.INTERP_NN,
+    "linear": types.INTERP_LINEAR,
+    "cubic": types.INTERP_CUBIC,
+    "lanczos": types.INTERP_LANCZOS3,
+}
 _SOURCE_DTYPES = {
     np.uint8: types.UINT8,
     np.int64: types.INT64,
@@ -54,18 +64,19 @@ class GraphSettings:
     hw_decoder_load: float
     """Share of a batch that is offered to the hardware JPEG engine, where the GPU has one."""
     height_hint: int
-    """Largest height and width in the store, in pixels: what the hardware engine allocates at once."""
+    """Usual largest height and width in the store, in pixels: what the hardware engine allocates for, at once."""
     width_hint: int
 
 
-def _source_arguments() -> dict[str, Any]:
+def _source_arguments(transform: Transform) -> dict[str, Any]:
+    fields = fields_of(transform)
     return {
-        "num_outputs": len(FIELDS),
+        "num_outputs": len(fields),
         "batch": True,  # per-sample mode drops a short last batch
         "batch_info": True,
         "no_copy": True,
-        "dtype": [_SOURCE_DTYPES[dtype] for _, dtype, _ in FIELDS],
-        "ndim": [ndim for _, _, ndim in FIELDS],
+        "dtype": [_SOURCE_DTYPES[field.dtype] for field in fields],
+        "ndim": [field.ndim for field in fields],
     }
 
 
@@ -89,8 +100,7 @@ def _decode_arguments(settings: GraphSettings) -> dict[str, Any]:
 
 def _resize_arguments(settings: GraphSettings) -> dict[str, Any]:
     return {
-        "size": [settings.transform.size, settings.transform.size],
-        "interp_type": types.INTERP_LINEAR,
+        "interp_type": _INTERPOLATIONS[settings.transform.interpolation],
         "antialias": True,  # as Pillow, and so torchvision
     }
 
@@ -107,6 +117,13 @@ def _normalise_arguments(settings: GraphSettings) -> dict[str, Any]:
     }
 
 
+def _erased_value(settings: GraphSettings) -> list[float]:
+    """The mean colour, as it is after normalising."""
+    if settings.dtype == "uint8":
+        return [float(round(255 * value)) for value in settings.transform.mean]
+    return [0.0]
+
+
 def define_pipeline(source: Callable[[Any], Any], settings: GraphSettings) -> Pipeline:
     """The graph, not yet built: needs no GPU and no driver.
 
@@ -121,12 +138,36 @@ def define_pipeline(source: Callable[[Any], Any], settings: GraphSettings) -> Pi
     )
     on_gpu = settings.device == "cuda"
     with pipeline:
-        encoded, labels, records, anchors, shapes, roi_start, roi_end, mirror = fn.external_source(
-            source, **_source_arguments()
+        names = [field.name for field in fields_of(settings.transform)]
+        given = dict(zip(names, fn.external_source(source, **_source_arguments(settings.transform)), strict=True))
+        images = fn.decoders.image_slice(
+            given["encoded"], start=given["anchors"], shape=given["shapes"], **_decode_arguments(settings)
         )
-        images = fn.decoders.image_slice(encoded, start=anchors, shape=shapes, **_decode_arguments(settings))
-        images = fn.resize(images, roi_start=roi_start, roi_end=roi_end, **_resize_arguments(settings))
-        images = fn.crop_mirror_normalize(images, mirror=mirror, **_normalise_arguments(settings))
+        images = fn.resize(
+            images,
+            size=given["size"],
+            roi_start=given["roi_start"],
+            roi_end=given["roi_end"],
+            **_resize_arguments(settings),
+        )
+        if settings.transform.changes_color:
+            images = fn.color_twist(
+                images,
+                hue=given["hue"],
+                saturation=given["saturation"],
+                brightness=given["brightness"],
+                contrast=given["contrast"],
+            )
+        images = fn.crop_mirror_normalize(images, mirror=given["mirror"], **_normalise_arguments(settings))
+        if settings.transform.erases:
+            images = fn.erase(
+                images,
+                anchor=given["erase_anchor"],
+                shape=given["erase_shape"],
+                axis_names="HW",
+                fill_value=_erased_value(settings),
+            )
+        labels, records = given["labels"], given["records"]
         pipeline.set_outputs(images, labels.gpu() if on_gpu else labels, records)
     return pipeline
 
@@ -136,3 +177,62 @@ def build_pipeline(source: Callable[[Any], Any], settings: GraphSettings) -> Pip
     pipeline = define_pipeline(source, settings)
     pipeline.build()
     return pipeline
+
+
+def without_copy(arrays: list[npt.NDArray[np.uint8]]) -> list[TensorCPU]:
+    """Arrays as DALI's tensors on the same memory, which the caller keeps alive.
+
+    DALI would wrap them itself, but in the thread that runs the pipeline, and three times slower.
+    """
+    return [TensorCPU(array, "") for array in arrays]
+
+
+class Probe:
+    """Decodes one record at a time with a graph of its own, to find the one that spoils a batch.
+
+    Args:
+        settings: of the graph whose batch failed.
+    """
+
+    def __init__(self, settings: GraphSettings) -> None:
+        self._settings = replace(settings, batch_size=1, num_threads=1, prefetch_queue_depth=1)
+        self._pipeline: Pipeline | None = None
+        self._sample: Any = None
+
+    def cause(self, feed: Sequence[Any], place: int) -> str | None:
+        """Why the record at a place of a batch does not decode; None if it does.
+
+        Args:
+            feed: what the source gave for the batch.
+        """
+        self._sample = tuple(values[place : place + 1] for values in feed)
+        if self._pipeline is None:
+            self._pipeline = build_pipeline(lambda info: self._sample, self._settings)
+        try:
+            # Twice: with a queue, the first output is of an earlier record.
+            self._pipeline.run()
+            self._pipeline.run()
+        except RuntimeError as error:
+            self._pipeline = None
+            return _cause(error)
+        return None
+
+    def close(self) -> None:
+        """Free the graph."""
+        self._pipeline = self._sample = None
+
+
+def _cause(error: RuntimeError) -> str:
+    """The telling part of DALI's message, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    noise = (
+        "Critical error",
+        "Error in ",
+        "which was used",
+        "File ",
+        "encountered",
+        "C++ context",
+        "Current pipeline",
+    )
+    telling = [line for line in lines if not line.startswith((*noise, "images =", "[frame", "Stacktrace"))]
+    return " ".join(telling) or lines[0]

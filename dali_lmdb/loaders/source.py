@@ -3,32 +3,53 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import Any
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
+from dali_lmdb.loaders.reader import BatchReader, Feed
+from dali_lmdb.plan.augment import Transform
 from dali_lmdb.plan.batches import BatchPlan, Planner
 
-__all__ = ["FIELDS", "Feed", "Source", "feed_of"]
+__all__ = ["Field", "Source", "feed_of", "fields_of"]
 
-FIELDS: tuple[tuple[str, type[np.generic], int], ...] = (
-    ("encoded", np.uint8, 1),
-    ("labels", np.int64, 0),
-    ("records", np.int64, 0),
-    ("anchors", np.int32, 1),
-    ("shapes", np.int32, 1),
-    ("roi_start", np.float32, 1),
-    ("roi_end", np.float32, 1),
-    ("mirror", np.int32, 0),
+
+class Field(NamedTuple):
+    """One of the arrays that DALI is given for a batch."""
+
+    name: str
+    dtype: type[np.generic]
+    ndim: int
+    """Of one sample."""
+
+
+_ALWAYS = (
+    Field("encoded", np.uint8, 1),
+    Field("labels", np.int64, 0),
+    Field("records", np.int64, 0),
+    Field("anchors", np.int32, 1),
+    Field("shapes", np.int32, 1),
+    Field("roi_start", np.float32, 1),
+    Field("roi_end", np.float32, 1),
+    Field("size", np.float32, 1),
+    Field("mirror", np.int32, 0),
 )
-"""(name, dtype, dimensions of one sample) of what ``Source`` returns, in this order."""
+_COLOR = tuple(Field(name, np.float32, 0) for name in ("hue", "saturation", "brightness", "contrast"))
+_ERASE = (Field("erase_anchor", np.float32, 1), Field("erase_shape", np.float32, 1))
 
-Feed = tuple[Any, ...]
+
+def fields_of(transform: Transform) -> tuple[Field, ...]:
+    """What DALI is given for a batch, in this order; names after ``records`` are those of ``Augmentation``."""
+    return _ALWAYS + _COLOR * transform.changes_color + _ERASE * transform.erases
 
 
 def feed_of(plan: BatchPlan, planner: Planner) -> Feed:
-    """A planned batch as the arrays of ``FIELDS``, each with the batch as its outer dimension."""
-    return planner.store.arrays(plan.records), planner.labels(plan), plan.records, *planner.augment(plan)
+    """A planned batch as the arrays of ``fields_of``, each with the batch as its outer dimension."""
+    augmentation = planner.augment(plan)._asdict()
+    names = [field.name for field in fields_of(planner.transform)[3:]]
+    encoded = planner.store.arrays(plan.records)
+    return encoded, planner.labels(plan), plan.records, *(augmentation[name] for name in names)
 
 
 class Source:
@@ -40,26 +61,16 @@ class Source:
     in place (``no_copy``).
 
     Args:
-        planner: of this rank, with at least one step in an epoch.
+        reader: where batches come from.
+        repair: called with each batch; returns it, or another one in its place.
     """
 
-    def __init__(self, planner: Planner) -> None:
-        self._planner = planner
-        self._epoch, self._start = 0, 0
+    def __init__(self, reader: BatchReader, repair: Callable[[BatchPlan, Feed], tuple[BatchPlan, Feed]]) -> None:
+        self._reader, self._repair = reader, repair
         self.in_flight: deque[tuple[BatchPlan, Feed]] = deque()
-
-    def seek(self, epoch: int, start: int) -> None:
-        """Go on from position ``start`` of ``epoch`` with the next call."""
-        self._epoch, self._start = epoch, start
 
     def __call__(self, batch_info: object) -> Feed:
         """The next batch; ``batch_info`` is DALI's and not needed."""
-        plan = self._planner.plan(self._epoch, self._start)
-        if plan is None:
-            self._epoch, self._start = self._epoch + 1, 0
-            plan = self._planner.plan(self._epoch, self._start)
-            assert plan is not None, "a loader without steps must not ask for a batch"
-        self._start = plan.end
-        feed = feed_of(plan, self._planner)
-        self.in_flight.append((plan, feed))
-        return feed
+        batch = self._repair(*self._reader.next())
+        self.in_flight.append(batch)
+        return batch[1]

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as F
 
 from dali_lmdb.errors import RecordError
+from dali_lmdb.loaders.bad import BadRecords, OnBad, substituted
 from dali_lmdb.loaders.base import Batch, Dtype, Layout, Loader, default_num_threads
-from dali_lmdb.loaders.folder import FolderStore
+from dali_lmdb.loaders.folder import FolderStore, is_image_folder
 from dali_lmdb.plan.augment import Augmentation, TrainTransform, Transform
 from dali_lmdb.plan.batches import BatchPlan, Planner
 from dali_lmdb.plan.order import LastBatch, Shuffle
@@ -76,8 +76,13 @@ class ImageFolderLMDB(Dataset[tuple[Any, Any]]):
         """
         if index < 0:
             index += len(self)
-        with _naming(self.store, index):
+        try:
             image: Any = Image.open(io.BytesIO(self.store.read(index))).convert("RGB")
+        except _PILLOW_ERRORS as error:
+            raise RecordError(
+                f"{self.store.where(index)}: not an image that Pillow decodes: {error}; convert again without it "
+                "(--on-bad skip --check decode)"
+            ) from error
         label: Any = int(self.store.labels[index])
         if self.transform is not None:
             image = self.transform(image)
@@ -89,67 +94,116 @@ class ImageFolderLMDB(Dataset[tuple[Any, Any]]):
         return f"{type(self).__name__}({str(self.store.path)!r}, {len(self)} records)"
 
 
+_INTERPOLATIONS = {
+    "nearest": F.InterpolationMode.NEAREST,
+    "linear": F.InterpolationMode.BILINEAR,
+    "cubic": F.InterpolationMode.BICUBIC,
+    "lanczos": F.InterpolationMode.LANCZOS,
+}
 _PILLOW_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
-@contextlib.contextmanager
-def _naming(store: Store, index: int) -> Iterator[None]:
-    """Turn what Pillow raises about a record into a RecordError that names it."""
-    try:
-        yield
-    except _PILLOW_ERRORS as error:
-        raise RecordError(
-            f"{store.where(index)}: not an image that Pillow decodes: {error}; remove it and convert again"
-        ) from error
+class _Decoded(NamedTuple):
+    """What a worker makes of a planned batch."""
+
+    images: torch.Tensor | None
+    """None if a record failed and none is to be substituted."""
+    labels: torch.Tensor
+    records: torch.Tensor
+    failed: dict[int, str]
+    """Causes by record index; a value, since an exception would come back as its worker's whole traceback."""
 
 
-class _PlannedImages(Dataset[tuple[torch.Tensor, torch.Tensor]]):
+class _PlannedImages(Dataset[_Decoded]):
     """Runs in the workers: a planned batch in, images and labels out."""
 
-    def __init__(self, planner: Planner, dtype: Dtype, layout: Layout) -> None:
-        self.planner, self.dtype, self.layout = planner, dtype, layout
+    def __init__(self, planner: Planner, dtype: Dtype, layout: Layout, on_bad: OnBad) -> None:
+        self.planner, self.dtype, self.layout, self.on_bad = planner, dtype, layout, on_bad
 
-    def __getitem__(self, plan: BatchPlan) -> tuple[torch.Tensor, torch.Tensor]:
-        images = torch.stack(self._images(plan))
+    def __getitem__(self, plan: BatchPlan) -> _Decoded:
+        original, failed = plan, dict[int, str]()
+        while True:
+            images, found = self._images(plan)
+            failed |= found
+            if not found or self.on_bad == "raise":
+                break
+            plan = substituted(original, failed, self.planner)
+        labels, records = torch.from_numpy(self.planner.labels(plan)), torch.from_numpy(plan.records)
+        if found:
+            return _Decoded(None, labels, records, failed)
+        stacked = torch.stack([images[record] for record in plan.records.tolist()])
         if self.layout == "NHWC":
-            images = images.contiguous(memory_format=torch.channels_last)
-        return images, torch.from_numpy(self.planner.labels(plan))
+            stacked = stacked.contiguous(memory_format=torch.channels_last)
+        return _Decoded(stacked, labels, records, failed)
 
-    def _images(self, plan: BatchPlan) -> list[torch.Tensor]:
+    def _images(self, plan: BatchPlan) -> tuple[dict[int, torch.Tensor], dict[int, str]]:
+        """Images by record index, and causes of those that failed."""
         store, transform = self.planner.store, self.planner.transform
-        files = [_open_image(store, int(record)) for record in plan.records]
+        images, failed, files = dict[int, torch.Tensor](), dict[int, str](), dict[int, Image.Image]()
+        for record in plan.records.tolist():
+            try:
+                files[record] = Image.open(io.BytesIO(store.read(record)))
+            except _PILLOW_ERRORS as error:
+                failed[record] = str(error)
         # Opening reads the header only: the sizes, which an image folder has no index of.
-        widths, heights = np.array([file.size for file in files], dtype=np.int32).T
-        augmentation = transform.augment(plan.records, heights, widths, seed=self.planner.seed, epoch=plan.epoch)
-        images = []
-        for position, (record, file) in enumerate(zip(plan.records.tolist(), files, strict=True)):
-            with _naming(store, record):
+        records = np.array(list(files), dtype=np.int64)
+        widths, heights = np.array([file.size for file in files.values()], dtype=np.int32).reshape(-1, 2).T
+        augmentation = transform.augment(records, heights, widths, seed=self.planner.seed, epoch=plan.epoch)
+        for position, (record, file) in enumerate(files.items()):
+            try:
                 image = file.convert("RGB")
-            images.append(self._to_tensor(_crop(image, transform, augmentation, position)))
-        return images
+            except _PILLOW_ERRORS as error:
+                failed[record] = str(error)
+            else:
+                cropped = _crop(image, transform, augmentation, position)
+                images[record] = self._to_tensor(cropped, augmentation, position)
+        return images, failed
 
-    def _to_tensor(self, image: Image.Image) -> torch.Tensor:
-        if self.dtype == "uint8":
-            return F.pil_to_tensor(image)
+    def _to_tensor(self, image: Image.Image, augmentation: Augmentation, position: int) -> torch.Tensor:
         transform = self.planner.transform
-        tensor = F.normalize(F.to_tensor(image), list(transform.mean), list(transform.std))
+        if self.dtype == "uint8":
+            tensor = F.pil_to_tensor(image)
+            erased = (255 * torch.tensor(transform.mean)).round().to(torch.uint8)
+        else:
+            tensor = F.normalize(F.to_tensor(image), list(transform.mean), list(transform.std))
+            erased = torch.zeros(3)
+        if transform.erases:
+            top, left = augmentation.erase_anchor[position].astype(int).tolist()
+            height, width = augmentation.erase_shape[position].astype(int).tolist()
+            tensor[:, top : top + height, left : left + width] = erased[:, None, None]
         return tensor.half() if self.dtype == "float16" else tensor
 
 
-def _open_image(store: Store, index: int) -> Image.Image:
-    with _naming(store, index):
-        return Image.open(io.BytesIO(store.read(index)))
-
-
 def _crop(image: Any, transform: Transform, augmentation: Augmentation, position: int) -> Image.Image:
-    """Apply one image's augmentation with torchvision's functions."""
-    size = [transform.size, transform.size]
+    """Apply one image's crop, flip and colour, with torchvision's functions where it has them."""
+    size = augmentation.size[position].astype(int).tolist()
+    interpolation = _INTERPOLATIONS[transform.interpolation]
     if not isinstance(transform, TrainTransform):
-        return F.center_crop(F.resize(image, transform.resize), size)
+        return F.center_crop(F.resize(image, transform.resize, interpolation), size)
     top, left = augmentation.anchors[position].tolist()
     height, width = augmentation.shapes[position].tolist()
-    image = F.resized_crop(image, top, left, height, width, size)
+    image = F.resized_crop(image, top, left, height, width, size, interpolation)
+    if transform.changes_color:
+        image = _twist_color(image, augmentation, position)
     return F.hflip(image) if augmentation.mirror[position] else image
+
+
+# From RGB to YIQ, NTSC 1953, rounded as in DALI's color_twist (color_twist.h, Rgb2Yiq).
+_RGB_TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
+_YIQ_TO_RGB = np.linalg.inv(_RGB_TO_YIQ)
+
+
+def _twist_color(image: Image.Image, augmentation: Augmentation, position: int) -> Image.Image:
+    """DALI's color_twist: saturation and hue in YIQ, contrast about 128, then brightness."""
+    angle = np.deg2rad(augmentation.hue[position])
+    saturation, contrast = augmentation.saturation[position], augmentation.contrast[position]
+    brightness = augmentation.brightness[position]
+    cos, sin = saturation * np.cos(angle), saturation * np.sin(angle)
+    turn = np.array([[1, 0, 0], [0, cos, sin], [0, -sin, cos]])
+    matrix = brightness * contrast * (_YIQ_TO_RGB @ turn @ _RGB_TO_YIQ)
+    pixels = np.asarray(image, dtype=np.float32) @ matrix.T.astype(np.float32)
+    pixels += brightness * 128 * (1 - contrast)
+    return Image.fromarray(np.clip(np.rint(pixels), 0, 255).astype(np.uint8))
 
 
 class _Steps:
@@ -173,8 +227,8 @@ class TorchLoader(Loader):
         num_workers: worker processes; 0 decodes in the calling process; by default the cores shared by the
             node's ranks.
         device: where images and labels are moved to, ``"cpu"`` or ``"cuda"``.
-        transform, batch_size, rank, world_size, seed, shuffle, last_batch, dtype, layout, return_index: as
-            ``DaliLoader``.
+        transform, batch_size, rank, world_size, seed, shuffle, sampler, weights, last_batch, dtype, layout,
+            on_bad, quarantine, return_index: as ``DaliLoader``.
 
     Raises:
         StoreError, SourceError: the data cannot be opened.
@@ -192,30 +246,40 @@ class TorchLoader(Loader):
         world_size: int | None = None,
         seed: int = 0,
         shuffle: Shuffle | None = None,
+        sampler: Iterable[int] | None = None,
+        weights: Sequence[float] | npt.NDArray[np.float64] | None = None,
         last_batch: LastBatch | None = None,
         dtype: Dtype = "float32",
         layout: Layout = "NCHW",
+        on_bad: OnBad = "raise",
+        quarantine: str | os.PathLike[str] | None = None,
         num_workers: int | None = None,
         return_index: bool = False,
     ) -> None:
+        store = data if isinstance(data, Store) else open_data(data)
         super().__init__(
-            data if isinstance(data, Store) else open_data(data),
+            store,
             transform=transform,
             batch_size=batch_size,
+            device=device,
             rank=rank,
             world_size=world_size,
             seed=seed,
             shuffle=shuffle,
+            sampler=sampler,
+            weights=weights,
             last_batch=last_batch,
             dtype=dtype,
             layout=layout,
+            bad=BadRecords(store, on_bad=on_bad, quarantine=quarantine),
             return_index=return_index,
         )
         self.device = torch.device(device)
         self._steps = _Steps()
         workers = default_num_threads() if num_workers is None else num_workers
+        self._decoded: Iterator[Any] = iter(())
         self._data_loader: DataLoader[Any] | None = DataLoader(
-            _PlannedImages(self.planner, dtype, layout),
+            _PlannedImages(self.planner, dtype, layout, on_bad),
             batch_size=None,
             sampler=self._steps,
             num_workers=workers,
@@ -223,25 +287,33 @@ class TorchLoader(Loader):
             pin_memory=self.device.type == "cuda",
         )
 
-    def _batches(self, epoch: int, position: int) -> Iterator[Batch]:
+    def _begin(self, epoch: int, position: int) -> None:
         assert self._data_loader is not None
-        if self.planner.steps.num_steps(position) == 0:
-            return
         self._steps.plans = self.planner.plans(epoch, position)
         self._steps.in_flight.clear()
-        for images, labels in self._data_loader:
-            plan = self._steps.in_flight.popleft()
-            yield Batch(
-                images.to(self.device, non_blocking=True),
-                labels.to(self.device, non_blocking=True),
-                torch.from_numpy(plan.records),
-                plan.end,
-            )
+        self._decoded = iter(self._data_loader)
+
+    def _next(self) -> Batch:
+        decoded: _Decoded = next(self._decoded)
+        plan = self._steps.in_flight.popleft()
+        if decoded.images is None:
+            self._position = plan.end
+        self.bad.report(decoded.failed)
+        assert decoded.images is not None
+        self.bad.num_substituted += int((decoded.records.numpy() != plan.records).sum())
+        images = decoded.images.to(self.device, non_blocking=True)
+        labels = decoded.labels.to(self.device, non_blocking=True)
+        return Batch(images, labels, decoded.records, plan.end)
 
     def close(self) -> None:
         """Stop the workers."""
         super().close()
+        # Letting go of the iterator would do, if nothing else held it; a traceback, for instance, may.
+        workers = getattr(self._decoded, "_shutdown_workers", None)
+        if workers is not None:
+            workers()
         self._data_loader = None
+        self._decoded = iter(())
 
 
 def open_data(path: str | os.PathLike[str]) -> Store:
@@ -250,4 +322,4 @@ def open_data(path: str | os.PathLike[str]) -> Store:
     Raises:
         StoreError, SourceError: neither can be opened.
     """
-    return FolderStore(path) if Path(path).is_dir() else open_store(path)
+    return FolderStore(path) if is_image_folder(path) else open_store(path)

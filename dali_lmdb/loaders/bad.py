@@ -1,0 +1,100 @@
+"""Records that do not decode: named, counted, listed, and another of the same batch shown in their place."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from dali_lmdb.errors import RecordError
+from dali_lmdb.plan.batches import BatchPlan, Planner
+from dali_lmdb.store import Store
+
+__all__ = ["BadRecord", "BadRecords", "OnBad", "substituted"]
+
+OnBad = Literal["raise", "substitute"]
+
+_log = logging.getLogger("dali_lmdb")
+
+
+@dataclass(frozen=True)
+class BadRecord:
+    """A record that did not decode."""
+
+    index: int
+    name: str
+    cause: str
+
+
+class BadRecords:
+    """What a loader does with bad records, and which it has met.
+
+    Args:
+        store: where they are.
+        on_bad: ``"raise"`` or ``"substitute"``.
+        quarantine: a file that gets one JSON object a line (``store``, ``index``, ``name``, ``cause``) for each
+            bad record when it is first met.
+
+    Attributes:
+        met: every bad record once, by index.
+        num_substituted: how often one was replaced.
+    """
+
+    def __init__(self, store: Store, *, on_bad: OnBad, quarantine: str | os.PathLike[str] | None) -> None:
+        if on_bad not in ("raise", "substitute"):
+            raise ValueError(f"on_bad is {on_bad!r}, expected 'raise' or 'substitute'")
+        self._store, self.on_bad = store, on_bad
+        self._quarantine = None if quarantine is None else Path(quarantine)
+        self.met: dict[int, BadRecord] = {}
+        self.num_substituted = 0
+
+    def report(self, failed: Mapping[int, str]) -> None:
+        """Take note of records that did not decode.
+
+        Args:
+            failed: cause by record index.
+
+        Raises:
+            RecordError: with ``on_bad="raise"``; it names the first, and says how many there are.
+        """
+        for index, cause in failed.items():
+            if index in self.met:
+                continue
+            name = self._store.where(index).removeprefix(f"{self._store.path}: ")
+            self.met[index] = BadRecord(index, self._store.name(index), cause)
+            if self._quarantine is not None:
+                with open(self._quarantine, "a", encoding="utf-8") as file:
+                    line = {"store": str(self._store.path), **asdict(self.met[index])}
+                    file.write(json.dumps(line) + "\n")
+            if self.on_bad == "substitute":
+                _log.warning("%s: %s does not decode, another is shown: %s", self._store.path, name, cause)
+        if self.on_bad == "raise" and failed:
+            index, cause = next(iter(failed.items()))
+            more = f" (and {len(failed) - 1} more in its batch)" if len(failed) > 1 else ""
+            raise RecordError(
+                f"{self._store.where(index)}{more}: not a decodable image: {cause}; convert again without it "
+                "(--on-bad skip --check decode), or use on_bad='substitute'"
+            )
+
+
+def substituted(plan: BatchPlan, failed: Mapping[int, str], planner: Planner) -> BatchPlan:
+    """The same step with another record in the place of each that failed.
+
+    The first bad place gets the batch's first good record, and so on; in a batch without a good one, the records
+    that follow in the epoch's order. So it depends on nothing but the plan and which of its records are bad.
+    """
+    is_bad = np.isin(plan.records, list(failed))
+    good = plan.records[~is_bad]
+    if len(good) == 0:
+        good = np.array([record for record in planner.following(plan) if record not in failed][:1])
+        if len(good) == 0:
+            raise RecordError(f"{planner.store.path}: no record of the store decodes; convert it again")
+    records = plan.records.copy()
+    records[is_bad] = good[np.arange(is_bad.sum()) % len(good)]
+    return replace(plan, records=records)
