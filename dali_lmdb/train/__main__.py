@@ -1,0 +1,114 @@
+"""The command: ``python -m dali_lmdb.train``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import traceback
+from typing import Any
+
+import click
+
+from dali_lmdb.cli import Command
+from dali_lmdb.train.distributed import RankFailedError, Ranks, launch, run_rank
+from dali_lmdb.train.rank import show_progress
+from dali_lmdb.train.settings import BACKENDS, DEVICES, PRECISIONS, TrainSettings, check
+from dali_lmdb.train.trainer import train
+
+__all__ = ["main"]
+
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainSettings)}
+
+
+def _option(name: str, *, help: str, **options: Any) -> Any:
+    """Make an option whose default is the library's."""
+    default = _DEFAULTS[name.removeprefix("--").replace("-", "_")]
+    shown = default is not None and not isinstance(default, bool)
+    return click.option(name, default=default, show_default=shown, help=help, **options)
+
+
+_AT_LEAST_0 = click.IntRange(min=0)
+_AT_LEAST_1 = click.IntRange(min=1)
+
+
+@click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--train", required=True, metavar="STORE", help="Store to train on, or an image folder.")
+@click.option("--val", required=True, metavar="STORE", help="Store to evaluate on, with the same classes.")
+@click.option(
+    "--world-size",
+    type=_AT_LEAST_1,
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Ranks to start on this machine, each on its own GPU. Under torchrun its number counts, not this.",
+)
+@_option("--arch", metavar="NAME", help="Any torchvision classification model.")
+@_option("--backend", type=click.Choice(BACKENDS), help="torch is the classic way, PIL on the CPU.")
+@_option("--device", type=click.Choice(DEVICES), help="auto takes GPUs where there are any.")
+@_option("--precision", type=click.Choice(PRECISIONS), help="Of the computation on GPUs; CPUs use float32.")
+@_option("--epochs", type=_AT_LEAST_1, help="How often every record is trained on.")
+@_option("--batch-size", type=_AT_LEAST_1, help="Records in a step of one rank.")
+@_option(
+    "--lr",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Highest learning rate, used as given: not scaled by batch size or ranks.",
+)
+@_option("--momentum", type=click.FloatRange(min=0), help="Of SGD.")
+@_option("--weight-decay", type=click.FloatRange(min=0), help="Of SGD, on all parameters.")
+@_option("--size", type=_AT_LEAST_1, help="Height and width of the images, in pixels.")
+@_option("--workers", type=_AT_LEAST_0, help="DALI threads or DataLoader processes of each rank.")
+@_option("--seed", type=_AT_LEAST_0, help="Of weights, order, crops and flips.")
+@_option("--output", metavar="DIR", help="Folder for checkpoint.pt, written after each epoch.")
+@_option("--resume", is_flag=True, help="Go on from the checkpoint in --output, if there is one.")
+@_option("--checkpoint-every", type=_AT_LEAST_0, metavar="STEPS", help="Also save after so many steps.")
+@_option("--log-json", metavar="FILE", help="Write measurements, one JSON object a line.")
+@_option("--log-every", type=_AT_LEAST_1, metavar="STEPS", help="Steps between two reports.")
+def main(*, world_size: int, **options: Any) -> None:
+    """Train a torchvision model with DDP and evaluate it after each epoch.
+
+    With --backend torch, STORE may also be a folder of class folders with images.
+
+    On several machines, or with torchrun's restarts:
+    torchrun --nproc-per-node 8 [--nnodes ...] -m dali_lmdb.train --train STORE --val STORE
+
+    The learning rate rises linearly over the first 5 % of the run, then falls to 0 on a cosine. Evaluation
+    counts every record once. val_top1 and val_top5 are percentages. Epochs count from 0, steps from 1 in each
+    epoch.
+    """
+    if options["output"] is None and (options["resume"] or options["checkpoint_every"]):
+        name = "--resume" if options["resume"] else "--checkpoint-every"
+        raise click.UsageError(f"{name} needs --output DIR")
+    settings = TrainSettings(**options)
+    ranks = Ranks.from_environment()
+    num_ranks = ranks.world_size if ranks else world_size
+    check(settings, world_size=num_ranks, ranks_per_node=ranks.ranks_per_node if ranks else world_size)
+
+    if ranks is None and world_size > 1:
+        _launch(settings, world_size=world_size)
+        return
+    show_progress(rank=ranks.rank if ranks else 0)
+    if num_ranks > 1:
+        run_rank(lambda: train(settings), show_errors=True)
+        return
+    try:
+        train(settings)
+    except FloatingPointError as error:
+        raise click.ClickException(str(error)) from error
+    except ValueError:  # all input is checked by now: a bug, which keeps its traceback
+        traceback.print_exc()
+        sys.exit(1)
+
+
+def _launch(settings: TrainSettings, *, world_size: int) -> None:
+    arguments = ["-m", "dali_lmdb.train.rank", json.dumps(dataclasses.asdict(settings))]
+    try:
+        launch(arguments, world_size=world_size)
+    except RankFailedError as error:
+        if error.details:
+            click.echo(error.details, err=True)
+        raise click.ClickException(str(error)) from error
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m dali_lmdb.train")

@@ -1,0 +1,64 @@
+"""A run on disk: whole or not there, made of tensors and plain values only."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dali_lmdb.errors import StateError
+
+__all__ = ["FILE_NAME", "check_fits", "load", "save"]
+
+FILE_NAME = "checkpoint.pt"
+FORMAT_VERSION = 1
+
+
+def save(path: Path, content: dict[str, Any]) -> None:
+    """Write ``content`` to ``path``; a crash at any instant leaves the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        torch.save({"format": FORMAT_VERSION, **content}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself must survive a power cut
+    finally:
+        os.close(folder)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read what :func:`save` wrote, onto the CPU. Nothing in the file is executed.
+
+    Raises:
+        StateError: not a checkpoint, a damaged one, or of a newer format.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as cause:
+        reason = " ".join(str(cause).split())[:200]
+        raise StateError(f"{path}: not a readable checkpoint: {reason}; remove it to start over") from cause
+    if not isinstance(content, dict) or "format" not in content:
+        raise StateError(f"{path}: not a checkpoint of this program; choose another --output")
+    if content["format"] != FORMAT_VERSION:
+        raise StateError(f"{path}: format {content['format']}, this version reads {FORMAT_VERSION}")
+    return content
+
+
+def check_fits(content: dict[str, Any], *, arch: str, classes: Sequence[str], path: Path) -> None:
+    """Raise StateError, with both sides, if the checkpoint's model is not the one to be trained."""
+    found = content["settings"]["arch"]
+    if found != arch:
+        raise StateError(f"{path}: holds a {found}, --arch is {arch}; use --arch {found} or another --output")
+    if content["classes"] != list(classes):
+        raise StateError(
+            f"{path}: trained on {len(content['classes'])} classes, the data set has {len(classes)} or "
+            "others; choose another --output"
+        )

@@ -1,0 +1,243 @@
+"""Ranks: who they are, where they run, how they are started and how they end.
+
+Under torchrun the environment names the rank. Without it, :func:`launch` starts the ranks through the
+same elastic launcher that torchrun is made of, so a rank cannot tell the difference.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+import traceback
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure, record
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from dali_lmdb import errors
+from dali_lmdb.errors import DaliLmdbError, DeviceError
+
+__all__ = ["RankFailedError", "Ranks", "find_device", "launch", "process_group", "run_rank"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """This process among the others; alone by default."""
+
+    rank: int = 0
+    local_rank: int = 0
+    """Rank on this machine; it picks the GPU."""
+    world_size: int = 1
+    ranks_per_node: int = 1
+
+    @classmethod
+    def from_environment(cls) -> Ranks | None:
+        """What torchrun has put into the environment, or None where it has not."""
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+        if not all(name in os.environ for name in names):
+            return None
+        rank, local_rank, world_size = (int(os.environ[name]) for name in names)
+        return cls(
+            rank=rank,
+            local_rank=local_rank,
+            world_size=world_size,
+            ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1)),
+        )
+
+    def all_sum(self, values: Tensor) -> Tensor:
+        """Sum over all ranks, in place; a collective."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+
+def find_device(name: str, *, local_rank: int, ranks_per_node: int) -> torch.device:
+    """Choose the device of a rank: ``"cuda"``, ``"cpu"``, or ``"auto"`` for GPUs where there are any.
+
+    Raises:
+        DeviceError: GPUs were asked for and there are none, or fewer than this machine has ranks.
+    """
+    num_gpus = torch.cuda.device_count()
+    if name == "cpu" or (name == "auto" and num_gpus == 0):
+        return torch.device("cpu")
+    if num_gpus == 0:
+        raise DeviceError("--device cuda: no GPU found; use --device cpu, or check the driver (nvidia-smi)")
+    if ranks_per_node > num_gpus:
+        # NCCL refuses two ranks on one GPU.
+        raise DeviceError(
+            f"{ranks_per_node} ranks on a machine with {num_gpus} GPU(s), each needs its own; "
+            f"use --world-size {num_gpus} (torchrun: --nproc-per-node {num_gpus}) or --device cpu"
+        )
+    return torch.device("cuda", local_rank)
+
+
+@contextmanager
+def process_group(ranks: Ranks, *, device: torch.device) -> Iterator[None]:
+    """Connect the ranks, over NCCL on GPUs and gloo on CPUs, and give this one its device and threads.
+
+    A group that the caller has already made is used as it is.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    elif "OMP_NUM_THREADS" not in os.environ and ranks.ranks_per_node > 1:
+        # Every rank would take all cores; together they would only take them from each other.
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cores // ranks.ranks_per_node))
+    if ranks.world_size == 1 or dist.is_initialized():
+        yield
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    yield
+    # Only after success: when a rank has failed, waiting for the others is what must not happen.
+    dist.destroy_process_group()
+
+
+class RankFailedError(Exception):
+    """A rank died of a bug, a signal or a library's error; ``details`` has its traceback."""
+
+    def __init__(self, message: str, *, details: str) -> None:
+        super().__init__(message)
+        self.details = details
+
+
+def run_rank(function: Callable[[], object], *, show_errors: bool) -> None:
+    """Run one rank of several; if it fails, end the process at once, so that the others are told.
+
+    Args:
+        show_errors: print what went wrong; not needed where :func:`launch` reads it from the error file.
+    """
+    try:
+        record(function)()
+    except KeyboardInterrupt:
+        _end_process(128 + signal.SIGINT)
+    except DaliLmdbError as error:
+        if show_errors:
+            print(f"Error: {error}", file=sys.stderr)
+        _end_process(1)
+    except Exception:
+        if show_errors:
+            traceback.print_exc()
+        _end_process(1)
+
+
+def _end_process(code: int) -> NoReturn:
+    # A normal exit would first wait for decoder threads, worker processes and NCCL, which may be waiting
+    # for the ranks that wait for this one.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def launch(arguments: Sequence[str], *, world_size: int) -> None:
+    """Run ``python arguments...`` as ``world_size`` ranks on this machine, until all have ended.
+
+    If one dies, the others are ended too.
+
+    Raises:
+        DaliLmdbError: the first rank to die did so with this error.
+        RankFailedError: the first rank to die did so in another way.
+        KeyboardInterrupt, SystemExit: this process was told to stop, and has stopped the ranks.
+    """
+    with tempfile.TemporaryDirectory(prefix="dali_lmdb_ranks_") as folder, _quiet_launcher(), _own_signals():
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=world_size,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",  # any free port
+            local_addr="localhost",  # not this machine's name, which may resolve to nothing
+            max_restarts=0,
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
+        )
+        # The launcher expands $names in arguments.
+        escaped = [argument.replace("$", "$$") for argument in arguments]
+        try:
+            elastic_launch(config, sys.executable)("-u", *escaped)
+        except ChildFailedError as error:
+            raise _explain(error.failures) from None
+        except SignalException as error:
+            if error.sigval == signal.SIGINT:
+                raise KeyboardInterrupt from None
+            raise SystemExit(128 + error.sigval) from None
+
+
+@contextmanager
+def _quiet_launcher() -> Iterator[None]:
+    """Keep the launcher's own log off the terminal, unless LOGLEVEL asks for it: we say what happened."""
+    if "LOGLEVEL" in os.environ:
+        yield
+        return
+    names = ("torch.distributed.elastic", "torch.distributed.launcher")
+    loggers = [logging.getLogger(name) for name in names]
+    before = [(logger, logger.propagate) for logger in loggers]
+    silence = logging.NullHandler()
+    for logger in loggers:
+        logger.propagate = False
+        logger.addHandler(silence)
+    try:
+        yield
+    finally:
+        for logger, propagate in before:
+            logger.propagate = propagate
+            logger.removeHandler(silence)
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Put the caller's signal handlers back; the launcher leaves its own."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _explain(failures: dict[int, ProcessFailure]) -> Exception:
+    """Make one error of those of all ranks: that of the rank that died first."""
+    order = sorted(failures, key=lambda rank: _moment(failures[rank]))
+    rank, failure = order[0], failures[order[0]]
+    if failure.exitcode < 0:
+        reason = f"killed by {failure.signal_name()}"
+        if failure.exitcode == -signal.SIGKILL:
+            reason += "; was memory short?"
+        return RankFailedError(f"rank {rank} was {reason}", details="")
+    if not os.path.isfile(failure.error_file):
+        return RankFailedError(f"rank {rank} ended with exit code {failure.exitcode}", details="")
+    message = json.loads(Path(failure.error_file).read_text())["message"]
+    kind, _, text = message["message"].partition(": ")
+    known = getattr(errors, kind, None)
+    if isinstance(known, type) and issubclass(known, DaliLmdbError):
+        return known(f"rank {rank}: {text}")
+    details = f"rank {rank}:\n{message['extraInfo']['py_callstack']}"
+    return RankFailedError(f"rank {rank} failed: {message['message']}", details=details)
+
+
+def _moment(failure: ProcessFailure) -> tuple[int, int]:
+    """Sort key: signals, then errors by the time they were written, then the ranks the launcher ended.
+
+    A rank that is killed by a signal leaves no time, but what the others raise then follows from it.
+    """
+    if failure.exitcode == -signal.SIGTERM:
+        return (2, 0)
+    if failure.exitcode < 0:
+        return (0, 0)
+    if os.path.isfile(failure.error_file):
+        return (1, os.stat(failure.error_file).st_mtime_ns)
+    return (1, 0)

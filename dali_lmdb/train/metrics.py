@@ -1,0 +1,151 @@
+"""What a run measures and where it writes it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+__all__ = ["EvaluationSums", "JsonLog", "StepMeter"]
+
+
+class StepMeter:
+    """Loss, speed and time waited for data since the last report, over all ranks.
+
+    Nothing in :meth:`add` waits for the device; :meth:`report` does, so that its clock counts finished work.
+    """
+
+    def __init__(self, *, device: torch.device) -> None:
+        self._device = device
+        self.reset()
+
+    def reset(self) -> None:
+        """Start a new stretch now."""
+        self.steps = 0
+        self._num_images = 0
+        self._waited_s = 0.0
+        self._loss = torch.zeros((), dtype=torch.float64, device=self._device)
+        self._started = time.perf_counter()
+
+    def wait_for(self, action: Callable[[], Any]) -> Any:
+        """Call ``action``, count its time as waiting for data, and return what it returns."""
+        started = time.perf_counter()
+        result = action()
+        self._waited_s += time.perf_counter() - started
+        return result
+
+    def add(self, *, loss: Tensor, num_images: int) -> None:
+        """Count one step of this rank; ``loss`` is its mean, a scalar on the device."""
+        self.steps += 1
+        self._num_images += num_images
+        self._loss += loss.detach()
+
+    def report(self, *, all_sum: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Sum up over all ranks, and start a new stretch. A collective: all ranks call it at the same step.
+
+        Returns:
+            ``loss``: mean over steps and ranks; ``images_per_s``: of all ranks together;
+            ``data_wait_fraction``: share of the time, 0 to 1, that a rank waited for its next batch.
+        """
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        elapsed_s = time.perf_counter() - self._started
+        own = [
+            float(self._loss) / self.steps,
+            self._num_images / elapsed_s,
+            self._waited_s / elapsed_s,
+            1.0,
+        ]
+        sums = all_sum(torch.tensor(own, dtype=torch.float64, device=self._device)).tolist()
+        self.reset()
+        loss, images_per_s, wait, num_ranks = sums
+        return {
+            "loss": loss / num_ranks,
+            "images_per_s": images_per_s,
+            "data_wait_fraction": wait / num_ranks,
+        }
+
+
+class EvaluationSums:
+    """Counts over the records a rank has evaluated; sums over ranks only at the end.
+
+    Ranks may evaluate different numbers of batches, even none, so nothing here may be a collective
+    before :meth:`report`.
+    """
+
+    def __init__(self, *, num_classes: int, device: torch.device) -> None:
+        self._k = min(5, num_classes)
+        self._num_records = 0
+        # top-1, top-5, loss; float64 counts exactly up to 2**53
+        self._sums = torch.zeros(3, dtype=torch.float64, device=device)
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """Count a batch: float logits of shape (batch, classes), int64 labels of shape (batch,)."""
+        logits = logits.float()
+        hits = logits.topk(self._k, dim=1).indices == labels[:, None]
+        loss = functional.cross_entropy(logits, labels, reduction="sum")
+        self._sums += torch.stack([hits[:, 0].sum().double(), hits.sum().double(), loss.double()])
+        self._num_records += len(labels)
+
+    def report(self, *, num_records: int, all_sum: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Sum up over all ranks; a collective.
+
+        Returns:
+            ``val_top1``, ``val_top5``: percent of records, 0 to 100, as torchvision's references print
+            them (with fewer than 5 classes ``val_top5`` looks at all of them); ``val_loss``: mean cross
+            entropy; ``val_records``: how many were counted.
+
+        Raises:
+            RuntimeError: not every one of ``num_records`` was counted exactly once.
+        """
+        own = torch.cat([self._sums, self._sums.new_tensor([self._num_records])])
+        top1, top5, loss, counted = all_sum(own).tolist()
+        if counted != num_records:
+            raise RuntimeError(
+                f"evaluation counted {counted:.0f} records, expected each of {num_records} once; "
+                "the ranks do not read the same data set"
+            )
+        return {
+            "val_top1": 100 * top1 / counted,
+            "val_top5": 100 * top5 / counted,
+            "val_loss": loss / counted,
+            "val_records": int(counted),
+        }
+
+
+class JsonLog:
+    """A file of one JSON object a line, each there for others to read as soon as it is written.
+
+    Args:
+        path: the file, or None to write nothing.
+        append: keep the lines that are there.
+    """
+
+    def __init__(self, path: str | Path | None, *, append: bool) -> None:
+        # Line buffered: a run that is killed has logged all that it did.
+        self._file = None if path is None else open(path, "a" if append else "w", buffering=1)  # noqa: SIM115
+
+    def write(self, **values: float) -> None:
+        """Add one object."""
+        if self._file is not None:
+            self._file.write(json.dumps(values, allow_nan=False) + "\n")
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+    def __enter__(self) -> JsonLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,89 @@
+"""torchvision's classification models: which there are, how they are built and trained."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional
+
+__all__ = ["arch_names", "build_model", "check_arch", "check_input", "training_loss"]
+
+# What the losses of the auxiliary classifiers count: the papers' and torchvision's numbers
+# (Szegedy et al. 2014, section 5; Szegedy et al. 2015, section 4, as PyTorch's fine-tuning tutorial has it).
+AUXILIARY_LOSS_WEIGHTS = {"googlenet": 0.3, "inception_v3": 0.4}
+
+
+def arch_names() -> list[str]:
+    """Names of all classification models of the installed torchvision."""
+    names: list[str] = torchvision.models.list_models(module=torchvision.models)
+    return names
+
+
+def check_arch(arch: str) -> None:
+    """Raise ValueError, with the nearest names, if torchvision has no such classification model."""
+    names = arch_names()
+    if arch in names:
+        return
+    near = difflib.get_close_matches(arch, names, n=3)
+    hint = f"did you mean {' or '.join(near)}?" if near else "for example resnet18 or resnet50"
+    raise ValueError(f"arch: torchvision has no classification model {arch!r}; {hint}")
+
+
+def build_model(arch: str, *, num_classes: int, size: int) -> nn.Module:
+    """Make a model with random weights, in float32 on the CPU (or on ``torch.device`` where one is set).
+
+    Args:
+        size: height and width of its images in pixels; vision transformers are built for one size.
+    """
+    options: dict[str, Any] = {}
+    if arch.startswith("vit_"):
+        options["image_size"] = size
+    elif arch.startswith("maxvit_"):
+        options["input_size"] = (size, size)
+    elif arch in AUXILIARY_LOSS_WEIGHTS:
+        options["init_weights"] = True  # the default, which torchvision warns about
+    model: nn.Module = torchvision.models.get_model(arch, weights=None, num_classes=num_classes, **options)
+    return model
+
+
+def check_input(arch: str, *, num_classes: int, size: int, batch_size: int) -> None:
+    """Raise ValueError if the model cannot be trained on images of this size.
+
+    Runs the model on the meta device, where tensors have shapes and no values, so it costs no memory.
+    """
+    try:
+        with torch.device("meta"):
+            model = build_model(arch, num_classes=num_classes, size=size)
+            model.train()(torch.empty(batch_size, 3, size, size))
+    except NotImplementedError:
+        return  # RegNet computes its layers' widths with tensors, which need values; it takes any size
+    except (RuntimeError, ValueError, AssertionError) as cause:
+        reason = " ".join(str(cause).split())
+        raise ValueError(
+            f"arch: {arch} cannot be trained on {batch_size} images of {size}x{size} pixels a step: "
+            f"{reason}; choose another --size or --batch-size"
+        ) from cause
+
+
+def training_loss(output: Any, labels: Tensor, *, arch: str) -> Tensor:
+    """Cross entropy, plus that of the auxiliary classifiers of GoogLeNet and Inception in their shares.
+
+    Args:
+        output: what the model returns in training, logits of shape (batch, classes) or a tuple of them.
+        labels: int64 of shape (batch,).
+
+    Returns:
+        The mean over the batch, a scalar.
+    """
+    if isinstance(output, Tensor):
+        return functional.cross_entropy(output, labels)
+    logits, *auxiliary = output
+    loss = functional.cross_entropy(logits, labels)
+    for auxiliary_logits in auxiliary:
+        if auxiliary_logits is not None:
+            loss = loss + AUXILIARY_LOSS_WEIGHTS[arch] * functional.cross_entropy(auxiliary_logits, labels)
+    return loss

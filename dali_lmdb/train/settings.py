@@ -1,0 +1,203 @@
+"""What a training run is told, and the checks that need no rank to be started."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dali_lmdb.errors import SourceError
+from dali_lmdb.loaders.folder import is_image_folder
+from dali_lmdb.loaders.torch import open_data
+from dali_lmdb.store import open_store
+from dali_lmdb.train import checkpoint, models
+from dali_lmdb.train.distributed import find_device
+
+__all__ = ["BACKENDS", "DEVICES", "PRECISIONS", "DataSummary", "TrainSettings", "check", "describe_data"]
+
+BACKENDS = ("dali", "torch")
+DEVICES = ("auto", "cuda", "cpu")
+PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """One training run. Plain values only, so that it can be sent to ranks and kept in checkpoints."""
+
+    train: str
+    """Store to train on, or a folder of class folders with ``backend="torch"``."""
+    val: str
+    """Store to evaluate on after each epoch, or such a folder. Its classes must be those of ``train``."""
+    arch: str = "resnet50"
+    """Any torchvision classification model; trained from random weights."""
+    backend: str = "dali"
+    """``"dali"`` decodes with DALI, ``"torch"`` with PIL in DataLoader workers (the classic CPU path)."""
+    device: str = "auto"
+    """``"cuda"``: a GPU for each rank, NCCL. ``"cpu"``: gloo. ``"auto"``: GPUs where there are any."""
+    precision: str = "auto"
+    """``"auto"``: mixed bfloat16 on GPUs that have it, mixed float16 on others, float32 on the CPU."""
+    epochs: int = 90
+    batch_size: int = 256
+    """Records in a training step of one rank; ``lr`` is not scaled by it."""
+    lr: float = 0.1
+    """Highest learning rate, used as given: reached by linear warm-up, left on a cosine to 0."""
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    size: int = 224
+    """Height and width of the images in pixels; evaluation resizes the shorter side to size * 256 / 224."""
+    workers: int = 4
+    """DALI's threads, or DataLoader's worker processes, of each rank."""
+    seed: int = 0
+    """Of the weights, the order of records, the crops and flips, and dropout."""
+    output: str | None = None
+    """Folder for ``checkpoint.pt``; no checkpoints without one."""
+    resume: bool = False
+    """Go on from the checkpoint in ``output``; start at the beginning if there is none yet."""
+    checkpoint_every: int = 0
+    """Also save after every so many steps; 0 saves at the end of epochs only."""
+    log_json: str | None = None
+    """File for the measurements, one JSON object a line; appended to with ``resume``."""
+    log_every: int = 10
+    """Steps between two reports; the last step of an epoch is always reported."""
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("backend", BACKENDS), ("device", DEVICES), ("precision", PRECISIONS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
+        for name in ("epochs", "batch_size", "size", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)}, expected at least 1")
+        for name in ("workers", "seed", "checkpoint_every", "momentum", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: {getattr(self, name)}, expected at least 0")
+        if self.backend == "dali" and self.workers < 1:
+            raise ValueError("workers: 0, DALI needs at least 1 thread")
+        if not self.lr > 0:
+            raise ValueError(f"lr: {self.lr}, expected more than 0")
+        if self.output is None and (self.resume or self.checkpoint_every):
+            option = "resume" if self.resume else "checkpoint_every"
+            raise ValueError(f"{option}: there is no output folder for a checkpoint; name one with output")
+        models.check_arch(self.arch)
+
+    @property
+    def eval_resize(self) -> int:
+        """What evaluation resizes the shorter side to, in pixels (256 for 224, as everyone does)."""
+        return round(self.size * 256 / 224)
+
+    @property
+    def checkpoint_path(self) -> Path | None:
+        """Where the checkpoint is, or will be."""
+        return None if self.output is None else Path(self.output) / checkpoint.FILE_NAME
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSummary:
+    """What has to be known of a data set before ranks are started."""
+
+    num_records: int
+    classes: list[str]
+
+
+def describe_data(path: str, *, backend: str) -> DataSummary:
+    """Count the records and name the classes of a store or, with ``backend="torch"``, of an image folder.
+
+    Raises:
+        SourceError: an image folder that cannot be read, or one that DALI was to read.
+        StoreError: not a store, or none at all.
+    """
+    if backend == "dali" and is_image_folder(path):
+        target = f"{path.rstrip(os.sep)}.lmdb"
+        raise SourceError(
+            f"{path}: a folder, and --backend dali reads stores; convert it with: "
+            f"dali-lmdb convert {path} {target} (or read it as it is with --backend torch)"
+        )
+    with open_data(path) if backend == "torch" else open_store(path) as store:
+        return DataSummary(num_records=len(store), classes=list(store.classes))
+
+
+def check(settings: TrainSettings, *, world_size: int, ranks_per_node: int) -> None:
+    """Find what would stop every rank, before there are any; makes the output folder when all is well.
+
+    Raises:
+        ValueError: settings that do not fit the data, or files that cannot be written.
+        StoreError, SourceError, DeviceError, StateError: data, GPUs or a checkpoint that is missing or unfit.
+    """
+    find_device(settings.device, local_rank=0, ranks_per_node=ranks_per_node)
+    train = describe_data(settings.train, backend=settings.backend)
+    val = describe_data(settings.val, backend=settings.backend)
+    _check_classes(train.classes, val.classes, settings=settings)
+    _check_batch(train.num_records, settings=settings, world_size=world_size)
+    if val.num_records == 0:
+        raise ValueError(f"{settings.val}: no records to evaluate on")
+    models.check_input(
+        settings.arch, num_classes=len(train.classes), size=settings.size, batch_size=settings.batch_size
+    )
+    _check_checkpoint(settings, classes=train.classes)
+    _check_files(settings)
+
+
+def _check_classes(train: Sequence[str], val: Sequence[str], *, settings: TrainSettings) -> None:
+    if list(train) == list(val):
+        return
+    differences = [
+        f"only in {path}: {_some(sorted(set(own) - set(other)))}"
+        for path, own, other in ((settings.train, train, val), (settings.val, val, train))
+        if set(own) - set(other)
+    ]
+    if not differences:  # the same names, so labels would be mixed up
+        first = next(i for i, (own, other) in enumerate(zip(train, val, strict=True)) if own != other)
+        differences = [f"label {first} is {train[first]} in {settings.train}, {val[first]} in {settings.val}"]
+    raise ValueError(
+        f"classes of --train ({len(train)}) and --val ({len(val)}) differ: {'; '.join(differences)}; "
+        "make both from the same classes"
+    )
+
+
+def _some(names: Sequence[str], *, limit: int = 5) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def _check_batch(num_records: int, *, settings: TrainSettings, world_size: int) -> None:
+    global_batch_size = settings.batch_size * world_size
+    if num_records >= global_batch_size:
+        return
+    largest = num_records // world_size
+    remedy = f"use --batch-size {largest} or less" if largest else f"use --world-size {num_records} or less"
+    raise ValueError(
+        f"{settings.train}: {num_records} records, one step needs {global_batch_size} "
+        f"(--batch-size {settings.batch_size} on {world_size} ranks); {remedy}"
+    )
+
+
+def _check_checkpoint(settings: TrainSettings, *, classes: Sequence[str]) -> None:
+    path = settings.checkpoint_path
+    if path is None or not path.exists():
+        return
+    if not settings.resume:
+        raise ValueError(f"{path} exists; go on from it with --resume, or choose another --output")
+    checkpoint.check_fits(checkpoint.load(path), arch=settings.arch, classes=classes, path=path)
+
+
+def _check_files(settings: TrainSettings) -> None:
+    """Make the output folder and make sure that the log can be written; leave nothing else behind."""
+    if settings.log_json is not None:
+        log = Path(settings.log_json)
+        if log.is_dir():
+            raise ValueError(f"--log-json {log}: a folder, expected a file")
+        if not log.absolute().parent.is_dir():
+            raise ValueError(f"--log-json {log}: no folder {log.absolute().parent}; make it first")
+        if not os.access(log if log.exists() else log.absolute().parent, os.W_OK):
+            raise ValueError(f"--log-json {log}: not writable; choose another file")
+    if settings.output is not None:
+        try:
+            Path(settings.output).mkdir(parents=True, exist_ok=True)
+        except OSError as cause:
+            raise ValueError(f"--output {settings.output}: cannot be made: {_one_line(cause)}") from cause
+        if not os.access(settings.output, os.W_OK):
+            raise ValueError(f"--output {settings.output}: not writable; choose another folder")
+
+
+def _one_line(cause: BaseException) -> str:
+    return " ".join(str(cause).split())

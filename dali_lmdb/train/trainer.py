@@ -1,0 +1,321 @@
+"""Training and evaluation, as one rank does them."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dali_lmdb.loaders.dali import DaliLoader
+from dali_lmdb.loaders.torch import TorchLoader
+from dali_lmdb.plan.augment import EvalTransform, TrainTransform
+from dali_lmdb.train import checkpoint
+from dali_lmdb.train.distributed import Ranks, find_device, process_group
+from dali_lmdb.train.metrics import EvaluationSums, JsonLog, StepMeter
+from dali_lmdb.train.models import build_model, training_loss
+from dali_lmdb.train.settings import TrainSettings
+
+__all__ = ["evaluate", "learning_rate", "train"]
+
+logger = logging.getLogger(__name__)
+
+WARM_UP = 0.05  # of the run: 4.5 of 90 epochs; Goyal et al. 2017 (section 2.2) warm up for 5 of 90
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def train(settings: TrainSettings) -> list[dict[str, float]]:
+    """Train and evaluate as this process's rank; in several processes, the ranks of torchrun's environment.
+
+    Progress is logged to ``dali_lmdb.train.trainer`` on rank 0.
+
+    Returns:
+        What ``--log-json`` holds of each evaluation that was made.
+
+    Raises:
+        StoreError, SourceError, RecordError, DeviceError: data or GPUs are missing or bad.
+        StateError: the checkpoint is of another data set, model or seed.
+        FloatingPointError: the loss is not finite any more.
+    """
+    ranks = Ranks.from_environment() or Ranks()
+    device = find_device(settings.device, local_rank=ranks.local_rank, ranks_per_node=ranks.ranks_per_node)
+    with ExitStack() as stack:
+        stack.enter_context(process_group(ranks, device=device))
+        run = _Run(settings, ranks=ranks, device=device, stack=stack)
+        run.restore()
+        if ranks.rank == 0:
+            logger.info("training %s", run)
+        results = []
+        while run.epoch < settings.epochs:
+            run.train_epoch()
+            results.append(run.evaluate())
+            run.epoch += 1
+            run.step = run.records_done = 0
+            run.save()
+        return results
+
+
+def learning_rate(progress: float, *, highest: float) -> float:
+    """Linear warm-up over the first ``WARM_UP`` of the run, then half a cosine down to 0.
+
+    Args:
+        progress: how much of the run is done, 0 to 1. It is counted in records, not in steps, so that a
+            run that is resumed on another number of ranks goes on along the same curve.
+    """
+    if progress < WARM_UP:
+        return highest * progress / WARM_UP
+    return highest * 0.5 * (1 + math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP)))
+
+
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    sums: EvaluationSums,
+    precision: torch.dtype,
+) -> None:
+    """Add the model's results on this rank's ``batches`` to ``sums``.
+
+    The model must not be wrapped for DDP: ranks may have different numbers of batches, even none, and the
+    wrapper's forward exchanges buffers, which would wait for ranks that have already ended.
+    """
+    model.eval()
+    with torch.inference_mode():
+        for images, labels in batches:
+            with _autocast(images.device, precision):
+                logits = model(_arrange(images))
+            sums.add(logits, labels)
+
+
+class _Run:
+    """The state of one rank's run: model, optimizer, loaders and how far it has come."""
+
+    def __init__(self, settings: TrainSettings, *, ranks: Ranks, device: torch.device, stack: ExitStack) -> None:
+        self.settings, self.ranks, self.device = settings, ranks, device
+        self.epoch = 0
+        self.step = 0
+        """Steps done in this epoch."""
+        self.records_done = 0
+        """Records that all ranks together have trained on in this epoch."""
+        self.precision = _choose_precision(settings.precision, device=device)
+        self.train_loader = stack.enter_context(self._loader(training=True))
+        self.val_loader = stack.enter_context(self._loader(training=False))
+        torch.manual_seed(settings.seed)  # the same weights on all ranks
+        model = build_model(settings.arch, num_classes=len(self.train_loader.classes), size=settings.size)
+        self.model = model.to(device)
+        if device.type == "cuda":
+            torch.backends.cudnn.benchmark = True  # images of one size: the search pays
+            self.model = self.model.to(memory_format=torch.channels_last)
+        self.wrapped: nn.Module = self.model
+        if ranks.world_size > 1:
+            self.wrapped = DistributedDataParallel(
+                self.model,
+                device_ids=[device] if device.type == "cuda" else None,
+                gradient_as_bucket_view=True,
+            )
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(),
+            lr=settings.lr,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+        )
+        # Only float16 has gradients so small that they vanish.
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision is torch.float16)
+        own_log = settings.log_json if ranks.rank == 0 else None
+        self.log = stack.enter_context(JsonLog(own_log, append=settings.resume))
+        self.meter = StepMeter(device=device)
+
+    def _loader(self, *, training: bool) -> Any:
+        settings, ranks = self.settings, self.ranks
+        on_gpu = self.device.type == "cuda"
+        options: dict[str, Any] = {
+            "transform": TrainTransform(size=settings.size)
+            if training
+            else EvalTransform(size=settings.size, resize=settings.eval_resize),
+            "batch_size": settings.batch_size,
+            "device": self.device.type,
+            "rank": ranks.rank,
+            "world_size": ranks.world_size,
+            "seed": settings.seed,
+            # Half as much to write and read where the model computes in 16 bits anyway.
+            "dtype": "float32" if self.precision is torch.float32 else "float16",
+            "layout": "NHWC" if on_gpu else "NCHW",
+        }
+        data = settings.train if training else settings.val
+        if settings.backend == "dali":
+            return DaliLoader(data, num_threads=settings.workers, **options)
+        return TorchLoader(data, num_workers=settings.workers, **options)
+
+    def __str__(self) -> str:
+        num_records, steps = self.train_loader.num_records, len(self.train_loader)
+        precision = str(self.precision).removeprefix("torch.")
+        return (
+            f"{self.settings.arch} on {num_records} records of {len(self.train_loader.classes)} classes: "
+            f"{steps} steps an epoch, {self.ranks.world_size} rank(s), {self.device.type}, {precision}"
+        )
+
+    def train_epoch(self) -> None:
+        """Train on what is left of the epoch."""
+        settings, loader = self.settings, self.train_loader
+        if self.step == 0:
+            loader.set_epoch(self.epoch)
+        self.wrapped.train()
+        self.meter.reset()
+        batches = iter(loader)
+        while (batch := self.meter.wait_for(lambda: next(batches, None))) is not None:
+            self._train_step(*batch)
+            del batch  # its memory is the pipeline's, which needs it for the next one
+            if self.step % settings.log_every == 0:
+                self._report_steps()
+            # At the last step the epoch's end saves.
+            due = settings.checkpoint_every and self.step % settings.checkpoint_every == 0
+            if due and self.records_done + self._global_batch_size <= loader.num_records:
+                self.save()
+        if self.meter.steps:
+            self._report_steps()
+
+    @property
+    def _global_batch_size(self) -> int:
+        return self.settings.batch_size * self.ranks.world_size
+
+    def _train_step(self, images: Tensor, labels: Tensor) -> None:
+        # Half a step on, so that neither the first nor the last step is made with a rate of 0.
+        done = (self.records_done + self._global_batch_size / 2) / self.train_loader.num_records
+        progress = (self.epoch + min(done, 1.0)) / self.settings.epochs
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(progress, highest=self.settings.lr)
+        torch.manual_seed(_step_seed(self.settings.seed, self.epoch, self.records_done, self.ranks.rank))
+        with _autocast(self.device, self.precision):
+            loss = training_loss(self.wrapped(_arrange(images)), labels, arch=self.settings.arch)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.meter.add(loss=loss, num_images=len(labels))
+        self.step += 1
+        self.records_done += self._global_batch_size
+
+    def _report_steps(self) -> None:
+        """Log the steps since the last report; all ranks take part."""
+        report = self.meter.report(all_sum=self.ranks.all_sum)
+        if not math.isfinite(report["loss"]):
+            raise FloatingPointError(
+                f"the loss is {report['loss']} in epoch {self.epoch}, step {self.step}; try a lower --lr"
+            )
+        self.log.write(epoch=self.epoch, step=self.step, **report)
+        if self.ranks.rank == 0:
+            logger.info(
+                "epoch %d  step %d  loss %.4f  %.0f images/s  %.0f %% of the time waiting for data",
+                self.epoch,
+                self.step,
+                report["loss"],
+                report["images_per_s"],
+                100 * report["data_wait_fraction"],
+            )
+
+    def evaluate(self) -> dict[str, float]:
+        """Evaluate all of the validation data, log the result and return it."""
+        if self.ranks.world_size > 1:
+            # DDP hands rank 0's buffers (BatchNorm's statistics) out before a step, not after the last one.
+            for buffer in self.model.buffers():
+                dist.broadcast(buffer, src=0)
+        loader = self.val_loader
+        sums = EvaluationSums(num_classes=len(loader.classes), device=self.device)
+        evaluate(self.model, loader, sums=sums, precision=self.precision)
+        report = sums.report(num_records=loader.num_records, all_sum=self.ranks.all_sum)
+        result = {"epoch": self.epoch, **report}
+        self.log.write(**result)
+        if self.ranks.rank == 0:
+            logger.info(
+                "epoch %d  validation: top-1 %.2f %%  top-5 %.2f %%  loss %.4f  %d records",
+                self.epoch,
+                report["val_top1"],
+                report["val_top5"],
+                report["val_loss"],
+                report["val_records"],
+            )
+        return result
+
+    def save(self) -> None:
+        """Write the checkpoint, on rank 0; what it holds is the same for any number of ranks."""
+        path = self.settings.checkpoint_path
+        if path is None or self.ranks.rank != 0:
+            return
+        content = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "epoch": self.epoch,
+            "step": self.step,
+            "records_done": self.records_done,
+            "loader": self.train_loader.state_dict(),
+            "classes": list(self.train_loader.classes),
+            "settings": asdict(self.settings),
+        }
+        checkpoint.save(path, content)
+
+    def restore(self) -> None:
+        """Go on from the checkpoint, if that is wanted and there is one."""
+        path = self.settings.checkpoint_path
+        if path is None or not self.settings.resume:
+            return
+        content = self._read_checkpoint(path)
+        if content is None:
+            if self.ranks.rank == 0:
+                logger.info("no checkpoint in %s yet: starting at the beginning", path.parent)
+            return
+        classes = self.train_loader.classes
+        checkpoint.check_fits(content, arch=self.settings.arch, classes=classes, path=path)
+        self.train_loader.load_state_dict(content["loader"])
+        self.model.load_state_dict(content["model"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        if content["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(content["scaler"])
+        self.epoch, self.step = content["epoch"], content["step"]
+        self.records_done = content["records_done"]
+        if self.ranks.rank == 0:
+            end = "; that was all" if self.epoch >= self.settings.epochs else ""
+            logger.info("going on from %s: epoch %d, step %d%s", path, self.epoch, self.step, end)
+
+    def _read_checkpoint(self, path: Path) -> dict[str, Any] | None:
+        """Read it on rank 0, which wrote it, for all ranks: other machines may not see the file."""
+        found = [checkpoint.load(path) if self.ranks.rank == 0 and path.exists() else None]
+        if self.ranks.world_size > 1:
+            dist.broadcast_object_list(found, src=0)
+        return found[0]
+
+
+def _choose_precision(name: str, *, device: torch.device) -> torch.dtype:
+    if device.type != "cuda":
+        return torch.float32
+    if name != "auto":
+        return _DTYPES[name]
+    # GPUs older than Ampere emulate bfloat16, slowly.
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+
+
+def _autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
+    return torch.autocast(device.type, dtype=precision, enabled=precision is not torch.float32)
+
+
+def _arrange(images: Tensor) -> Tensor:
+    """Bring images into the memory format of the model; no copy where they already are."""
+    if images.device.type != "cuda":
+        return images
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def _step_seed(seed: int, epoch: int, records_done: int, rank: int) -> int:
+    """Seed of dropout and the like in one step of one rank; so there is no generator state to save."""
+    text = f"{seed} {epoch} {records_done} {rank}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
