@@ -33,6 +33,7 @@ gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
 ranks=2
 if ((gpus == 1)); then ranks=1; fi
 
+rm -rf "$demo/run"  # the trainer refuses to overwrite a checkpoint
 step "Training: $ranks rank(s), $gpus GPU(s)"
 "$python" -m dali_lmdb.train --world-size "$ranks" --train "$demo/train.lmdb" --val "$demo/val.lmdb" \
     --arch resnet18 --size 96 --epochs 5 --batch-size 32 --lr 0.02 --workers 1 --output "$demo/run"
