@@ -670,6 +670,26 @@ def test_a_store_without_image_sizes_is_refused_or_read(make, image_folder, tmp_
     assert refused is None or "--check" in refused
 
 
+def write_own_part(store_path, folder, rank):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=3)
+    with torch_here(store_path, transform=EVAL, batch_size=5, return_index=True) as loader:
+        (folder / str(rank)).write_text(json.dumps(flat(epoch_of(loader))))
+    torch.distributed.destroy_process_group()
+
+
+def test_rank_and_world_size_are_the_process_groups(store_path, tmp_path):
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=write_own_part, args=(store_path, tmp_path, rank)) for rank in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0] * 3
+    parts = [json.loads((tmp_path / str(rank)).read_text()) for rank in range(3)]
+    assert parts[0] == [0, 1, 2, 3, 4, 15, 16, 17]
+    assert sorted(record for part in parts for record in part) == list(range(24))
+
+
 # --- closing
 
 
@@ -764,6 +784,14 @@ def test_stats_count_what_was_handed_out(make):
 BAD = (9, 22)
 
 
+def save_damaged(path):
+    """An image whose header is right and whose pixels are damaged, so that it is noticed when decoding."""
+    save_noise(path, seed=0, size=(60, 60), format="PNG")
+    raw = bytearray(path.read_bytes())
+    raw[2000:5000] = bytes(3000)
+    path.write_bytes(raw)
+
+
 @pytest.fixture(scope="module")
 def bad_path(tmp_path_factory):
     """As ``store_path``, but records 9 and 22 are PNG files with a damaged middle."""
@@ -771,10 +799,7 @@ def bad_path(tmp_path_factory):
     folder = make_image_folder(root / "images")
     for record in BAD:
         (path,) = folder.rglob(f"{record:03}.jpg")
-        save_noise(path, seed=record, size=(60, 60), format="PNG")
-        raw = bytearray(path.read_bytes())
-        raw[2000:5000] = bytes(3000)
-        path.write_bytes(raw)
+        save_damaged(path)
     convert(folder, root / "bad.lmdb")
     return root / "bad.lmdb"
 
@@ -822,6 +847,42 @@ def test_substitutes_take_the_place_of_bad_records(make, bad_path, caplog):
     assert all(bad.cause for bad in loader.bad_records)
     assert loader.stats()["substituted"] == 6
     assert len([message for message in caplog.messages if "bee/009.jpg" in message]) == 1
+
+
+@pytest.mark.parametrize("transform", [TRAIN, EVAL], ids=["train", "eval"])
+def test_a_batch_of_bad_records_only_shows_records_that_follow(make, tmp_path, transform):
+    folder = make_image_folder(tmp_path / "images", num_records=8, classes=("one",))
+    for record in (2, 3):
+        save_damaged(folder / "one" / f"{record:03}.jpg")
+    convert(folder, tmp_path / "x.lmdb")
+    loader = make(tmp_path / "x.lmdb", transform=transform, batch_size=2, shuffle="none", on_bad="substitute")
+    for _ in range(2):
+        first, bad, third, fourth = epoch_of(loader)
+        assert (first, third, fourth) == ([0, 1], [4, 5], [6, 7])
+        assert set(bad) == {4}
+    assert [record.index for record in loader.bad_records] == [2, 3]
+
+
+@pytest.mark.parametrize("batch_size", [3, 12])
+def test_substitutes_are_counted_when_they_are_shown_not_when_they_are_prepared(make, bad_path, batch_size):
+    loader = make(bad_path, transform=EVAL, on_bad="substitute", batch_size=batch_size)
+    for epoch in range(3):
+        list(loader)
+        assert loader.stats()["substituted"] == 2 * (epoch + 1)
+
+
+def test_pillows_cause_of_a_bad_record_says_the_same_every_time(tmp_path):
+    folder = tmp_path / "images" / "one"
+    folder.mkdir(parents=True)
+    for number in range(4):
+        (folder / f"{number}.jpg").write_bytes(b"these are no pixels" * 50)
+    save_grey(folder / "4.jpg", 3)
+    convert(tmp_path / "images", tmp_path / "x.lmdb", settings=ConvertSettings(check="none"))
+    with torch_here(tmp_path / "x.lmdb", transform=EVAL, batch_size=5, on_bad="substitute") as loader:
+        list(loader)
+        causes = {bad.cause for bad in loader.bad_records}
+    assert len(causes) == 1
+    assert " at 0x" not in causes.pop()
 
 
 def test_the_state_counts_substituted_records_as_seen(make, bad_path):

@@ -305,6 +305,7 @@ def spoilt(path, key, where, value):
         (9_000, ("node", 8 + 8), b"\xff" * 8),  # a page outside the file
         (9_000, ("node", 4), b"\x02\0"),  # a sub-database
         (100, ("node", 0), b"\xff\xff\0\0"),  # a length beyond the page
+        (100, ("node", 0), b"\xff\x0f\0\0"),
         (100, ("node", 4), b"\x01\0"),  # a small value said to lie elsewhere
         (100, ("node", 6), b"\xff\xff"),  # a key beyond the page
     ],
@@ -325,6 +326,7 @@ def test_a_value_that_cannot_be_is_damage(tmp_path, size, where, value):
         (9_000, ("node", 8 + 8), b"\xff" * 8),
         (9_000, ("node", 4), b"\x02\0"),
         (100, ("node", 0), b"\xff\xff\0\0"),
+        (100, ("node", 0), b"\xff\x0f\0\0"),
         (100, ("node", 4), b"\x01\0"),
     ],
     ids=str,
