@@ -171,13 +171,13 @@ def test_kinds_and_sizes_are_what_the_bytes_say_not_the_name(tmp_path, target):
         assert kinds == "BASELINE PROGRESSIVE GRAYSCALE CMYK PNG WEBP BMP TIFF PNM BASELINE"
         assert store.column("height").tolist() == list(range(21, 31))
         assert store.column("width").tolist() == [34, 35, 36, 37, 40, 40, 40, 40, 40, 50]
-    assert (summary.gpu, summary.cpu, summary.unknown) == (5, 5, 0)
+    assert (summary.gpu, summary.cpu, summary.none) == (5, 5, 0)
 
 
 def test_unchecked_images_are_of_unknown_kind_and_size(images, target):
     (images / "ant" / "bad.jpg").write_text("not an image")
     summary = convert(images, target, settings=ConvertSettings(check="none"))
-    assert (summary.records, summary.unknown) == (25, 25)
+    assert (summary.records, summary.none) == (25, 25)
     with open_store(target) as store:
         assert set(store.column("kind").tolist()) == {Kind.UNKNOWN}
         assert not store.column("height").any()
@@ -791,15 +791,15 @@ def test_a_report_that_does_not_fit_on_the_disk_is_one_line(images, small_disk):
     target = small_disk / "x.lmdb"
 
     def work():
-        original = job.Job._refuse_bad
+        original = job._write_report
 
-        def refuse_bad(self):
+        def write_report(*arguments):
             with open(small_disk / "filler", "wb", buffering=0) as file, contextlib.suppress(OSError):
                 while True:
                     file.write(b"\1" * 1024)
-            original(self)
+            return original(*arguments)
 
-        job.Job._refuse_bad = refuse_bad
+        job._write_report = write_report
         try:
             convert(images, target)
         except ConversionError as error:
@@ -901,3 +901,57 @@ def test_progress_ends_at_all_images(small_commits, images, target):
         assert done == sorted(done)
         assert done[-1] == 24
     assert {progress.total for progress in seen} == {24}
+
+
+# --- shards
+
+
+def test_all_shards_are_looked_at_before_bad_images_stop_anything(images, target):
+    for bad in ("ant/000.jpg", "cat/023.jpg"):
+        (images / bad).write_bytes(b"no image")
+    message = refusal(images, target, ConversionError, shards=3)
+    assert "2 of 24 images are bad" in message
+    assert convert(images, target, shards=3, settings=ConvertSettings(on_bad="skip")).skipped == 2
+
+
+def test_shards_have_the_fingerprint_of_the_same_records_in_one_file(image_folder, store_path, target):
+    convert(image_folder, target, shards=5)
+    with open_store(target) as shards, open_store(store_path) as whole:
+        assert shards.fingerprint == whole.fingerprint
+
+
+@pytest.mark.parametrize(("first", "then"), [(2, 3), (2, None), (None, 2)])
+def test_a_target_that_would_open_as_another_is_refused(image_folder, target, first, then):
+    convert(image_folder, target, shards=first)
+    before = left_beside(target)
+    assert "is there, which opens by the same name" in refusal(image_folder, target, shards=then)
+    assert left_beside(target) == before
+
+
+def test_sharded_images_are_listed_as_often_as_unsharded_ones(image_folder, tmp_path):
+    listed = []
+    for shards in (1, 12):
+
+        class Counted(FolderSource):
+            def items(self):
+                for item in super().items():
+                    listed.append(item.name)
+                    yield item
+
+        listed.clear()
+        convert(Counted(image_folder), tmp_path / f"{shards}.lmdb", shards=shards)
+        assert len(listed) == 2 * 24  # once to count them, once to write them
+
+
+def test_an_image_too_wide_for_jpeg_is_bad_when_it_would_be_transcoded(images, target):
+    Image.new("L", (70_000, 3)).save(images / "ant" / "wide.png")
+    settings = ConvertSettings(transcode=True, on_bad="skip")
+    assert convert(images, target, settings=settings).skipped == 1
+
+
+def test_names_that_are_spelt_the_same_in_utf8_are_refused(images, target):
+    data = (images / "ant" / "000.jpg").read_bytes()
+    for name in (b"\xff.jpg", b"\\xff.jpg"):
+        with open(os.path.join(os.fsencode(images / "ant"), name), "wb") as file:
+            file.write(data)
+    assert r"ant/\xff.jpg" in refusal(images, target, SourceError)

@@ -133,7 +133,7 @@ def test_a_converted_store_describes_its_images(store_path, image_folder):
         assert store.classes == ["ant", "bee", "cat"]
         assert store.labels.dtype == np.int32
         assert not store.labels.flags.writeable
-        assert store.fingerprint == fingerprint(store.labels, store.column("crc32"))
+        assert store.fingerprint == fingerprint((store.labels, store.column("crc32")))
         for i in range(len(store)):
             raw = (image_folder / store.name(i)).read_bytes()
             assert bytes(store.read(i)) == raw

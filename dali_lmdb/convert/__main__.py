@@ -18,6 +18,7 @@ from dali_lmdb.cli import Command, ProgressBar
 from dali_lmdb.convert import ConvertSettings, Progress, Summary, convert
 from dali_lmdb.convert.ranks import Ranks, torchrun_ranks
 from dali_lmdb.convert.sources import KINDS, open_source
+from dali_lmdb.store.layout import MAX_SHARDS
 
 __all__ = ["main"]
 
@@ -87,7 +88,7 @@ _DEFAULTS = {field.name: field.default for field in fields(ConvertSettings)}
 )
 @click.option(
     "--shards",
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, MAX_SHARDS),
     metavar="K",
     help="Write K files, NAME-00000-of-0000K.lmdb and so on. Under torchrun the ranks share them.",
 )
@@ -127,7 +128,7 @@ def main(
                     kind=kind,
                     val_labels=val_labels,
                     follow_links=follow_links,
-                    classes=classes.split(",") if classes else None,
+                    classes=None if classes is None else classes.split(","),
                     per_class=per_class,
                 ),
                 store,
@@ -156,8 +157,8 @@ def _sentence(summary: Summary) -> str:
         f"{summary.seconds:.1f} s, {summary.images_per_s:,.0f} images/s, {summary.megabytes_per_s:,.0f} MB/s"
     )
     text += f"\nnvJPEG decodes {summary.gpu:,} on the GPU, {summary.cpu:,} fall back to the CPU"
-    if summary.unknown:
-        text += f", {summary.unknown:,} are of unknown kind"
+    if summary.none:
+        text += f", {summary.none:,} nothing known decodes"
     if summary.transcoded or summary.resized:
         text += f"\n{summary.transcoded:,} re-encoded for the GPU, {summary.resized:,} resized"
     if summary.skipped:

@@ -44,14 +44,14 @@ def change_image(
     try:
         with Image.open(io.BytesIO(data)) as opened:
             image = opened.convert("RGB")
-    except Exception as error:  # Pillow's decoders raise almost anything on damaged files
-        raise BadImageError(f"does not decode: {error}") from error
-    if Change.RESIZED in change and resize is not None:
-        short = min(image.size)
-        # The longer side is truncated, as torchvision's Resize does.
-        width, height = (resize * side // short for side in image.size)
-        image = image.resize((width, height), Image.Resampling.LANCZOS)
-    encoded = io.BytesIO()
-    image.save(encoded, "JPEG", quality=quality)
+        if Change.RESIZED in change and resize is not None:
+            short = min(image.size)
+            # The longer side is truncated, as torchvision's Resize does.
+            width, height = (resize * side // short for side in image.size)
+            image = image.resize((width, height), Image.Resampling.LANCZOS)
+        encoded = io.BytesIO()
+        image.save(encoded, "JPEG", quality=quality)
+    except Exception as error:  # Pillow raises almost anything on damaged files, and on more than 65,500 pixels
+        raise BadImageError(f"cannot be encoded anew: {error}") from error
     data = encoded.getvalue()
     return data, read_header(data, max_pixels=max_pixels), change

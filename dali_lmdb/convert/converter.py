@@ -11,24 +11,28 @@ import json
 import os
 import time
 import warnings
-from array import array
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from dali_lmdb.convert.job import Files, Job, Part, name_hash
+from dali_lmdb.convert.job import Files, Job, NameBlocks, Part
 from dali_lmdb.convert.journal import Journal
 from dali_lmdb.convert.ranks import Ranks
 from dali_lmdb.convert.settings import ConvertSettings, Progress, Summary
 from dali_lmdb.convert.sources import open_source
-from dali_lmdb.convert.sources.base import Source
+from dali_lmdb.convert.sources.base import Item, Source
 from dali_lmdb.errors import ConversionError, DaliLmdbError
-from dali_lmdb.store.layout import Change, Kind, shard_path
+from dali_lmdb.store.layout import MAX_SHARDS, Change, Decoders, shard_path
 from dali_lmdb.store.reader import FileStore
+from dali_lmdb.store.shards import shard_files
 
 __all__ = ["convert"]
+
+MAX_NAME_BYTES = 255  # of a file in most file systems of Linux (NAME_MAX)
 
 
 def convert(
@@ -64,69 +68,135 @@ def convert(
     """
     begin = time.perf_counter()
     settings, ranks, target = settings or ConvertSettings(), ranks or Ranks(), Path(target)
-    if shards is not None and shards < 1:
-        raise ValueError(f"shards is {shards}, expected at least 1")
+    if shards is not None and not 1 <= shards <= MAX_SHARDS:
+        raise ValueError(f"shards is {shards}, expected 1 to {MAX_SHARDS}")
     if shards is None and ranks.world_size > 1:
         raise ValueError(
-            f"{ranks.world_size} ranks share shards, but shards is not given; give at least one a rank"
+            f"{ranks.world_size} ranks share shards, but shards is not given; give one a rank or more"
         )
     source = source if isinstance(source, Source) else open_source(source)
-    _check_folder(target)
+    if not target.name:
+        raise ConversionError(f"{os.fspath(target)!r}: expected the name of the file to make, such as train.lmdb")
     paths = [target] if shards is None else [shard_path(target, index, shards) for index in range(shards)]
     everything = [Files(path) for path in paths]
-    mine = range(ranks.rank, len(paths), ranks.world_size)
-    with contextlib.ExitStack() as journals, warnings.catch_warnings():
-        # Our own limit of pixels decides, not Pillow's warning.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        failure: BaseException | None = None
+    _check_target(target, everything)
+    # Runs of shards, so that each rank goes through the source's list once.
+    bounds = [len(paths) * rank // ranks.world_size for rank in range(ranks.world_size + 1)]
+    mine = range(bounds[ranks.rank], bounds[ranks.rank + 1])
+    failure: BaseException | None = None
+    try:
+        parts = _parts(source, settings, target, shards)
+        jobs = [
+            Job(
+                source,
+                parts[index],
+                settings,
+                files=everything[index],
+                num_threads=num_threads or max(4, len(os.sched_getaffinity(0))),
+                progress=progress,
+            )
+            for index in mine
+        ]
+        with _pixel_limit(settings.max_pixels):
+            skipped = sum(part.num_items for part in parts[: mine.start])
+            _run(jobs, islice(source.items(), skipped, None), target=target, restart=restart)
+    except DaliLmdbError as error:
+        failure = error
+    ranks.agree(failure)
+    failure = None
+    if ranks.rank == 0:
         try:
-            parts = _parts(source, settings, target, shards)
-            for index in mine:
-                job = Job(
-                    source,
-                    parts[index],
-                    settings,
-                    files=everything[index],
-                    journal=journals.enter_context(Journal(everything[index].journal)),
-                    num_threads=num_threads or max(4, len(os.sched_getaffinity(0))),
-                    progress=progress,
-                )
-                _run(job, restart=restart)
+            _publish(everything)
         except DaliLmdbError as error:
             failure = error
-        ranks.agree(failure)
-        if ranks.rank == 0:
-            _publish(everything)
-        ranks.agree(None)
-        summary = _summarise(target, everything, time.perf_counter() - begin)
-        for index in mine:
-            everything[index].journal.unlink(missing_ok=True)
-    return summary
+    ranks.agree(failure)
+    for index in mine:
+        everything[index].journal.unlink(missing_ok=True)
+    return _summarise(target, everything, time.perf_counter() - begin)
 
 
-def _check_folder(target: Path) -> None:
+def _run(jobs: Sequence[Job], items: Iterator[Item], *, target: Path, restart: bool) -> None:
+    """Make the jobs' files complete: all images are looked at before the first bad one stops anything."""
+    bad = records = 0
+    for job in jobs:
+        with Journal(job.files.journal) as journal:
+            num_records, num_bad = _write_part(job, journal, items, restart=restart)
+            bad, records = bad + num_bad, records + num_records
+    if next(items, None) is not None and jobs and jobs[-1].part.is_last:
+        raise ConversionError(
+            f"{target}: the source changed during the conversion: images were added; use --restart when nothing "
+            "writes to it"
+        )
+    reports = ", ".join(str(job.files.report) for job in jobs if job.files.report.exists())
+    if bad and jobs[0].settings.on_bad == "fail":
+        raise ConversionError(
+            f"{target}: {bad} of {bad + records} images are bad, see {reports}; nothing was published; mend them "
+            "and use --restart, or leave them out with --on-bad skip"
+        )
+    if records == 0 and jobs and jobs[0].part.shard is None:
+        raise ConversionError(f"{target}: all {bad} images are bad, see {reports}")
+    for job in jobs:
+        if not job.files.target.exists():
+            with Journal(job.files.journal) as journal:
+                job.finish(journal)
+
+
+def _write_part(job: Job, journal: Journal, items: Iterator[Item], *, restart: bool) -> tuple[int, int]:
+    """Write one file's images; (records, bad images) of it."""
+    files = job.files
+    if not files.target.exists():
+        return job.write(journal, items, restart=restart)
+    # It may have been published by a run of the same conversion that was killed before all was.
+    if files.partial.exists() or not job.is_same(journal):
+        if journal.header is None:
+            files.journal.unlink()
+        raise _already_exists(files.target)
+    deque(islice(items, job.part.num_items), maxlen=0)
+    return len(FileStore(files.target)), journal.num_bad()
+
+
+def _already_exists(target: Path) -> ConversionError:
+    return ConversionError(f"{target}: already exists; remove it or choose another name")
+
+
+def _check_target(target: Path, everything: Sequence[Files]) -> None:
+    """Refuse a target that cannot be written, or that would not be what its name then opens."""
     folder = target.parent
     try:
-        is_file_name, is_folder = bool(target.name) and not target.is_dir(), folder.is_dir()
+        is_taken, is_folder = target.is_dir(), folder.is_dir()
+        os.path.lexists(everything[-1].journal)
+        others = {Path(file) for file in shard_files(target) or []} if is_folder else set()
     except OSError as error:  # a name too long, a folder that may not be looked into
         raise ConversionError(f"{target}: cannot be written: {error.strerror}; choose another name") from error
-    if not is_file_name:
+    if is_taken:
         raise ConversionError(f"{target}: a folder, expected the name of the file to make, such as train.lmdb")
     if not is_folder:
         raise ConversionError(f"{target}: its folder {folder} does not exist; make it first")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ConversionError(f"{target}: its folder {folder} is not writable; choose another or change it")
+    longest = max(len(os.fsencode(files.journal.name)) for files in everything)
+    if longest > MAX_NAME_BYTES:
+        raise ConversionError(
+            f"{target}: its name is too long by {longest - MAX_NAME_BYTES} bytes, with what is added to it during "
+            "the conversion; choose a shorter one"
+        )
+    others -= {files.target for files in everything}
+    if others or (len(everything) > 1 and os.path.lexists(target)):
+        found = min(others, default=target)
+        raise ConversionError(f"{target}: {found.name} is there, which opens by the same name; remove it first")
 
 
-def _run(job: Job, *, restart: bool) -> None:
-    """Make a file complete, unless a run of the same conversion was killed after publishing it."""
-    files = job.files
-    if not files.target.exists():
-        job.run(restart=restart)
-    elif files.partial.exists() or not job.is_same():
-        if job.journal.header is None:
-            files.journal.unlink()
-        raise ConversionError(f"{files.target}: already exists; remove it or choose another name")
+@contextlib.contextmanager
+def _pixel_limit(max_pixels: int) -> Iterator[None]:
+    """Let our limit of pixels decide, not Pillow's."""
+    before = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = max_pixels
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
 
 
 def _parts(source: Source, settings: ConvertSettings, target: Path, shards: int | None) -> list[Part]:
@@ -134,29 +204,21 @@ def _parts(source: Source, settings: ConvertSettings, target: Path, shards: int 
     total = source.count()
     if total == 0:
         raise ConversionError(f"{target}: nothing to convert: the source has no images")
-    hashes = array("Q", (name_hash(item.name) for item in source.items()))
-    if len(hashes) != total:
-        raise ConversionError(
-            f"{target}: the source had {total} images when it was opened, now {len(hashes)}; convert it when "
-            "nothing writes to it"
-        )
-    if shards is None:
-        return [Part(start=0, stop=total, is_last=True, name_hashes=hashes, shard=None)]
-    if shards > total:
+    count = 1 if shards is None else shards
+    if count > total:
         raise ConversionError(f"{target}: {shards} shards for {total} images; use fewer shards")
     of = json.dumps([source.kind, source.identity(), settings.identity()], sort_keys=True)
     set_name = hashlib.sha256(of.encode()).hexdigest()[:32]
-    bounds = [total * index // shards for index in range(shards + 1)]
-    return [
-        Part(
-            start=bounds[index],
-            stop=bounds[index + 1],
-            is_last=index == shards - 1,
-            name_hashes=hashes[bounds[index] : bounds[index + 1]],
-            shard={"index": index, "count": shards, "set": set_name},
-        )
-        for index in range(shards)
-    ]
+    items = source.items()
+    parts = []
+    for index in range(count):
+        names = NameBlocks()
+        num_items = total * (index + 1) // count - total * index // count
+        for item in islice(items, num_items):
+            names.add(item.name)
+        shard = None if shards is None else {"index": index, "count": shards, "set": set_name}
+        parts.append(Part(num_items=num_items, names=names.end(), is_last=index == count - 1, shard=shard))
+    return parts
 
 
 def _publish(everything: Sequence[Files]) -> None:
@@ -182,22 +244,27 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _summarise(target: Path, everything: Sequence[Files], seconds: float) -> Summary:
-    stores = [FileStore(files.target) for files in everything]
-    kinds = np.concatenate([store.column("kind") for store in stores])
-    changes = np.concatenate([store.column("change") for store in stores])
-    gpu = int(np.isin(kinds, [kind for kind in Kind if kind.decodes_on_gpu]).sum())
-    unknown = int((kinds == Kind.UNKNOWN).sum())
+    num_records = num_bytes = skipped = gpu = cpu = none = transcoded = resized = 0
+    for files in everything:
+        store = FileStore(files.target)
+        decoders, changes = Decoders.of(store.column("kind")), store.column("change")
+        num_records += len(store)
+        num_bytes += int(store.column("num_bytes").sum(dtype=np.int64))
+        skipped += store.meta.made.get("skipped", 0)
+        gpu, cpu, none = gpu + decoders.gpu, cpu + decoders.cpu, none + decoders.none
+        transcoded += int(((changes & Change.TRANSCODED) != 0).sum())
+        resized += int(((changes & Change.RESIZED) != 0).sum())
     return Summary(
         store=str(target),
-        records=len(kinds),
-        classes=len(stores[0].classes),
-        bytes=sum(int(store.column("num_bytes").sum(dtype=np.int64)) for store in stores),
+        records=num_records,
+        classes=len(store.classes),
+        bytes=num_bytes,
         seconds=seconds,
-        skipped=sum(store.meta.made.get("skipped", 0) for store in stores),
+        skipped=skipped,
         reports=[str(files.report) for files in everything if files.report.exists()],
         gpu=gpu,
-        cpu=len(kinds) - gpu - unknown,
-        unknown=unknown,
-        transcoded=int(((changes & Change.TRANSCODED) != 0).sum()),
-        resized=int(((changes & Change.RESIZED) != 0).sum()),
+        cpu=cpu,
+        none=none,
+        transcoded=transcoded,
+        resized=resized,
     )

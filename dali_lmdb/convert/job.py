@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import time
 import zlib
-from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,10 +31,10 @@ from dali_lmdb.convert.journal import INDEX_ROW_COLUMNS, ROW_SCHEMA, Journal
 from dali_lmdb.convert.settings import ConvertSettings, Progress
 from dali_lmdb.convert.sources.base import Item, Source
 from dali_lmdb.errors import ConversionError
-from dali_lmdb.store.layout import Change, Kind
+from dali_lmdb.store.layout import INDEX_SCHEMA, Change, Kind
 from dali_lmdb.store.writer import StoreWriter
 
-__all__ = ["Files", "Job", "Part", "name_hash"]
+__all__ = ["Files", "Job", "NameBlocks", "Part"]
 
 # One commit: LMDB's dirty pages, this much, are in memory until then. LMDB allows 131,071 dirty pages in a
 # transaction (MDB_IDL_UM_MAX), and a large value counts as one.
@@ -61,19 +60,46 @@ class Files:
 class Part:
     """Which of the source's items go into one file."""
 
-    start: int
-    stop: int
+    num_items: int
+    names: list[bytes]
+    """``NameBlocks`` of the items, to notice that the source changed since it was counted."""
     is_last: bool
-    name_hashes: array[int]
-    """``name_hash`` of each item, to notice that the source changed since it was counted."""
+    """Whether the source ends with it."""
     shard: dict[str, Any] | None
     """What ``layout.Meta.shard`` says; None for a store of one file."""
 
 
-def name_hash(name: str) -> int:
-    """A name in 64 bits."""
-    raw = name.encode(errors="surrogateescape")
-    return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")
+class NameBlocks:
+    """A hash of each block of names in order; two sequences of names are equal if these are."""
+
+    _BLOCK_NAMES = 1024
+
+    def __init__(self) -> None:
+        self._blocks: list[bytes] = []
+        self._hash = hashlib.blake2b(digest_size=8)
+        self._in_block = 0
+
+    def add(self, name: str) -> None:
+        """Take one more name."""
+        self._hash.update(name.encode(errors="surrogateescape") + b"\0")
+        self._in_block += 1
+        if self._in_block == self._BLOCK_NAMES:
+            self._close_block()
+
+    def begins(self, blocks: list[bytes]) -> bool:
+        """Whether what was taken so far, as far as blocks are full, is how ``blocks`` begin."""
+        done = len(self._blocks)
+        return self._blocks[-1:] == blocks[max(0, done - 1) : done]
+
+    def end(self) -> list[bytes]:
+        """The blocks, the last one as full as it is."""
+        if self._in_block:
+            self._close_block()
+        return self._blocks
+
+    def _close_block(self) -> None:
+        self._blocks.append(self._hash.digest())
+        self._hash, self._in_block = hashlib.blake2b(digest_size=8), 0
 
 
 class _Looked(NamedTuple):
@@ -107,7 +133,6 @@ class Job:
     Args:
         source, part, settings: what to convert and how.
         files: where.
-        journal: open on ``files.journal``.
         num_threads: threads that read and look at images.
         progress: called from time to time.
     """
@@ -119,35 +144,59 @@ class Job:
         settings: ConvertSettings,
         *,
         files: Files,
-        journal: Journal,
         num_threads: int,
         progress: Callable[[Progress], None] | None,
     ) -> None:
-        self.source, self.part, self.settings, self.files, self.journal = source, part, settings, files, journal
+        self.source, self.part, self.settings, self.files = source, part, settings, files
         self.num_threads, self.progress = num_threads, progress
         self.done = 0
         self.num_bytes = 0
 
-    def run(self, *, restart: bool) -> None:
-        """Go on with what is there, or begin, until the partial file is a whole store.
+    def write(self, journal: Journal, items: Iterator[Item], *, restart: bool) -> tuple[int, int]:
+        """Go on with what is there, or begin, until every image of the part is written or reported.
+
+        Args:
+            journal: open on ``files.journal``.
+            items: the source's, from the part's first on; exactly the part's are taken.
+            restart: forget what is there.
+
+        Returns:
+            The number of records and of bad images.
 
         Raises:
             SourceError, ConversionError: see ``converter.convert``.
         """
+        self.journal = journal
         self._claim(restart=restart)
+        items = self._as_counted(islice(items, self.part.num_items))
         with StoreWriter(self.files.partial) as self.writer:
             if self.writer.finished:
-                return
-            self.done = self.journal.cut_to(self.writer.num_records)
-            self._check_unchanged()
-            self._write()
-            self._check_complete()
-            self._refuse_bad()
-            self._finish()
+                deque(items, maxlen=0)
+            else:
+                self.done = self.journal.cut_to(self.writer.num_records)
+                self._check_unchanged(items)
+                self._write(items)
+                self.writer.sync()
+        bad = _write_report(self.journal, self.files.report)
+        return self.part.num_items - bad, bad
 
-    def is_same(self) -> bool:
-        """Whether the journal belongs to this conversion."""
-        return self.journal.header == self._header()
+    def finish(self, journal: Journal) -> None:
+        """Make the partial file, with all records in it, a whole store: verify it and add the index.
+
+        Args:
+            journal: open on ``files.journal``.
+
+        Raises:
+            ConversionError: it reads back wrong, or the disk refuses.
+        """
+        self.journal = journal
+        with StoreWriter(self.files.partial) as self.writer:
+            if not self.writer.finished:
+                self._finish()
+
+    def is_same(self, journal: Journal) -> bool:
+        """Whether a journal belongs to this conversion."""
+        return journal.header == self._header()
 
     def _header(self) -> dict[str, Any]:
         return {
@@ -173,12 +222,25 @@ class Job:
                     f"now {now[name]}; give the same again, or --restart to start over"
                 )
 
-    def _items(self) -> Iterator[Item]:
-        return islice(self.source.items(), self.part.start, self.part.stop)
+    def _as_counted(self, items: Iterator[Item]) -> Iterator[Item]:
+        """The items, as long as they are those that were counted."""
+        names = NameBlocks()
+        for item in items:
+            names.add(item.name)
+            if not names.begins(self.part.names):
+                raise self._changed(f"not the images that were there, up to {item.name}")
+            yield item
+        if names.end() != self.part.names:
+            raise self._changed("images were added, removed or renamed")
 
-    def _check_unchanged(self) -> None:
+    def _changed(self, what: str) -> ConversionError:
+        return ConversionError(
+            f"{self.files.target}: the source changed during the conversion: {what}; use --restart when nothing "
+            "writes to it"
+        )
+
+    def _check_unchanged(self, items: Iterator[Item]) -> None:
         """Compare the images that are already written with the source, without reading them."""
-        items = self._items()
         with ThreadPoolExecutor(self.num_threads) as pool:
             for batch in self.journal.rows():
                 names, stamps = batch.column("name").to_pylist(), batch.column("stamp").to_pylist()
@@ -191,27 +253,7 @@ class Job:
                             "conversion; use --restart to start over"
                         )
 
-    def _listed(self, items: Iterable[Item]) -> Iterator[Item]:
-        """The items that are to be written, as long as they are those that were counted."""
-        for place, item in enumerate(items, start=self.done):
-            if name_hash(item.name) != self.part.name_hashes[place]:
-                raise self._changed(f"an image before {item.name} was added or removed")
-            yield item
-
-    def _check_complete(self) -> None:
-        if self.done != len(self.part.name_hashes):
-            raise self._changed(f"{len(self.part.name_hashes) - self.done} images at its end vanished")
-        if self.part.is_last and next(islice(self.source.items(), self.part.stop, None), None) is not None:
-            raise self._changed("images were added at its end")
-
-    def _changed(self, what: str) -> ConversionError:
-        return ConversionError(
-            f"{self.files.target}: the source changed during the conversion: {what}; use --restart when nothing "
-            "writes to it"
-        )
-
-    def _write(self) -> None:
-        items = self._listed(islice(self._items(), self.done, None))
+    def _write(self, items: Iterator[Item]) -> None:
         pending = _Pending()
         with ThreadPoolExecutor(1) as committer:  # so that images are read while a commit waits for the disk
             last: Future[None] | None = None
@@ -257,20 +299,8 @@ class Job:
         self.num_bytes += pending.num_bytes
         self._report_progress("writing", self.done)
 
-    def _refuse_bad(self) -> None:
-        """Write the report of bad images; raise if they are not to be skipped."""
-        bad = _write_report(self.journal, self.files.report)
-        if bad and self.settings.on_bad == "fail":
-            raise ConversionError(
-                f"{self.files.target}: {bad} of {self.done} images are bad, see {self.files.report}; nothing was "
-                "published; mend them and use --restart, or leave them out with --on-bad skip"
-            )
-        if self.writer.num_records == 0 and self.part.shard is None:
-            raise ConversionError(f"{self.files.target}: all {bad} images are bad, see {self.files.report}")
-
     def _finish(self) -> None:
-        self.writer.sync()
-        columns, names = _index_of(self.journal)
+        columns, names = _index_of(self.journal, self.writer.num_records)
         columns["file_offset"], lengths = self.writer.record_extents()
         self._verify(columns, lengths)
         made = {
@@ -278,7 +308,7 @@ class Job:
             "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "source": {"kind": self.source.kind, **self.source.identity()},
             "settings": self.settings.identity(),
-            "skipped": self.done - self.writer.num_records,
+            "skipped": self.journal.num_bad(),
         }
         self.writer.finish(columns, names, classes=self.source.classes, made=made, shard=self.part.shard)
 
@@ -302,8 +332,7 @@ class Job:
 
     def _report_progress(self, phase: Literal["writing", "verifying"], done: int) -> None:
         if self.progress is not None:
-            total = self.part.stop - self.part.start
-            self.progress(Progress(str(self.files.target), phase, done, total, self.num_bytes))
+            self.progress(Progress(str(self.files.target), phase, done, self.part.num_items, self.num_bytes))
 
 
 def _look(item: Item, settings: ConvertSettings) -> _Looked:
@@ -338,12 +367,21 @@ def _look(item: Item, settings: ConvertSettings) -> _Looked:
     return _Looked(data, (item.name, *values, item.stamp(), reason))
 
 
-def _index_of(journal: Journal) -> tuple[dict[str, npt.NDArray[Any]], pa.Array]:
+def _index_of(journal: Journal, num_records: int) -> tuple[dict[str, npt.NDArray[Any]], pa.ChunkedArray]:
     """Index columns (without file offsets) and names of the records, from the journal."""
-    batches = [batch.filter(batch.column("reason").is_null()) for batch in journal.rows()]
-    table = pa.Table.from_batches(batches, schema=ROW_SCHEMA)
-    columns = {name: table.column(name).to_numpy() for name in INDEX_ROW_COLUMNS}
-    return columns, table.column("name").combine_chunks()
+    columns = {
+        name: np.empty(num_records, dtype=INDEX_SCHEMA.field(name).type.to_pandas_dtype())
+        for name in INDEX_ROW_COLUMNS
+    }
+    names = []
+    start = 0
+    for batch in journal.rows():
+        good = batch.filter(batch.column("reason").is_null())
+        for name, column in columns.items():
+            column[start : start + good.num_rows] = good.column(name).to_numpy()
+        names.append(good.column("name"))
+        start += good.num_rows
+    return columns, pa.chunked_array(names, type=pa.large_string())
 
 
 def _write_report(journal: Journal, path: Path) -> int:

@@ -65,9 +65,12 @@ class Journal:
             ) from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             self._file.close()
             raise ConversionError(f"{path}: another converter is writing this target; let it finish") from None
+        except OSError as error:
+            self._file.close()
+            raise ConversionError(f"{path}: cannot be locked: {error.strerror}; choose another disk") from error
         self.header: dict[str, Any] | None = None
         for payload, end in self._frames():
             self.header, self._body = json.loads(payload), end
@@ -94,6 +97,10 @@ class Journal:
         """All rows, a batch for each commit, in order."""
         for batch, _ in self._batches():
             yield batch
+
+    def num_bad(self) -> int:
+        """Number of images that were refused."""
+        return sum(batch.num_rows - batch.column("reason").null_count for batch in self.rows())
 
     def cut_to(self, num_records: int) -> int:
         """Forget the rows of records that did not reach the partial file.

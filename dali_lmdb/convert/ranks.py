@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 from dali_lmdb.errors import ConversionError
 
 __all__ = ["Ranks", "torchrun_ranks"]
+
+_PATIENCE = timedelta(days=365)
 
 
 class Ranks:
@@ -55,7 +58,8 @@ def torchrun_ranks() -> Iterator[Ranks]:
     # Imported here: a conversion by one process needs no torch.
     import torch.distributed
 
-    torch.distributed.init_process_group("gloo")
+    # One rank may be done hours before another; torch would give up waiting after half an hour.
+    torch.distributed.init_process_group("gloo", timeout=_PATIENCE)
     try:
         yield _DistributedRanks()
     finally:

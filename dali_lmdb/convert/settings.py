@@ -72,7 +72,7 @@ class Summary:
     """Records that nvJPEG decodes on the GPU."""
     cpu: int
     """Records that fall back to a decoder on the CPU."""
-    unknown: int
+    none: int
     """Records that nothing known decodes, or that were not looked at."""
     transcoded: int
     resized: int

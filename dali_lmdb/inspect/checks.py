@@ -85,7 +85,7 @@ class FileCheck:
 
     def _check_meta(self) -> None:
         labels, meta = self.columns["label"], self.meta
-        found = layout.fingerprint(labels, self.columns["crc32"])
+        found = layout.fingerprint((labels, self.columns["crc32"]))
         if found != meta.fingerprint:
             self._damaged(f"fingerprint {meta.fingerprint}, the index gives {found}")
         if len(set(meta.classes)) < len(meta.classes):

@@ -12,8 +12,9 @@ import numpy.typing as npt
 from dali_lmdb.inspect.records import parts_of
 from dali_lmdb.store import Change, FileStore, Kind, Store, open_store
 from dali_lmdb.store.classic import database_file
+from dali_lmdb.store.layout import Decoders
 
-__all__ = ["Decoders", "Shard", "Spread", "StoreInfo", "info"]
+__all__ = ["Shard", "Spread", "StoreInfo", "info"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,18 +24,6 @@ class Spread:
     min: int
     median: float
     max: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Decoders:
-    """How many records which decoder takes."""
-
-    gpu: int
-    """nvJPEG, with CUDA or in hardware."""
-    cpu: int
-    """A decoder on the CPU only: PNG, WebP, rare kinds of JPEG ..."""
-    none: int
-    """Nothing is known to, or the converter did not look."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +96,7 @@ def info(path: str | os.PathLike[str]) -> StoreInfo:
             height=_spread(heights[~unseen]),
             width=_spread(widths[~unseen]),
             kinds=_kinds(kinds),
-            decoders=_decoders(kinds),
+            decoders=Decoders.of(kinds),
             not_looked_at=int(unseen.sum()),
             transcoded=int(np.count_nonzero(changes & Change.TRANSCODED)),
             resized=int(np.count_nonzero(changes & Change.RESIZED)),
@@ -139,12 +128,6 @@ def _kinds(kinds: npt.NDArray[np.uint8]) -> dict[str, int]:
     known = {kind.value: kind.name for kind in Kind}
     present = sorted(np.flatnonzero(counts).tolist(), key=lambda kind: (-counts[kind], kind))
     return {known.get(kind, f"kind {kind}"): int(counts[kind]) for kind in present}
-
-
-def _decoders(kinds: npt.NDArray[np.uint8]) -> Decoders:
-    gpu = int(np.isin(kinds, [kind for kind in Kind if kind.decodes_on_gpu]).sum())
-    known = int(np.isin(kinds, [kind for kind in Kind if kind != Kind.UNKNOWN]).sum())
-    return Decoders(gpu=gpu, cpu=known - gpu, none=len(kinds) - known)
 
 
 def _file_bytes(part: Store) -> int:

@@ -13,6 +13,7 @@ from torchvision.datasets import ImageFolder
 
 from dali_lmdb.errors import RecordError, SourceError
 from dali_lmdb.store import Store
+from dali_lmdb.store.shards import shard_files
 
 __all__ = ["FolderStore", "is_image_folder"]
 
@@ -20,7 +21,7 @@ __all__ = ["FolderStore", "is_image_folder"]
 def is_image_folder(path: str | os.PathLike[str]) -> bool:
     """Whether a path is a folder to read images from: not shards, not a classic database's folder."""
     folder = Path(path)
-    return folder.is_dir() and not any(folder.glob("*.mdb")) and not any(folder.glob("*.lmdb"))
+    return folder.is_dir() and not (folder / "data.mdb").is_file() and not shard_files(folder)
 
 
 class FolderStore(Store):

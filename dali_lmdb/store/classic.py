@@ -56,7 +56,7 @@ _EXTENSIONS = (
 def database_file(path: str | os.PathLike[str]) -> Path:
     """The LMDB file at ``path``: itself, or ``data.mdb`` in a folder as LMDB makes them."""
     inside = Path(path) / "data.mdb"
-    return inside if inside.is_file() else Path(path)
+    return inside if os.path.isfile(inside) else Path(path)
 
 
 def is_classic(pages: PageFile) -> bool:
@@ -109,7 +109,7 @@ class ClassicStore(Store):
 
     @cached_property
     def fingerprint(self) -> str:
-        return layout.fingerprint(self.column("label"), self.column("crc32"))
+        return layout.fingerprint((self.column("label"), self.column("crc32")))
 
     def column(self, name: str) -> npt.NDArray[Any]:
         return self._index()[name]

@@ -30,9 +30,11 @@ __all__ = [
     "FORMAT_VERSION",
     "INDEX_KEY",
     "INDEX_SCHEMA",
+    "MAX_SHARDS",
     "META_KEY",
     "NAMES_KEY",
     "Change",
+    "Decoders",
     "Kind",
     "Meta",
     "fingerprint",
@@ -41,6 +43,7 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 1
+MAX_SHARDS = 99_999  # five digits in a name
 INDEX_KEY = b"__index__"
 NAMES_KEY = b"__names__"
 META_KEY = b"__meta__"
@@ -71,9 +74,33 @@ class Kind(enum.IntEnum):
     """Pillow opens it; none of the above."""
 
     @property
+    def decodes_on_cpu(self) -> bool:
+        """Whether DALI falls back to a decoder on the CPU for it (DALI documentation, "decoders.image")."""
+        return self in (Kind.JPEG_CPU_ONLY, Kind.PNG, Kind.WEBP, Kind.BMP, Kind.TIFF, Kind.PNM)
+
+    @property
     def decodes_on_gpu(self) -> bool:
         """Whether nvJPEG decodes it with CUDA or in hardware (nvJPEG documentation, "supported formats")."""
         return Kind.JPEG_BASELINE <= self <= Kind.JPEG_CMYK
+
+
+@dataclass(frozen=True)
+class Decoders:
+    """How many records are decoded where, by DALI."""
+
+    gpu: int
+    """By nvJPEG."""
+    cpu: int
+    """By a decoder on the CPU that it falls back to."""
+    none: int
+    """By nothing known, or not looked at."""
+
+    @classmethod
+    def of(cls, kinds: npt.NDArray[np.uint8]) -> Decoders:
+        """Count an index column ``kind``."""
+        gpu = int(np.isin(kinds, [kind for kind in Kind if kind.decodes_on_gpu]).sum())
+        cpu = int(np.isin(kinds, [kind for kind in Kind if kind.decodes_on_cpu]).sum())
+        return cls(gpu, cpu, len(kinds) - gpu - cpu)
 
 
 class Change(enum.IntFlag):
@@ -110,15 +137,19 @@ def record_key(index: int) -> bytes:
     return index.to_bytes(8, "big")
 
 
-def fingerprint(labels: npt.NDArray[np.int32], crc32: npt.NDArray[np.uint32]) -> str:
+def fingerprint(*parts: tuple[npt.NDArray[np.int32], npt.NDArray[np.uint32]]) -> str:
     """Identity of a data set: SHA-256 (first 32 hex digits) over labels and CRCs in record order.
 
     Args:
-        labels, crc32: int32 and uint32 of shape (n,).
+        parts: (labels, crc32) of the records in order, int32 and uint32 of shape (n,) each; how they are cut into
+            parts makes no difference.
     """
-    pairs = np.empty(len(labels), dtype=[("label", "<i4"), ("crc32", "<u4")])
-    pairs["label"], pairs["crc32"] = labels, crc32
-    return hashlib.sha256(pairs.tobytes()).hexdigest()[:32]
+    digest = hashlib.sha256()
+    for labels, crc32 in parts:
+        pairs = np.empty(len(labels), dtype=[("label", "<i4"), ("crc32", "<u4")])
+        pairs["label"], pairs["crc32"] = labels, crc32
+        digest.update(pairs.data)
+    return digest.hexdigest()[:32]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,9 +256,10 @@ def index_from_ipc(view: memoryview, *, num_records: int, path: object) -> dict[
     return {name: batch.column(name).to_numpy(zero_copy_only=True) for name in batch.schema.names}
 
 
-def names_to_ipc(names: pa.Array) -> pa.Buffer:
-    """``__names__`` from an Arrow array of n strings."""
-    return _to_ipc(pa.RecordBatch.from_arrays([names.cast(pa.large_string())], schema=_NAMES_SCHEMA))
+def names_to_ipc(names: pa.Array | pa.ChunkedArray) -> pa.Buffer:
+    """``__names__`` from n strings."""
+    whole = names.combine_chunks() if isinstance(names, pa.ChunkedArray) else names
+    return _to_ipc(pa.RecordBatch.from_arrays([whole.cast(pa.large_string())], schema=_NAMES_SCHEMA))
 
 
 def names_from_ipc(view: memoryview, *, num_records: int, crc32: int, path: object) -> pa.Array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from dali_lmdb.errors import StoreFormatError
+from dali_lmdb.errors import StoreFormatError, StoreNotFoundError
 from dali_lmdb.store.base import Store
 from dali_lmdb.store.classic import ClassicStore, database_file, is_classic
 from dali_lmdb.store.pages import PageFile
@@ -25,6 +25,8 @@ def open_store(path: str | os.PathLike[str]) -> Store:
     Raises:
         StoreNotFoundError, StoreFormatError, StoreDamagedError: see ``dali_lmdb.errors``.
     """
+    if not os.fspath(path):
+        raise StoreNotFoundError("the store's path is empty; expected a file, a folder of shards or a pattern")
     if shard_files(path):
         return ShardedStore(path)
     if is_classic(PageFile(database_file(path))):

@@ -19,6 +19,7 @@ Format: LMDB 0.9, data version 1, little-endian, 64 bit; names as in liblmdb's `
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import struct
@@ -31,7 +32,7 @@ import numpy.typing as npt
 
 from dali_lmdb.errors import StoreDamagedError, StoreFormatError, StoreNotFoundError
 
-__all__ = ["Extent", "PageFile"]
+__all__ = ["Extent", "PageFile", "is_lmdb"]
 
 _MAGIC = 0xBEEFC0DE
 _DATA_VERSION = 1
@@ -62,6 +63,15 @@ class _Meta(NamedTuple):
     root: int
     last_page: int
     txnid: int
+
+
+def is_lmdb(path: str | os.PathLike[str]) -> bool:
+    """Whether a file begins as LMDB files do; False too if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(_PAGE_HEADER_BYTES + 4)[_PAGE_HEADER_BYTES:] == struct.pack("<I", _MAGIC)
+    except OSError:
+        return False
 
 
 class PageFile:
@@ -95,7 +105,8 @@ class PageFile:
                 f"no store at {path}; make one with: dali-lmdb convert IMAGES {path}"
             ) from None
         except OSError as error:
-            raise StoreNotFoundError(f"{path}: cannot be read: {error.strerror}; check its permissions") from None
+            advice = "raise the limit with: ulimit -n" if error.errno == errno.EMFILE else "check its permissions"
+            raise StoreNotFoundError(f"{path}: cannot be read: {error.strerror}; {advice}") from None
         if _MADV_RANDOM is not None:
             map_.madvise(_MADV_RANDOM)  # records are read in random order; the kernel's guess would be wrong
         self.data: npt.NDArray[np.uint8] = np.frombuffer(map_, dtype=np.uint8)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import glob
-import hashlib
 import os
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from dali_lmdb.errors import StoreFormatError, StoreNotFoundError
+from dali_lmdb.store import layout
 from dali_lmdb.store.base import Store
+from dali_lmdb.store.pages import is_lmdb
 from dali_lmdb.store.reader import FileStore
 
 __all__ = ["ShardedStore", "shard_files"]
@@ -33,16 +35,17 @@ def shard_files(path: str | os.PathLike[str]) -> list[Path] | None:
         path.exists()
     except OSError:  # a name too long, a folder that may not be looked into: opening it will say so
         return None
-    if glob.has_magic(str(path)) and not path.exists():
-        found = glob.glob(str(path))
-    elif path.is_dir():
-        found = [str(file) for file in path.iterdir() if _SHARD.fullmatch(file.name)]
-    elif not path.exists():
-        pattern = f"{glob.escape(path.stem)}-*-of-*{glob.escape(path.suffix)}"
-        found = [str(file) for file in path.parent.glob(pattern) if _SHARD.fullmatch(file.name)]
-    else:
+    if path.is_dir():
+        # Parquet and tar shards are named alike.
+        found = [file for file in path.iterdir() if _SHARD.fullmatch(file.name) and is_lmdb(file)]
+    elif path.exists():
         return None
-    return sorted(Path(file) for file in found) or None
+    else:
+        pattern = f"{glob.escape(path.stem)}-*-of-*{glob.escape(path.suffix)}"
+        found = [file for file in path.parent.glob(pattern) if _SHARD.fullmatch(file.name)]
+        if not found and glob.has_magic(str(path)):
+            found = [Path(file) for file in glob.glob(str(path))]
+    return sorted(found) or None
 
 
 class ShardedStore(Store):
@@ -79,8 +82,12 @@ class ShardedStore(Store):
 
     @property
     def fingerprint(self) -> str:
-        prints = "".join(shard.fingerprint for shard in self.shards)
-        return hashlib.sha256(prints.encode()).hexdigest()[:32]
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        # That of the same records in one file: a set may be split differently between two parts of a run.
+        return layout.fingerprint(*((shard.labels, shard.column("crc32")) for shard in self.shards))
 
     def column(self, name: str) -> npt.NDArray[Any]:
         """A whole index column, copied together from the shards."""

@@ -113,7 +113,7 @@ class StoreWriter:
     def finish(
         self,
         columns: dict[str, npt.NDArray[Any]],
-        names: pa.Array,
+        names: pa.ChunkedArray,
         *,
         classes: list[str],
         made: dict[str, Any],
@@ -123,7 +123,7 @@ class StoreWriter:
 
         Args:
             columns: the columns of ``layout.INDEX_SCHEMA``, each of shape (num_records,).
-            names: Arrow array of num_records strings.
+            names: num_records strings, in chunks of any length.
             classes, made, shard: see ``layout.Meta``.
 
         Raises:
@@ -135,7 +135,7 @@ class StoreWriter:
             meta = layout.Meta(
                 num_records=self.num_records,
                 classes=classes,
-                fingerprint=layout.fingerprint(columns["label"], columns["crc32"]),
+                fingerprint=layout.fingerprint((columns["label"], columns["crc32"])),
                 txnid=transaction.id(),
                 index_crc32=zlib.crc32(index),
                 names_crc32=zlib.crc32(name_stream),

@@ -59,6 +59,8 @@ def open_source(
         SourceError: there is nothing that can be converted.
     """
     path = os.fspath(path)
+    if not path:
+        raise SourceError("the source's path is empty; expected a file or folder")
     if kind is not None and kind not in KINDS:
         raise ValueError(f"kind is {kind!r}, expected one of {', '.join(KINDS)}")
     if val_labels is not None and kind not in (None, "flat"):

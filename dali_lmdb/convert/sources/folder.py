@@ -18,7 +18,7 @@ from dali_lmdb.convert.sources.files import (
     read_file,
     stamp_of_file,
 )
-from dali_lmdb.convert.sources.names import printable
+from dali_lmdb.convert.sources.names import printable, repeated_name
 from dali_lmdb.errors import SourceError
 
 __all__ = ["FolderSource"]
@@ -55,6 +55,7 @@ class FolderSource(Source):
                 self._folders.append(entry.name)
         if not self._folders:
             raise SourceError(f"{path}: no class folders in it; expected CLASS/IMAGE files")
+        self._check_distinct(self.classes)
 
     @property
     def classes(self) -> list[str]:
@@ -106,7 +107,15 @@ class FolderSource(Source):
                 f"{' '.join(IMAGE_EXTENSIONS)}); remove the folder or add images"
             )
         prefix = len(os.path.join(self.path, ""))
-        return [file[prefix:] for file in files]
+        names = [file[prefix:] for file in files]
+        self._check_distinct([printable(name) for name in names])
+        return names
+
+    def _check_distinct(self, shown: list[str]) -> None:
+        """Names that are not UTF-8 are spelt out; they may then be the same as another."""
+        repeated = repeated_name(shown)
+        if repeated is not None:
+            raise SourceError(f"{self.path}: {repeated}: two names are spelt so in UTF-8; rename one")
 
     def _refuse_change(self, folder: str, before: list[str], now: list[str]) -> None:
         where = os.path.join(self.path, folder)

@@ -59,7 +59,7 @@ def _kind_of_pattern(pattern: str) -> str:
 def _kind_of_folder(folder: str) -> str:
     entries = [entry for entry in list_folder(folder) if not entry.name.startswith(".")]
     names = [entry.name for entry in entries if entry.is_file()]
-    if "data.mdb" in names:
+    if "data.mdb" in names or shard_files(folder):
         return "lmdb"
     if any(entry.is_dir() for entry in entries):
         return "folder"
