@@ -18,6 +18,7 @@ from dali_lmdb.cli import Command, ProgressBar
 from dali_lmdb.convert import ConvertSettings, Progress, Summary, convert
 from dali_lmdb.convert.ranks import Ranks, torchrun_ranks
 from dali_lmdb.convert.sources import KINDS, open_source
+from dali_lmdb.errors import DaliLmdbError
 from dali_lmdb.store.layout import MAX_SHARDS
 
 __all__ = ["main"]
@@ -139,6 +140,10 @@ def main(
                 num_threads=threads,
                 progress=_shown_by(bar),
             )
+        except DaliLmdbError:
+            if ranks.rank != 0:  # rank 0 speaks for all
+                sys.exit(1)
+            raise
         except KeyboardInterrupt:
             bar.close()
             click.echo("Stopped. Run the same command again to go on where it stopped.", err=True)
