@@ -22,7 +22,7 @@ from dali_lmdb.convert.__main__ import main
 from dali_lmdb.convert.journal import Journal
 from dali_lmdb.convert.sources import FolderSource
 from dali_lmdb.errors import ConversionError, DaliLmdbError, SourceError
-from dali_lmdb.store import Kind, open_store
+from dali_lmdb.store import Kind, open_store, writer
 from dali_lmdb.store.writer import StoreWriter
 
 SKIP_BAD = ConvertSettings(on_bad="skip")
@@ -955,3 +955,30 @@ def test_names_that_are_spelt_the_same_in_utf8_are_refused(images, target):
         with open(os.path.join(os.fsencode(images / "ant"), name), "wb") as file:
             file.write(data)
     assert r"ant/\xff.jpg" in refusal(images, target, SourceError)
+
+
+def test_killed_between_transactions_of_a_journalled_run_it_goes_on_from_the_last(
+    small_commits, images, store_path, target
+):
+    (images / "ant" / "0035.jpg").write_bytes(b"no image")
+    settings = ConvertSettings(on_bad="skip")
+
+    def work():
+        writer._TRANSACTION_BYTES = 1
+        original, ended = writer._Transaction.__exit__, []
+
+        def leave(self, *arguments):
+            original(self, *arguments)
+            ended.append(1)
+            if len(ended) == 7:
+                die()
+
+        writer._Transaction.__exit__ = leave
+        convert(images, target, settings=settings)
+
+    assert os.WIFSIGNALED(in_child(work))
+    assert records_in(target.with_name("x.lmdb.partial")) == 7
+    source = CountedSource(images)
+    assert convert(source, target, settings=settings).skipped == 1
+    assert len(source.read) == 24 - 7
+    assert content(target) == content(store_path)

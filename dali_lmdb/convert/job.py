@@ -36,8 +36,7 @@ from dali_lmdb.store.writer import StoreWriter
 
 __all__ = ["Files", "Job", "NameBlocks", "Part"]
 
-# One commit: LMDB's dirty pages, this much, are in memory until then. LMDB allows 131,071 dirty pages in a
-# transaction (MDB_IDL_UM_MAX), and a large value counts as one.
+# Images that are journalled together, then written.
 _COMMIT_BYTES = 64 << 20
 _COMMIT_RECORDS = 20_000
 # Images read ahead of the writer, at most.

@@ -20,6 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from dali_lmdb.errors import ConversionError
@@ -116,16 +117,22 @@ class Journal:
         """
         kept_rows = kept_records = 0
         kept_end = self._body
+        part = None
         for batch, end in self._batches():
             good = batch.column("reason").null_count
             if kept_records + good > num_records:
+                part = _first_records(batch, num_records - kept_records)
                 break
             kept_rows, kept_records, kept_end = kept_rows + batch.num_rows, kept_records + good, end
+        if part is not None:
+            kept_rows, kept_records = kept_rows + part.num_rows, num_records
         if kept_records != num_records:
             raise ConversionError(
                 f"{self.path}: describes {kept_records} of the {num_records} records beside it; use --restart"
             )
         self._cut(kept_end)
+        if part is not None and part.num_rows:
+            self.append(part)
         return kept_rows
 
     def empty(self) -> bool:
@@ -179,3 +186,11 @@ class Journal:
             self._file.seek(end)
         except OSError as error:
             raise ConversionError(f"{self.path}: cannot be written: {error.strerror}; mend the disk") from error
+
+
+def _first_records(batch: pa.RecordBatch, count: int) -> pa.RecordBatch:
+    """The rows up to the one of the batch's ``count``-th record."""
+    if count == 0:
+        return batch.slice(0, 0)
+    places = np.flatnonzero(batch.column("reason").is_null().to_numpy(zero_copy_only=False))
+    return batch.slice(0, int(places[count - 1]) + 1)

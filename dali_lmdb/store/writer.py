@@ -20,6 +20,10 @@ __all__ = ["StoreWriter"]
 
 _MAP_STEP_BYTES = 1 << 30  # address space only: the file grows by what is written
 _PAGE_BYTES = 4096
+# A transaction's pages are on the heap until it ends. So little is reused by the next one; more goes back to the
+# kernel and comes again page by page, which takes three times as long (1 GB: 0.7 s, against 1.7 s with 64 MB).
+_TRANSACTION_BYTES = 2 << 20
+_VALUE_BYTES = 128  # counted for a value besides its own, so that tiny ones fill a transaction too
 
 
 class StoreWriter:
@@ -60,16 +64,21 @@ class StoreWriter:
         self.num_records = 0 if self.finished else self._env.stat()["entries"]
 
     def commit(self, values: list[bytes]) -> None:
-        """Write values as the next records, in one transaction.
+        """Write values as the next records, in transactions of about ``_TRANSACTION_BYTES``.
 
         Raises:
             ConversionError: disk full, or another error of the disk; earlier commits stay.
         """
         self._reserve(sum(len(value) + 2 * _PAGE_BYTES for value in values))
-        with self._writing() as transaction:
-            for index, value in enumerate(values, start=self.num_records):
-                transaction.put(layout.record_key(index), value, append=True)
-        self.num_records += len(values)
+        done = 0
+        while done < len(values):
+            index, num_bytes = self.num_records, 0
+            with self._writing() as transaction:
+                while done < len(values) and num_bytes < _TRANSACTION_BYTES:
+                    transaction.put(layout.record_key(index), values[done], append=True)
+                    num_bytes += len(values[done]) + _VALUE_BYTES
+                    index, done = index + 1, done + 1
+            self.num_records = index
 
     def sync(self) -> None:
         """Wait until all that was committed is on the disk.
