@@ -536,3 +536,9 @@ def test_greys_are_what_the_other_tests_build_on(store_path):
         for i in range(len(store)):
             pixels = np.asarray(Image.open(io.BytesIO(store.read(i))))
             assert abs(pixels.astype(int) - grey_of(i)).max() <= 1
+
+
+@pytest.mark.parametrize("records", [[-1], [0, 10**6]])
+def test_records_that_do_not_exist_are_not_read(small, records):
+    with open_store(small) as store, pytest.raises(IndexError, match="expected 0 to"):
+        store.arrays(np.array(records))

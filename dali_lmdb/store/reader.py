@@ -87,8 +87,11 @@ class FileStore(Store):
             (offsets, lengths): uint64 and uint32 of shape (n,), in bytes, inside the file.
 
         Raises:
+            IndexError: no such record.
             StoreDamagedError: the index points outside the file.
         """
+        if len(records) and not 0 <= records.min() <= records.max() < len(self):
+            raise IndexError(f"{self.path}: records {records.min()} to {records.max()}, expected 0 to {len(self) - 1}")
         offsets = self._offsets[records]
         lengths = self._columns["num_bytes"][records]
         for position in np.flatnonzero(offsets == 0):
