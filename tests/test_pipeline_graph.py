@@ -151,9 +151,26 @@ def test_the_gpu_decoder_is_told_what_it_needs_to_know():
     assert (arguments["preallocate_height_hint"], arguments["preallocate_width_hint"]) == ("500", "600")
 
 
+@pytest.mark.parametrize(
+    ("height", "width", "device_bytes", "host_bytes"),
+    [
+        (500, 600, 16 << 20, 8 << 20),  # DALI's defaults do
+        (2000, 2000, 16 << 20, 12_000_000),
+        (4000, 6000, 72_000_000, 72_000_000),
+    ],
+)
+def test_the_gpu_decoder_has_room_for_the_usual_largest_image(height, width, device_bytes, host_bytes):
+    graph = graph_of("cuda", height_hint=height, width_hint=width)
+    arguments = graph.named("decoders__ImageSlice").arguments
+    assert int(arguments["device_memory_padding"]) == device_bytes
+    assert int(arguments["host_memory_padding"]) == host_bytes
+
+
 def test_the_cpu_decoder_gets_no_arguments_of_the_gpu():
     arguments = graph_of("cpu").named("decoders__ImageSlice").arguments
-    assert not {name for name in arguments if name.startswith(("hw_", "preallocate", "jpeg_fancy"))}
+    assert not {
+        name for name in arguments if name.startswith(("hw_", "preallocate", "jpeg_fancy", "device_m", "host_m"))
+    }
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])

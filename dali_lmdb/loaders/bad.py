@@ -92,9 +92,10 @@ def substituted(plan: BatchPlan, failed: Mapping[int, str], planner: Planner) ->
     is_bad = np.isin(plan.records, list(failed))
     good = plan.records[~is_bad]
     if len(good) == 0:
-        good = np.array([record for record in planner.following(plan) if record not in failed][:1])
-        if len(good) == 0:
+        follower = next((record for record in planner.following(plan) if record not in failed), None)
+        if follower is None:
             raise RecordError(f"{planner.store.path}: no record of the store decodes; convert it again")
+        good = np.array([follower])
     records = plan.records.copy()
     records[is_bad] = good[np.arange(is_bad.sum()) % len(good)]
     return replace(plan, records=records)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 import os
 import time
@@ -27,6 +28,8 @@ __all__ = ["Batch", "Dtype", "Layout", "Loader"]
 
 Dtype = Literal["float32", "float16", "uint8"]
 Layout = Literal["NCHW", "NHWC"]
+
+_log = logging.getLogger("dali_lmdb")
 
 
 class _Epoch(Iterator[tuple[torch.Tensor, ...]]):
@@ -60,7 +63,7 @@ class Loader(ABC):
     Attributes:
         store: the data.
         planner: which records each step reads and how they are augmented.
-        epoch: number of the epoch that runs, or that the next ``iter`` begins.
+        epoch: number of the epoch that runs, or that begins next.
     """
 
     def __init__(
@@ -130,7 +133,9 @@ class Loader(ABC):
         self.epoch = 0
         self._position = 0
         self._under_way = False
+        # Iterators are numbered; only the newest gives batches, and it begins its epoch with its first.
         self._iteration = 0
+        self._begun = True
         self._closed = False
         self._images = 0
         self._wait_s = 0.0
@@ -152,20 +157,35 @@ class Loader(ABC):
         """Every record that did not decode, in the order they were met."""
         return list(self.bad.met.values())
 
+    @property
+    def batch_size(self) -> int:
+        """Images of one rank's step."""
+        return self.planner.steps.batch_size
+
+    @property
+    def sampler(self) -> Loader:
+        """This loader: ``loader.sampler.set_epoch(epoch)`` is how Lightning and many training scripts tell a
+        ``DataLoader`` which epoch begins."""
+        return self
+
+    @property
+    def batch_sampler(self) -> Loader:
+        """This loader again: Lightning looks for ``sampler`` and ``batch_size`` there, too."""
+        return self
+
     def __len__(self) -> int:
         """Steps of this rank in a whole epoch."""
         return self.planner.steps.num_steps()
 
     def set_epoch(self, epoch: int) -> None:
-        """Let the next ``iter`` begin epoch ``epoch``, from its first record.
+        """Let epoch ``epoch`` begin next, from its first record.
 
         Right after ``load_state_dict``, the epoch of the state goes on where it was: the usual loop, which sets
         each epoch, needs no special case for a resumed one.
         """
         epoch = operator.index(epoch)
         if epoch != self.epoch or self._under_way:
-            self.epoch, self._position, self._under_way = epoch, 0, False
-            self._iteration += 1
+            self._go_to(epoch, 0)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loader is, in plain types; valid after any step.
@@ -183,8 +203,12 @@ class Loader(ABC):
         """
         loaded = LoaderState.from_dict(state)
         loaded.check_against(self._state(loaded.epoch, loaded.position), where=str(self.store.path))
-        self.epoch, self._position, self._under_way = loaded.epoch, loaded.position, False
-        self._iteration += 1
+        self._go_to(loaded.epoch, loaded.position)
+
+    def _go_to(self, epoch: int, position: int) -> None:
+        """End the epoch that runs; an iterator that has not begun begins here."""
+        self.epoch, self._position, self._under_way = epoch, position, False
+        self._iteration += self._begun
 
     def _state(self, epoch: int, position: int) -> LoaderState:
         return LoaderState(
@@ -215,21 +239,26 @@ class Loader(ABC):
         }
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
-        """One epoch: the next one, or the rest of the one a loaded state was taken in."""
+        """One epoch: the next one, or the rest of the one a loaded state was taken in.
+
+        The epoch begins with its first batch: an iterator that is made and left alone takes nothing away. An
+        older iterator is over.
+        """
         if self._closed:
             raise RuntimeError(f"{type(self).__name__} is closed; make a new one")
-        if self._under_way:  # an epoch that was left early is over
-            self.epoch, self._position = self.epoch + 1, 0
-        self._under_way = True
-        self._iteration += 1
+        self._iteration, self._begun = self._iteration + 1, False
         return _Epoch(self, self._iteration)
 
     def _advance(self, *, first: bool) -> tuple[torch.Tensor, ...] | None:
         """The next step's tensors; None at the end of the epoch."""
         begin = time.perf_counter()
-        if self._handed_out_at is not None:
+        if self._handed_out_at is not None and not first:  # between epochs nobody waits for data
             self._busy_s += begin - self._handed_out_at
         self._handed_out_at = None
+        if first:
+            if self._under_way:  # an epoch that was left early is over
+                self.epoch, self._position = self.epoch + 1, 0
+            self._under_way = self._begun = True
         if self.planner.steps.positions(self._position) is None:
             self.epoch, self._position, self._under_way = self.epoch + 1, 0, False
             self._iteration += 1
@@ -272,6 +301,12 @@ def _distributed_place() -> tuple[int, int]:
     """(rank, world size) of the process group, else of a single process."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        _log.warning(
+            "WORLD_SIZE is %s, but torch.distributed is not initialised: this loader reads the records of all "
+            "ranks; make it after init_process_group, or give rank and world_size",
+            os.environ["WORLD_SIZE"],
+        )
     return 0, 1
 
 

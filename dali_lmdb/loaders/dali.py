@@ -13,14 +13,22 @@ import numpy.typing as npt
 import torch
 from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
-from dali_lmdb.errors import StoreFormatError
+from dali_lmdb.errors import RecordError, StoreFormatError
 from dali_lmdb.loaders.bad import BadRecords, OnBad, substituted
 from dali_lmdb.loaders.base import Batch, Dtype, Layout, Loader, default_num_threads
-from dali_lmdb.loaders.pipeline import OUTPUTS, GraphSettings, Probe, build_pipeline, without_copy
-from dali_lmdb.loaders.reader import BatchReader, Feed
-from dali_lmdb.loaders.source import Source, feed_of
+from dali_lmdb.loaders.pillow import pillow_cause
+from dali_lmdb.loaders.pipeline import (
+    OUTPUTS,
+    GraphSettings,
+    Probe,
+    build_pipeline,
+    feed_without_copy,
+    release_unused_memory,
+)
+from dali_lmdb.loaders.reader import READAHEAD_BYTES, BatchReader, Feed
+from dali_lmdb.loaders.source import Source
 from dali_lmdb.plan.augment import Transform
-from dali_lmdb.plan.batches import BatchPlan, Planner
+from dali_lmdb.plan.batches import BatchPlan
 from dali_lmdb.plan.order import LastBatch, Shuffle
 from dali_lmdb.store import Store, open_store
 
@@ -28,19 +36,11 @@ __all__ = ["DaliLoader"]
 
 # DALI's own default. Other good values were found between 0.12 and 0.75, depending on GPU and CPU threads.
 _HW_DECODER_LOAD = 0.65
-# 128 MB in flight keep a device of 1 GB/s busy through 100 ms of waiting, which is more than disks and most
-# network file systems need.
-_READAHEAD_BYTES = 128 << 20
 
 
 def _usual_maximum(sizes: npt.NDArray[np.int32]) -> int:
     """The 99th percentile: memory is set aside for a whole batch of it, and a giant would ask for too much."""
     return int(np.quantile(sizes, 0.99, method="higher")) if len(sizes) else 0
-
-
-def _feed(planner: Planner, plan: BatchPlan) -> Feed:
-    encoded, *numbers = feed_of(plan, planner)
-    return without_copy(encoded), *numbers
 
 
 class DaliLoader(Loader):
@@ -104,7 +104,7 @@ class DaliLoader(Loader):
         layout: Layout = "NCHW",
         on_bad: OnBad = "raise",
         quarantine: str | os.PathLike[str] | None = None,
-        readahead_bytes: int = _READAHEAD_BYTES,
+        readahead_bytes: int = READAHEAD_BYTES,
         num_threads: int | None = None,
         prefetch_queue_depth: int = 2,
         hw_decoder_load: float = _HW_DECODER_LOAD,
@@ -148,7 +148,7 @@ class DaliLoader(Loader):
             width_hint=_usual_maximum(widths),
         )
         # The reader's thread must not keep the loader alive: one that is dropped unclosed should go.
-        self._feed = partial(_feed, self.planner)
+        self._feed = partial(feed_without_copy, planner=self.planner)
         self._reader = BatchReader(self.planner, self._feed, readahead_bytes=readahead_bytes)
         weakref.finalize(self, self._reader.close)
         self._source = Source(self._reader, self._repair)
@@ -156,6 +156,8 @@ class DaliLoader(Loader):
         self._probe = Probe(self.settings)
         # Whether a record failed in an epoch (with that epoch's window), and why; None if it decoded.
         self._verdicts: dict[tuple[int, int], str | None] = {}
+        # How many places of a batch that DALI works on show another record, by epoch and start.
+        self._num_replaced: dict[tuple[int, int], int] = {}
 
     def _begin(self, epoch: int, position: int) -> None:
         self._verdicts = {key: cause for key, cause in self._verdicts.items() if key[0] >= epoch}
@@ -164,28 +166,31 @@ class DaliLoader(Loader):
             next_plan, _ = in_flight[0]
             if (next_plan.epoch, next_plan.start) == (epoch, position):
                 return
-        stale = len(in_flight)
+        self._num_replaced.clear()
         self._reader.seek(epoch, position)
+        for _ in range(len(in_flight)):
+            if self._iterator is None:
+                break
+            try:
+                next(self._iterator)
+            except RuntimeError:  # a bad record of an epoch that was left early concerns nobody
+                self._iterator = None
+            else:
+                in_flight.popleft()
         if self._iterator is None:
             in_flight.clear()
+            self._reader.seek(epoch, position)  # what was read since went to the pipeline that is gone
             self._iterator = DALIGenericIterator(
                 build_pipeline(self._source, self.settings),
                 list(OUTPUTS),
                 size=-1,  # short batches pass, and the source never ends
                 prepare_first_batch=False,
             )
-            return
-        for _ in range(stale):
-            try:
-                next(self._iterator)
-            except RuntimeError:  # a bad record of an epoch that was left early concerns nobody
-                self._iterator = None
-                self._begin(epoch, position)
-                return
-            in_flight.popleft()
 
     def _next(self) -> Batch:
         while True:
+            if self._iterator is None:
+                self._begin(self.epoch, self._position)
             assert self._iterator is not None
             try:
                 outputs = next(self._iterator)[0]
@@ -193,25 +198,32 @@ class DaliLoader(Loader):
             except RuntimeError as error:
                 self._recover(error)
         plan, _ = self._source.in_flight.popleft()
+        self.bad.num_substituted += self._num_replaced.pop((plan.epoch, plan.start), 0)
         images = outputs["images"]
         if self.layout == "NHWC":
             images = images.permute(0, 3, 1, 2)
         return Batch(images, outputs["labels"], outputs["records"], plan.end)
 
     def _recover(self, error: RuntimeError) -> None:
-        """After a failed batch: find its bad records, and go on with it repaired, or after it."""
+        """After a failed batch: find its bad records, to go on with it repaired, or after it."""
         # DALI says that the pipeline is no longer valid, and by now it is batches ahead: make another one.
         self._iterator = None
+        error.__traceback__ = None  # it holds the pipeline, and a kept RecordError holds this error
         if not self._source.in_flight:
             raise error
         plan, feed = self._source.in_flight[0]
         failed = self._probe_records(plan, feed, plan.records.tolist())
         if not failed:
             raise error  # every record decodes alone: it is not about records
-        raising = self.bad.on_bad == "raise"
-        self._begin(plan.epoch, plan.end if raising else plan.start)
-        self._position = plan.end if raising else self._position
-        self.bad.report(failed)
+        try:
+            self.bad.report(failed)
+            known = {
+                record: cause for (epoch, record), cause in self._verdicts.items() if cause and epoch == plan.epoch
+            }
+            substituted(plan, known, self.planner)
+        except RecordError:
+            self._position = plan.end
+            raise
 
     def _repair(self, plan: BatchPlan, feed: Feed) -> tuple[BatchPlan, Feed]:
         """Before a batch goes to DALI: replace what is known to fail, so that the pipeline lives."""
@@ -223,10 +235,14 @@ class DaliLoader(Loader):
             suspects = [record for record in plan.records.tolist() if record in self.bad.met]
             found = self._probe_records(plan, feed, suspects)
             if not found:
-                self.bad.num_substituted += int((plan.records != original.records).sum())
+                num_replaced = int((plan.records != original.records).sum())
+                self._num_replaced[plan.epoch, plan.start] = num_replaced
                 return plan, feed
             failed |= found
-            plan = substituted(original, failed, self.planner)
+            try:
+                plan = substituted(original, failed, self.planner)
+            except RecordError:  # told when the batch is due
+                return plan, feed
             feed = self._feed(plan)
 
     def _probe_records(self, plan: BatchPlan, feed: Feed, records: list[int]) -> dict[int, str]:
@@ -235,9 +251,17 @@ class DaliLoader(Loader):
         for place, record in enumerate(plan.records.tolist()):
             if record in wanted:
                 wanted.discard(record)
-                self._verdicts[plan.epoch, record] = self._probe.cause(feed, place)
+                self._verdicts[plan.epoch, record] = self._cause(feed, place, record)
         verdicts = {record: self._verdicts[plan.epoch, record] for record in records}
         return {record: cause for record, cause in verdicts.items() if cause is not None}
+
+    def _cause(self, feed: Feed, place: int, record: int) -> str | None:
+        """Why a record does not decode; None if it does. DALI says little, so Pillow is asked too."""
+        cause = self._probe.cause(feed, place)
+        if cause is None:
+            return None
+        other = pillow_cause(self.store.read(record))
+        return f"DALI: {cause}; Pillow{f': {other}' if other else ' decodes it'}"
 
     def stats(self) -> dict[str, float]:
         readahead = self._reader.readahead
@@ -251,3 +275,5 @@ class DaliLoader(Loader):
         self._iterator = None
         self._probe.close()
         self._source.in_flight.clear()
+        if self.settings.device == "cuda":
+            release_unused_memory()

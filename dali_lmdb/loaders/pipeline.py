@@ -14,19 +14,30 @@ erase     erase             gpu                      cpu          if the transfo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
-from nvidia.dali import Pipeline, fn, types
+from nvidia.dali import Pipeline, backend, fn, types
 from nvidia.dali.backend import TensorCPU
 
-from dali_lmdb.loaders.source import fields_of
+from dali_lmdb.loaders.reader import Feed
+from dali_lmdb.loaders.source import feed_of, fields_of
 from dali_lmdb.plan.augment import Transform
+from dali_lmdb.plan.batches import BatchPlan, Planner
 
-__all__ = ["OUTPUTS", "GraphSettings", "Probe", "build_pipeline", "define_pipeline", "without_copy"]
+__all__ = [
+    "OUTPUTS",
+    "GraphSettings",
+    "Probe",
+    "build_pipeline",
+    "define_handover",
+    "define_pipeline",
+    "feed_without_copy",
+    "release_unused_memory",
+]
 
 OUTPUTS = ("images", "labels", "records")
 
@@ -43,6 +54,9 @@ _SOURCE_DTYPES = {
     np.int32: types.INT32,
     np.float32: types.FLOAT,
 }
+# DALI's own defaults, in bytes for each thread: nvJPEG's buffers grow, and stop the GPU, only past these.
+_DEVICE_MEMORY_PADDING = 16 << 20
+_HOST_MEMORY_PADDING = 8 << 20  # twice, for double buffering
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +78,7 @@ class GraphSettings:
     hw_decoder_load: float
     """Share of a batch that is offered to the hardware JPEG engine, where the GPU has one."""
     height_hint: int
-    """Usual largest height and width in the store, in pixels: what the hardware engine allocates for, at once."""
+    """Usual largest height and width in the store, in pixels: what the decoders allocate for, at once."""
     width_hint: int
 
 
@@ -89,12 +103,15 @@ def _decode_arguments(settings: GraphSettings) -> dict[str, Any]:
     }
     if settings.device == "cpu":
         return arguments | {"device": "cpu"}
+    image_bytes = settings.height_hint * settings.width_hint * 3
     return arguments | {
         "device": "mixed",
         "jpeg_fancy_upsampling": True,  # as libjpeg-turbo and so Pillow upsample chroma
         "hw_decoder_load": settings.hw_decoder_load,
         "preallocate_height_hint": settings.height_hint,
         "preallocate_width_hint": settings.width_hint,
+        "device_memory_padding": max(_DEVICE_MEMORY_PADDING, image_bytes),
+        "host_memory_padding": max(_HOST_MEMORY_PADDING, image_bytes),
     }
 
 
@@ -172,6 +189,18 @@ def define_pipeline(source: Callable[[Any], Any], settings: GraphSettings) -> Pi
     return pipeline
 
 
+def define_handover(source: Callable[[Any], Any], *, transform: Transform, batch_size: int) -> Pipeline:
+    """A graph that takes what ``define_pipeline`` takes and decodes nothing: what the source costs by itself.
+
+    Outputs: labels and record indices, as there; then the shapes of the other fields, which are so taken in.
+    """
+    pipeline = Pipeline(batch_size=batch_size, num_threads=1, device_id=None)
+    with pipeline:
+        encoded, labels, records, *numbers = fn.external_source(source, **_source_arguments(transform))
+        pipeline.set_outputs(labels, records, *(given.shape() for given in (encoded, *numbers)))
+    return pipeline
+
+
 def build_pipeline(source: Callable[[Any], Any], settings: GraphSettings) -> Pipeline:
     """``define_pipeline``, then allocate; with ``device="cuda"`` this needs the GPU."""
     pipeline = define_pipeline(source, settings)
@@ -179,12 +208,18 @@ def build_pipeline(source: Callable[[Any], Any], settings: GraphSettings) -> Pip
     return pipeline
 
 
-def without_copy(arrays: list[npt.NDArray[np.uint8]]) -> list[TensorCPU]:
-    """Arrays as DALI's tensors on the same memory, which the caller keeps alive.
+def feed_without_copy(plan: BatchPlan, planner: Planner) -> Feed:
+    """``feed_of`` with the images' bytes as DALI's tensors on the same memory; the store keeps it alive.
 
     DALI would wrap them itself, but in the thread that runs the pipeline, and three times slower.
     """
-    return [TensorCPU(array, "") for array in arrays]
+    encoded, *numbers = feed_of(plan, planner)
+    return [TensorCPU(array, "") for array in encoded], *numbers
+
+
+def release_unused_memory() -> None:
+    """Give back to the GPU's driver what DALI keeps of pipelines that are gone; others may run meanwhile."""
+    backend.ReleaseUnusedMemory()  # type: ignore[attr-defined]  # DALI's stubs forget it
 
 
 class Probe:
@@ -209,9 +244,7 @@ class Probe:
         if self._pipeline is None:
             self._pipeline = build_pipeline(lambda info: self._sample, self._settings)
         try:
-            # Twice: with a queue, the first output is of an earlier record.
-            self._pipeline.run()
-            self._pipeline.run()
+            self._pipeline.run()  # with a queue of one, nothing was fetched before
         except RuntimeError as error:
             self._pipeline = None
             return _cause(error)
@@ -222,17 +255,28 @@ class Probe:
         self._pipeline = self._sample = None
 
 
+# nvimgcodecStatus_t, nvimgcodec.h. Only those that say something of the image.
+_CODEC_STATUS = {"3": "damaged file", "4": "not a kind of image it decodes", "9": "not a kind of image it decodes"}
+_NOISE = (
+    "Critical error",
+    "Error in ",
+    "which was used",
+    "File ",
+    "images = ",
+    "encountered",
+    "C++ context",
+    "[frame",
+    "Stacktrace",
+    "Current pipeline",
+)
+
+
 def _cause(error: RuntimeError) -> str:
     """The telling part of DALI's message, in one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    noise = (
-        "Critical error",
-        "Error in ",
-        "which was used",
-        "File ",
-        "encountered",
-        "C++ context",
-        "Current pipeline",
-    )
-    telling = [line for line in lines if not line.startswith((*noise, "images =", "[frame", "Stacktrace"))]
-    return " ".join(telling) or lines[0]
+    lines = [line.strip() for line in str(error).splitlines()]
+    telling = " ".join(line for line in lines if line and not line.startswith(_NOISE))
+    telling = re.sub(r"Failed to decode sample #\d+ :\s*", "", telling)  # its place in the probe's own batch
+    status = re.fullmatch(r"nvImageCodec failure: '#(\d+)'", telling)
+    if status is not None:
+        return _CODEC_STATUS.get(status[1], telling)
+    return telling or "decoding failed"

@@ -12,11 +12,17 @@ import numpy as np
 from dali_lmdb.plan.batches import BatchPlan, Planner
 from dali_lmdb.store.readahead import Readahead
 
-__all__ = ["BatchReader", "Feed"]
+__all__ = ["READAHEAD_BYTES", "BatchReader", "Feed"]
 
 Feed = tuple[Any, ...]
 """What DALI is given for one batch, see ``source.FIELDS``."""
 
+READAHEAD_BYTES = 128 << 20
+"""Keeps a device of 1 GB/s busy through 100 ms of waiting, which is more than disks and most network file systems
+need."""
+
+# However small the batches: planning more of them would only keep the first one waiting.
+_AHEAD_BATCHES = 64
 _QUEUE_BATCHES = 2  # ready to be handed over; DALI's own prefetch queue comes on top
 
 
@@ -103,7 +109,9 @@ class BatchReader:
         ahead: deque[tuple[BatchPlan, int]] = deque()
         ahead_bytes = 0
         while generation == self._generation and not self._closed:
-            while not ahead or (self._reading_ahead() and ahead_bytes < self._readahead_bytes):
+            while not ahead or (
+                self._reading_ahead() and ahead_bytes < self._readahead_bytes and len(ahead) < _AHEAD_BATCHES
+            ):
                 plan = next(plans)
                 num_bytes = 0
                 if self.readahead is not None and self._reading_ahead():

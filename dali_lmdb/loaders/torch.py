@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,10 +14,11 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as F
 
-from dali_lmdb.errors import RecordError
+from dali_lmdb.errors import DaliLmdbError, RecordError
 from dali_lmdb.loaders.bad import BadRecords, OnBad, substituted
 from dali_lmdb.loaders.base import Batch, Dtype, Layout, Loader, default_num_threads
 from dali_lmdb.loaders.folder import FolderStore, is_image_folder
+from dali_lmdb.loaders.pillow import PillowError, open_image, to_rgb
 from dali_lmdb.plan.augment import Augmentation, TrainTransform, Transform
 from dali_lmdb.plan.batches import BatchPlan, Planner
 from dali_lmdb.plan.order import LastBatch, Shuffle
@@ -77,8 +77,8 @@ class ImageFolderLMDB(Dataset[tuple[Any, Any]]):
         if index < 0:
             index += len(self)
         try:
-            image: Any = Image.open(io.BytesIO(self.store.read(index))).convert("RGB")
-        except _PILLOW_ERRORS as error:
+            image: Any = to_rgb(open_image(self.store.read(index)))
+        except PillowError as error:
             raise RecordError(
                 f"{self.store.where(index)}: not an image that Pillow decodes: {error}; convert again without it "
                 "(--on-bad skip --check decode)"
@@ -100,18 +100,20 @@ _INTERPOLATIONS = {
     "cubic": F.InterpolationMode.BICUBIC,
     "lanczos": F.InterpolationMode.LANCZOS,
 }
-_PILLOW_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 class _Decoded(NamedTuple):
     """What a worker makes of a planned batch."""
 
     images: torch.Tensor | None
-    """None if a record failed and none is to be substituted."""
+    """None if there is no batch to show."""
     labels: torch.Tensor
     records: torch.Tensor
     failed: dict[int, str]
-    """Causes by record index; a value, since an exception would come back as its worker's whole traceback."""
+    """Causes by record index, in the batch's order."""
+    error: DaliLmdbError | None
+    """Why there is no batch, if not for ``failed`` alone; a value, since what a worker raises would come back as
+    its whole traceback."""
 
 
 class _PlannedImages(Dataset[_Decoded]):
@@ -121,43 +123,48 @@ class _PlannedImages(Dataset[_Decoded]):
         self.planner, self.dtype, self.layout, self.on_bad = planner, dtype, layout, on_bad
 
     def __getitem__(self, plan: BatchPlan) -> _Decoded:
-        original, failed = plan, dict[int, str]()
-        while True:
-            images, found = self._images(plan)
-            failed |= found
-            if not found or self.on_bad == "raise":
-                break
-            plan = substituted(original, failed, self.planner)
-        labels, records = torch.from_numpy(self.planner.labels(plan)), torch.from_numpy(plan.records)
-        if found:
-            return _Decoded(None, labels, records, failed)
-        stacked = torch.stack([images[record] for record in plan.records.tolist()])
+        images, failed = dict[int, torch.Tensor](), dict[int, str]()
+        shown, error = plan, None
+        try:
+            while True:
+                found, causes = self._images(plan.epoch, [r for r in shown.records.tolist() if r not in images])
+                images |= found
+                failed |= causes
+                if not causes or self.on_bad == "raise":
+                    break
+                shown = substituted(plan, failed, self.planner)
+        except DaliLmdbError as raised:
+            error = raised
+        labels, records = torch.from_numpy(self.planner.labels(shown)), torch.from_numpy(shown.records)
+        if error is not None or not images.keys() >= set(shown.records.tolist()):
+            return _Decoded(None, labels, records, failed, error)
+        stacked = torch.stack([images[record] for record in shown.records.tolist()])
         if self.layout == "NHWC":
             stacked = stacked.contiguous(memory_format=torch.channels_last)
-        return _Decoded(stacked, labels, records, failed)
+        return _Decoded(stacked, labels, records, failed, error)
 
-    def _images(self, plan: BatchPlan) -> tuple[dict[int, torch.Tensor], dict[int, str]]:
-        """Images by record index, and causes of those that failed."""
+    def _images(self, epoch: int, wanted: list[int]) -> tuple[dict[int, torch.Tensor], dict[int, str]]:
+        """Images by record index, and causes of those that failed, in the order asked for."""
         store, transform = self.planner.store, self.planner.transform
         images, failed, files = dict[int, torch.Tensor](), dict[int, str](), dict[int, Image.Image]()
-        for record in plan.records.tolist():
+        for record in wanted:
             try:
-                files[record] = Image.open(io.BytesIO(store.read(record)))
-            except _PILLOW_ERRORS as error:
+                files[record] = open_image(store.read(record))
+            except (PillowError, RecordError) as error:
                 failed[record] = str(error)
         # Opening reads the header only: the sizes, which an image folder has no index of.
         records = np.array(list(files), dtype=np.int64)
         widths, heights = np.array([file.size for file in files.values()], dtype=np.int32).reshape(-1, 2).T
-        augmentation = transform.augment(records, heights, widths, seed=self.planner.seed, epoch=plan.epoch)
+        augmentation = transform.augment(records, heights, widths, seed=self.planner.seed, epoch=epoch)
         for position, (record, file) in enumerate(files.items()):
             try:
-                image = file.convert("RGB")
-            except _PILLOW_ERRORS as error:
+                image = to_rgb(file)
+            except PillowError as error:
                 failed[record] = str(error)
             else:
                 cropped = _crop(image, transform, augmentation, position)
                 images[record] = self._to_tensor(cropped, augmentation, position)
-        return images, failed
+        return images, {record: failed[record] for record in wanted if record in failed}
 
     def _to_tensor(self, image: Image.Image, augmentation: Augmentation, position: int) -> torch.Tensor:
         transform = self.planner.transform
@@ -299,6 +306,8 @@ class TorchLoader(Loader):
         if decoded.images is None:
             self._position = plan.end
         self.bad.report(decoded.failed)
+        if decoded.error is not None:
+            raise decoded.error
         assert decoded.images is not None
         self.bad.num_substituted += int((decoded.records.numpy() != plan.records).sum())
         images = decoded.images.to(self.device, non_blocking=True)

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from dali_lmdb.plan.random import key_of, uniform
+from dali_lmdb.plan.random import key_of, uniform, uniforms
 
 __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Augmentation", "EvalTransform", "TrainTransform", "Transform"]
 
@@ -28,6 +28,12 @@ _DRAW_CROP = 0  # to 39
 _DRAW_FLIP = 40
 _DRAW_BRIGHTNESS, _DRAW_CONTRAST, _DRAW_SATURATION, _DRAW_HUE, _DRAW_GRAYSCALE, _DRAW_ERASE = range(41, 47)
 _DRAW_ERASE_WINDOW = 50  # to 89
+
+
+def _rounds_of(tries: int) -> tuple[range, range]:
+    """Most images are done with their first try. The others make all the rest at once: fewer calls of numpy."""
+    return range(1), range(1, tries)
+
 
 # A filter reaches so many output pixels to each side; an antialiased one so many times `scale` input pixels.
 _FILTER_RADIUS = {"nearest": 1, "linear": 1, "cubic": 2, "lanczos": 3}
@@ -219,13 +225,11 @@ class TrainTransform(_Output):
     ) -> tuple[Ints, Ints]:
         """The rule of torchvision's RandomResizedCrop.get_params: ten tries, then the largest
         central window within the aspect limits."""
-        anchors, shapes = self._central_windows(heights, widths)
+        anchors, shapes = np.empty((len(records), 2), np.int32), np.empty((len(records), 2), np.int32)
         open_ = np.arange(len(records))
-        for try_ in range(_CROP_TRIES):
-            if len(open_) == 0:
-                break
+        for tries in _rounds_of(_CROP_TRIES):
             image_height, image_width = heights[open_], widths[open_]
-            area, aspect, y, x = _window_draws(key, records[open_], _DRAW_CROP, try_)
+            area, aspect, y, x = _window_draws(key, records[open_], _DRAW_CROP, tries)
             target = image_height.astype(np.float64) * image_width * _between(area, self.scale)
             aspect_ratio = _log_between(aspect, self.ratio)
             width = np.rint(np.sqrt(target * aspect_ratio))
@@ -233,10 +237,12 @@ class TrainTransform(_Output):
             fits = (0 < width) & (width <= image_width) & (0 < height) & (height <= image_height)
             top = np.floor(y * (image_height - height + 1))
             left = np.floor(x * (image_width - width + 1))
-            chosen = open_[fits]
-            anchors[chosen] = np.stack([top, left], axis=1)[fits]
-            shapes[chosen] = np.stack([height, width], axis=1)[fits]
-            open_ = open_[~fits]
+            chosen, window = _first_fitting(fits, top, left, height, width)
+            anchors[open_[chosen]], shapes[open_[chosen]] = window[:, :2], window[:, 2:]
+            open_ = open_[~chosen]
+            if len(open_) == 0:
+                return anchors, shapes
+        anchors[open_], shapes[open_] = self._central_windows(heights[open_], widths[open_])
         return anchors, shapes
 
     def _central_windows(self, heights: Ints, widths: Ints) -> tuple[Ints, Ints]:
@@ -266,28 +272,43 @@ class TrainTransform(_Output):
         """The rule of torchvision's RandomErasing.get_params: ten tries, else nothing is erased."""
         anchors, shapes = np.zeros((len(records), 2), np.float32), np.zeros((len(records), 2), np.float32)
         open_ = np.flatnonzero(uniform(key, records, _DRAW_ERASE) < self.erase)
-        for try_ in range(_ERASE_TRIES):
-            if len(open_) == 0:
-                break
-            area, aspect, y, x = _window_draws(key, records[open_], _DRAW_ERASE_WINDOW, try_)
+        for tries in _rounds_of(_ERASE_TRIES):
+            area, aspect, y, x = _window_draws(key, records[open_], _DRAW_ERASE_WINDOW, tries)
             target = size * size * _between(area, self.erase_scale)
             aspect_ratio = _log_between(aspect, self.erase_ratio)
             height = np.rint(np.sqrt(target * aspect_ratio))
             width = np.rint(np.sqrt(target / aspect_ratio))
             fits = (height < size) & (width < size)
-            corner = np.stack([np.floor(y * (size - height + 1)), np.floor(x * (size - width + 1))], axis=1)
-            anchors[open_[fits]] = corner[fits]
-            shapes[open_[fits]] = np.stack([height, width], axis=1)[fits]
-            open_ = open_[~fits]
+            top, left = np.floor(y * (size - height + 1)), np.floor(x * (size - width + 1))
+            chosen, window = _first_fitting(fits, top, left, height, width)
+            anchors[open_[chosen]], shapes[open_[chosen]] = window[:, :2], window[:, 2:]
+            open_ = open_[~chosen]
         return {"erase_anchor": anchors, "erase_shape": shapes}
 
 
 def _window_draws(
-    key: np.uint64, records: npt.NDArray[np.int64], first_draw: int, try_: int
-) -> list[npt.NDArray[np.float64]]:
-    """A try's numbers for area, aspect, y and x, each uniform in [0, 1) and of shape (n,)."""
-    first = first_draw + try_ * _DRAWS_PER_TRY
-    return [uniform(key, records, first + draw) for draw in range(_DRAWS_PER_TRY)]
+    key: np.uint64, records: npt.NDArray[np.int64], first_draw: int, tries: range
+) -> npt.NDArray[np.float64]:
+    """Numbers for area, aspect, y and x of some tries: uniform in [0, 1), of shape (4, len(tries), n)."""
+    draws = range(first_draw + tries.start * _DRAWS_PER_TRY, first_draw + tries.stop * _DRAWS_PER_TRY)
+    numbers = uniforms(key, records, draws)
+    return numbers.reshape(len(tries), _DRAWS_PER_TRY, len(records)).swapaxes(0, 1)
+
+
+def _first_fitting(
+    fits: npt.NDArray[np.bool_], *window: npt.NDArray[np.float64]
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.float64]]:
+    """Which of n images have a try that fits, and the first such try's numbers.
+
+    Args:
+        fits, window: of shape (tries, n).
+
+    Returns:
+        (which, numbers): bool of shape (n,); float64 of shape (images that have one, len(window)).
+    """
+    which: npt.NDArray[np.bool_] = np.any(fits, axis=0)
+    places = fits.argmax(axis=0)[which], np.flatnonzero(which)
+    return which, np.stack([numbers[places] for numbers in window], axis=1)
 
 
 def _between(part: npt.NDArray[np.float64], limits: tuple[float, float]) -> npt.NDArray[np.float64]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["key_of", "mix", "uniform"]
+__all__ = ["key_of", "mix", "uniform", "uniforms"]
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: SplitMix64's step
 _FIRST = np.uint64(0xBF58476D1CE4E5B9)
@@ -48,6 +48,11 @@ def uniform(key: np.uint64, records: npt.NDArray[np.int64], draw: int) -> npt.ND
     Returns:
         float64 of shape (n,), multiples of 2^-53.
     """
+    return uniforms(key, records, range(draw, draw + 1))[0]
+
+
+def uniforms(key: np.uint64, records: npt.NDArray[np.int64], draws: range) -> npt.NDArray[np.float64]:
+    """What ``uniform`` gives for several draws: float64 of shape (len(draws), n)."""
     record_keys: npt.NDArray[Any] = mix(records.astype(np.uint64) ^ key)
-    bits = mix(record_keys ^ mix(np.array([draw], dtype=np.uint64)))
+    bits = mix(record_keys ^ mix(np.array(draws, dtype=np.uint64))[:, None])
     return (bits >> _11).astype(np.float64) * 2.0**-53

@@ -91,7 +91,9 @@ class FileStore(Store):
             StoreDamagedError: the index points outside the file.
         """
         if len(records) and not 0 <= records.min() <= records.max() < len(self):
-            raise IndexError(f"{self.path}: records {records.min()} to {records.max()}, expected 0 to {len(self) - 1}")
+            raise IndexError(
+                f"{self.path}: records {records.min()} to {records.max()}, expected 0 to {len(self) - 1}"
+            )
         offsets = self._offsets[records]
         lengths = self._columns["num_bytes"][records]
         for position in np.flatnonzero(offsets == 0):

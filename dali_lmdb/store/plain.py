@@ -1,0 +1,64 @@
+"""liblmdb's own way of reading records: what other ways are measured against."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import lmdb
+
+from dali_lmdb.errors import StoreError, StoreFormatError
+from dali_lmdb.store import layout
+from dali_lmdb.store.base import Store
+from dali_lmdb.store.reader import FileStore
+from dali_lmdb.store.shards import ShardedStore
+
+__all__ = ["plain_reading"]
+
+
+@contextmanager
+def plain_reading(store: Store) -> Iterator[Callable[[int], memoryview]]:
+    """Give a function that reads one record with ``txn.get``; the files are closed at the end.
+
+    What it returns is a view of liblmdb's map, to be dropped before the end. liblmdb trusts the pages that it
+    maps: do not use this on a file that may be damaged.
+
+    Raises:
+        StoreFormatError: not a store of ours, one file or shards.
+        StoreError: liblmdb refuses the file.
+    """
+    if isinstance(store, ShardedStore):
+        shards = store.shards
+    elif isinstance(store, FileStore):
+        shards = [store]
+    else:
+        raise StoreFormatError(f"{store.path}: a classic database, expected a store; convert it first")
+    starts = [0]
+    for shard in shards:
+        starts.append(starts[-1] + len(shard))
+    with ExitStack() as stack:
+        transactions = [stack.enter_context(_transaction(shard.path)) for shard in shards]
+
+        def get(index: int) -> memoryview:
+            shard = bisect.bisect_right(starts, index) - 1
+            value = transactions[shard].get(layout.record_key(index - starts[shard]))
+            assert isinstance(value, memoryview), "every index below len(store) has a record"
+            return value
+
+        yield get
+
+
+@contextmanager
+def _transaction(path: Path) -> Iterator[lmdb.Transaction]:
+    """A read transaction that gives views. The kernel's readahead is off, as for all random reading."""
+    try:
+        environment = lmdb.open(str(path), subdir=False, readonly=True, lock=False, readahead=False)
+    except lmdb.Error as error:
+        raise StoreError(f"{path}: liblmdb cannot open it: {error}; close it elsewhere in this process") from error
+    try:
+        with environment.begin(buffers=True) as transaction:
+            yield transaction
+    finally:
+        environment.close()

@@ -1,0 +1,172 @@
+import os
+import threading
+from functools import partial
+
+import numpy as np
+import pytest
+from image_sets import save_noise
+
+from dali_lmdb.compare import page_cache
+from dali_lmdb.convert import convert
+from dali_lmdb.loaders.reader import BatchReader
+from dali_lmdb.loaders.source import feed_of
+from dali_lmdb.plan.augment import TrainTransform
+from dali_lmdb.plan.batches import Planner
+from dali_lmdb.plan.order import StepPlan
+from dali_lmdb.plan.sampling import AllRecords
+from dali_lmdb.store import FileStore, open_store
+from dali_lmdb.store.readahead import Readahead
+
+NUM_RECORDS = 40
+FAR_IN = np.arange(10, 20)  # opening a store touches its first and last pages and their neighbours
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """Images of 20 to 60 pages each."""
+    folder = tmp_path_factory.mktemp("images")
+    (folder / "class").mkdir()
+    for record in range(NUM_RECORDS):
+        save_noise(folder / "class" / f"{record:02}.jpg", seed=record, size=(200 + 10 * record, 300), quality=90)
+    target = tmp_path_factory.mktemp("stores") / "noise.lmdb"
+    convert(folder, target)
+    return target
+
+
+@pytest.fixture
+def cold(store):
+    """The store with its pages dropped from memory."""
+    page_cache.drop(store)
+    if warm_part(store, FAR_IN) > 0:
+        pytest.skip("the temporary folder is on a file system that has no storage behind it")
+    return store
+
+
+@pytest.fixture
+def readahead(store):
+    readahead = Readahead(open_store(store))
+    yield readahead
+    readahead.close()
+
+
+def warm_part(store, records):
+    [(path, offsets, lengths)] = open_store(store).byte_ranges(records)
+    return page_cache.in_memory(path, offsets, lengths).mean()
+
+
+def is_there(descriptor, offset):
+    try:
+        return os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
+    except BlockingIOError:
+        return False
+
+
+def size_of(store, records):
+    return int(open_store(store).gather("num_bytes", records).sum())
+
+
+def new_threads(before):
+    return [thread.name for thread in threading.enumerate() if thread not in before]
+
+
+def test_waiting_brings_records_into_memory(cold, readahead):
+    [(_, offsets, lengths)] = open_store(cold).byte_ranges(FAR_IN)
+    lasts = (offsets + lengths - 1).tolist()
+    with open(cold, "rb") as file:
+        readahead.wait(FAR_IN)
+        # At once, lest what is only on its way arrives.
+        there = [is_there(file.fileno(), last) for last in reversed(lasts)]
+    assert there.count(False) <= 1  # the kernel may take a page back at any time
+    assert warm_part(cold, FAR_IN) > 0.9
+    assert readahead.cold
+
+
+def test_only_what_is_missing_counts(cold, readahead):
+    readahead.wait(FAR_IN[:5])
+    first = readahead.bytes_read
+    # Looking may start reading, so a record may seem to be there; few do.
+    assert 0.5 * size_of(cold, FAR_IN[:5]) < first <= size_of(cold, FAR_IN[:5])
+    readahead.wait(FAR_IN)
+    assert 0.5 * size_of(cold, FAR_IN[5:]) < readahead.bytes_read - first < size_of(cold, FAR_IN)
+
+
+def test_announcing_asks_for_whole_ranges_and_no_more(cold, readahead):
+    read_before = page_cache.bytes_from_device()
+    if read_before is None:
+        pytest.skip("the system does not tell what was read")
+    readahead.announce(FAR_IN)
+    readahead.wait(FAR_IN)
+    read, page_bytes = page_cache.bytes_from_device() - read_before, 4096
+    assert size_of(cold, FAR_IN) <= read <= size_of(cold, FAR_IN) + 2 * page_bytes * len(FAR_IN)
+
+
+def test_records_in_memory_cost_no_threads_and_are_not_announced(store, readahead):
+    store.read_bytes()
+    before = threading.enumerate()
+    readahead.wait(np.arange(NUM_RECORDS))
+    assert not readahead.cold
+    assert readahead.bytes_read == 0
+    assert new_threads(before) == []
+
+
+def test_announcing_goes_on_until_many_batches_in_a_row_were_in_memory(store):
+    class InMemory(FileStore):
+        def byte_ranges(self, records):
+            return []
+
+    readahead = Readahead(InMemory(store))
+    readahead.cold = True
+    for _ in range(63):
+        readahead.wait(FAR_IN)
+        assert readahead.cold
+    readahead.wait(FAR_IN)
+    assert not readahead.cold
+
+
+def test_close_ends_the_threads_and_the_files(cold):
+    readahead = Readahead(open_store(cold))
+    before, files = threading.enumerate(), len(os.listdir("/proc/self/fd"))
+    readahead.wait(np.arange(NUM_RECORDS))
+    assert new_threads(before)
+    readahead.close()
+    assert new_threads(before) == []
+    assert len(os.listdir("/proc/self/fd")) == files
+
+
+def test_ranges_behind_the_end_of_the_file_are_harmless(store):
+    class Moved(FileStore):
+        def byte_ranges(self, records):
+            [(path, offsets, lengths)] = super().byte_ranges(records)
+            return [(path, offsets + np.uint64(store.stat().st_size - 5000), lengths)]
+
+    readahead = Readahead(Moved(store))
+    try:
+        readahead.announce(np.arange(NUM_RECORDS))
+        readahead.wait(np.arange(NUM_RECORDS))
+    finally:
+        readahead.close()
+
+
+@pytest.mark.parametrize("readahead_bytes", [0, 1, 200_000, 1 << 30])
+def test_batches_from_storage_come_in_order_however_much_is_read_ahead(cold, readahead_bytes):
+    opened = open_store(cold)
+    planner = Planner(
+        opened,
+        transform=TrainTransform(),
+        steps=StepPlan(num_positions=NUM_RECORDS, batch_size=4),
+        sampling=AllRecords(NUM_RECORDS, seed=0, shuffle="full"),
+        seed=0,
+    )
+    before = threading.enumerate()
+    reader = BatchReader(planner, partial(feed_of, planner=planner), readahead_bytes=readahead_bytes)
+    reader.seek(0, 8)
+    try:
+        for expected in [*planner.plans(0, 8), *planner.plans(1, 0)]:
+            plan, feed = reader.next()
+            assert (plan.epoch, plan.start) == (expected.epoch, expected.start)
+            assert [bytes(values) for values in feed[0]] == [bytes(opened.read(i)) for i in expected.records]
+    finally:
+        reader.close()
+    assert new_threads(before) == []
+    if readahead_bytes:
+        assert 0 < reader.readahead.bytes_read <= size_of(cold, np.arange(NUM_RECORDS))
