@@ -1,9 +1,13 @@
 """One way of loading measured against another, on the same records and the same work.
 
-``throughput`` measures images/s; ``repeat`` makes small data sets last long enough for that. The command
-is ``python -m dali_lmdb.compare``.
+``throughput`` measures images/s; ``repeat`` makes small data sets last long enough for that. ``cold`` measures
+reading from storage, ``handover`` what the way to DALI costs without decoding. The command is
+``python -m dali_lmdb.compare``.
 """
 
+from dali_lmdb.compare.cold import COLD_WAYS, ColdComparison, ColdRound, ColdWindow, compare_cold
+from dali_lmdb.compare.handover import Handover, HandoverRound, measure_handover
+from dali_lmdb.compare.part import ReadingSettings
 from dali_lmdb.compare.throughput import (
     BACKENDS,
     CompareSettings,
@@ -13,4 +17,20 @@ from dali_lmdb.compare.throughput import (
     compare_throughput,
 )
 
-__all__ = ["BACKENDS", "CompareSettings", "Comparison", "Measurement", "Round", "compare_throughput"]
+__all__ = [
+    "BACKENDS",
+    "COLD_WAYS",
+    "ColdComparison",
+    "ColdRound",
+    "ColdWindow",
+    "CompareSettings",
+    "Comparison",
+    "Handover",
+    "HandoverRound",
+    "Measurement",
+    "ReadingSettings",
+    "Round",
+    "compare_cold",
+    "compare_throughput",
+    "measure_handover",
+]

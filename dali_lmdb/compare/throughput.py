@@ -16,18 +16,17 @@ consumer leaves it, at both ends of the window.
 from __future__ import annotations
 
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from dali_lmdb.compare.repeat import RepeatedStore
+from dali_lmdb.compare.report import machine, versions
 from dali_lmdb.errors import DeviceError, SourceError, StoreError
 from dali_lmdb.loaders.base import Loader, default_num_threads
 from dali_lmdb.loaders.dali import DaliLoader
@@ -215,8 +214,8 @@ def compare_throughput(
         image_bytes=int(opened.column("num_bytes").sum(dtype=np.int64)),
         settings=settings,
         measurements=_measurements(rounds[1:]),
-        versions=_versions(),
-        machine=_machine(settings.device),
+        versions=versions(),
+        machine=machine(settings.device),
     )
 
 
@@ -317,32 +316,3 @@ def _measurements(rounds: list[Round]) -> list[Measurement]:
         for backend in BACKENDS
         if backend in rounds[0].images_per_s
     ]
-
-
-def _versions() -> dict[str, str]:
-    names = ["dali-lmdb", "torch", "torchvision", "nvidia-dali-cuda120", "pillow", "lmdb", "numpy"]
-    found = {"python": platform.python_version()}
-    for name in names:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "unknown"
-    return found
-
-
-def _machine(device: str) -> dict[str, Any]:
-    return {
-        "system": platform.platform(),
-        "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
-        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.machine()

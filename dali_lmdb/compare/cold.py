@@ -1,0 +1,310 @@
+"""Records/s read in random order from storage, nothing of them being in memory before.
+
+A round gives each way one window, in an order that is reversed from round to round. Every window of a round
+reads the same records in the same order; before each, the store's pages are dropped from the page cache, and
+how much of the store is in memory nevertheless is looked up and told. A window begins with the first request
+and ends when all records are read, or with its time.
+
+The loader is what ``DaliLoader`` has before DALI: plan, crops, reading ahead, reader thread. It ends with views
+of bytes that are in memory, which is checked at the end of the window; ``get`` touches every page of such views,
+``pread`` copies.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dali_lmdb.compare import page_cache
+from dali_lmdb.compare.part import ReadingSettings, shuffled_part
+from dali_lmdb.compare.report import machine, spread, versions
+from dali_lmdb.loaders.reader import READAHEAD_BYTES, BatchReader
+from dali_lmdb.loaders.source import feed_of
+from dali_lmdb.plan.augment import TrainTransform
+from dali_lmdb.plan.batches import Planner
+from dali_lmdb.plan.order import StepPlan
+from dali_lmdb.plan.sampling import Listed
+from dali_lmdb.store import Store, open_store
+from dali_lmdb.store.plain import plain_reading
+
+__all__ = ["COLD_WAYS", "ColdComparison", "ColdRound", "ColdWindow", "compare_cold"]
+
+_PREAD_THREADS = 16
+COLD_WAYS = {
+    "get": "liblmdb, one txn.get after the other",
+    "pread": f"exact ranges, {_PREAD_THREADS} threads of pread",
+    "loader": "the loader's reader thread, reading ahead",
+}
+"""What is measured, in the order of the table."""
+
+_PAGE_BYTES = 4096
+_FEW = 0.01  # of the records: some share pages with what opening the store touches
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColdWindow:
+    """One way's window of one round."""
+
+    num_records: int
+    elapsed_s: float
+    used_bytes: int
+    """Of the records."""
+    read_bytes: int | None
+    """From storage, by this process, asked for ahead included; None if the system does not tell."""
+    warm_before: float
+    """Part of the records that was in memory before, by their first and last pages; 0 if all is well."""
+    warm_after: float
+    """The same of those that were read, afterwards; 1 if all is well."""
+
+    @property
+    def records_per_s(self) -> float:
+        return self.num_records / self.elapsed_s
+
+    @property
+    def read_per_used(self) -> float | None:
+        """Bytes read from storage over bytes of the records."""
+        return None if self.read_bytes is None else self.read_bytes / max(self.used_bytes, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColdRound:
+    """One round's result, given to the ``progress`` callback."""
+
+    number: int
+    """From 1."""
+    windows: dict[str, ColdWindow]
+    """By way."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColdComparison:
+    """The result of ``compare_cold``."""
+
+    store: str
+    num_records: int
+    image_bytes: int
+    """Of all records together."""
+    settings: ReadingSettings
+    """As used: they fit the store."""
+    rounds: list[ColdRound]
+    versions: dict[str, str]
+    machine: dict[str, Any]
+
+    @property
+    def is_cold(self) -> bool:
+        """Whether dropping the page cache worked, so that the figures are of storage."""
+        return self.warm_before <= _FEW
+
+    @property
+    def warm_before(self) -> float:
+        """Part of the records that was in memory before the worst window, 0 if all is well."""
+        return max(window.warm_before for one in self.rounds for window in one.windows.values())
+
+    def speeds(self, way: str) -> list[float]:
+        """Records/s of each round."""
+        return [one.windows[way].records_per_s for one in self.rounds]
+
+    def ratios(self, way: str, *, to: str) -> list[float]:
+        """Records/s over those of another way in the same round."""
+        return [one.windows[way].records_per_s / one.windows[to].records_per_s for one in self.rounds]
+
+    def read_per_used(self, way: str) -> float | None:
+        """Median of the rounds."""
+        found = [one.windows[way].read_per_used for one in self.rounds]
+        known = [value for value in found if value is not None]
+        return statistics.median(known) if known else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, for JSON."""
+        return {
+            "store": self.store,
+            "num_records": self.num_records,
+            "image_bytes": self.image_bytes,
+            "settings": asdict(self.settings),
+            "is_cold": self.is_cold,
+            "warm_before": self.warm_before,
+            "ways": {way: self._way(way) for way in COLD_WAYS},
+            "versions": self.versions,
+            "machine": self.machine,
+        }
+
+    def _way(self, way: str) -> dict[str, Any]:
+        return {
+            "records_per_s": spread(self.speeds(way)),
+            "ratio_to_get": spread(self.ratios(way, to="get")),
+            "ratio_to_pread": spread(self.ratios(way, to="pread")),
+            "read_per_used": self.read_per_used(way),
+            "warm_after": min(one.windows[way].warm_after for one in self.rounds),
+        }
+
+
+def compare_cold(
+    store: str | os.PathLike[str],
+    *,
+    settings: ReadingSettings | None = None,
+    progress: Callable[[ColdRound], None] | None = None,
+) -> ColdComparison:
+    """Measure the records/s that each way reads from storage.
+
+    Args:
+        store: one file or shards; nobody else should have it open, or its pages stay in memory.
+        settings: by default ``ReadingSettings()``.
+        progress: called after every round.
+
+    Raises:
+        StoreError: the store cannot be opened, or is a classic database.
+    """
+    opened = open_store(store)
+    with plain_reading(opened):  # refuses what it cannot read before anything is measured
+        settings = (settings or ReadingSettings()).fitted_to(opened)
+    order = shuffled_part(opened, settings.records)
+    rounds = []
+    for number in range(1, settings.rounds + 1):
+        windows = {}
+        for way in reversed(COLD_WAYS) if number % 2 else COLD_WAYS:
+            windows[way] = _window(way, opened, order, settings, epoch=number)
+        rounds.append(ColdRound(number=number, windows=windows))
+        if progress is not None:
+            progress(rounds[-1])
+    return ColdComparison(
+        store=str(store),
+        num_records=len(opened),
+        image_bytes=int(opened.column("num_bytes").sum(dtype=np.int64)),
+        settings=settings,
+        rounds=rounds,
+        versions=versions(),
+        machine=machine("cpu"),
+    )
+
+
+def _window(way: str, store: Store, order: Listed, settings: ReadingSettings, *, epoch: int) -> ColdWindow:
+    records = order.records(np.arange(settings.records), epoch=epoch)
+    for path, _, _ in store.byte_ranges(records):
+        page_cache.drop(path)
+    warm_before = _warm(store, records)
+    with _OPENERS[way](store, order, settings, epoch) as read:
+        read_before = page_cache.bytes_from_device()
+        begin = time.perf_counter()
+        num_records = read(begin + settings.seconds)
+        elapsed_s = time.perf_counter() - begin
+    read_after = page_cache.bytes_from_device()
+    done = records[:num_records]
+    return ColdWindow(
+        num_records=num_records,
+        elapsed_s=elapsed_s,
+        used_bytes=int(store.gather("num_bytes", done).sum(dtype=np.int64)),
+        read_bytes=None if read_before is None or read_after is None else read_after - read_before,
+        warm_before=warm_before,
+        warm_after=_warm(store, done),
+    )
+
+
+def _warm(store: Store, records: npt.NDArray[np.int64]) -> float:
+    """Part of some records that is in memory, by their first and last pages."""
+    return float(np.concatenate([page_cache.in_memory(*part) for part in store.byte_ranges(records)]).mean())
+
+
+def _touch(values: memoryview) -> None:
+    """Look at a byte of every page."""
+    bytes(values[::_PAGE_BYTES])
+    bytes(values[-1:])
+
+
+Read = Callable[[float], int]
+"""Read records until all are read or a time (of ``time.perf_counter``) is over; their number, at least 1."""
+
+
+@contextmanager
+def _get(store: Store, order: Listed, settings: ReadingSettings, epoch: int) -> Iterator[Read]:
+    records = order.records(np.arange(settings.records), epoch=epoch).tolist()
+    with plain_reading(store) as get:
+
+        def read(deadline: float) -> int:
+            count = 0
+            while count < len(records) and (count == 0 or time.perf_counter() < deadline):
+                _touch(get(records[count]))
+                count += 1
+            return count
+
+        yield read
+
+
+@contextmanager
+def _pread(store: Store, order: Listed, settings: ReadingSettings, epoch: int) -> Iterator[Read]:
+    records = order.records(np.arange(settings.records), epoch=epoch)
+    with ExitStack() as stack:
+        ranges = deque(_ranges(store, records, stack))
+
+        def work(deadline: float) -> None:
+            while ranges:
+                try:
+                    descriptor, offset, length = ranges.popleft()
+                except IndexError:  # another thread was faster
+                    return
+                os.pread(descriptor, length, offset)
+                if time.perf_counter() >= deadline:
+                    return
+
+        def read(deadline: float) -> int:
+            threads = [threading.Thread(target=work, args=(deadline,)) for _ in range(_PREAD_THREADS)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            return len(records) - len(ranges)
+
+        yield read
+
+
+def _ranges(store: Store, records: npt.NDArray[np.int64], stack: ExitStack) -> list[tuple[int, int, int]]:
+    """(descriptor, offset, length) of each record, in the order given, whatever file it is in."""
+    descriptors: dict[Path, int] = {}
+    ranges = []
+    for record in records:
+        [(path, offsets, lengths)] = store.byte_ranges(np.array([record]))
+        if path not in descriptors:
+            descriptors[path] = os.open(path, os.O_RDONLY)
+            stack.callback(os.close, descriptors[path])
+            os.posix_fadvise(descriptors[path], 0, 0, os.POSIX_FADV_RANDOM)
+        ranges.append((descriptors[path], int(offsets[0]), int(lengths[0])))
+    return ranges
+
+
+@contextmanager
+def _load(store: Store, order: Listed, settings: ReadingSettings, epoch: int) -> Iterator[Read]:
+    # A store of its own: pages touched in a map stay in memory until it is closed.
+    planner = Planner(
+        open_store(store.path),
+        transform=TrainTransform(),
+        steps=StepPlan(num_positions=settings.records, batch_size=settings.batch_size, last_batch="short"),
+        sampling=order,
+        seed=0,
+    )
+    reader = BatchReader(planner, partial(feed_of, planner=planner), readahead_bytes=READAHEAD_BYTES)
+
+    def read(deadline: float) -> int:
+        reader.seek(epoch, 0)
+        count = reader.next()[0].end
+        while count < settings.records and time.perf_counter() < deadline:
+            count = reader.next()[0].end
+        return count
+
+    try:
+        yield read
+    finally:
+        reader.close()
+
+
+_OPENERS = {"get": _get, "pread": _pread, "loader": _load}

@@ -1,0 +1,180 @@
+"""Records/s that the source hands over to DALI on one core, from memory, with nothing decoded.
+
+That is all that Python does for a batch: plan, crops, looking whether the bytes are in memory, the reader's
+thread, wrapping, handing over. Where it is faster than a GPU decodes, one process is no limit to one GPU.
+
+The records are brought into memory first. Then this thread is bound to one core, and so are those that it
+starts: the reader's and DALI's. The first window does not count.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from dali_lmdb.compare.part import ReadingSettings, shuffled_part
+from dali_lmdb.compare.report import machine, spread, versions
+from dali_lmdb.loaders.pipeline import define_handover, feed_without_copy
+from dali_lmdb.loaders.reader import READAHEAD_BYTES, BatchReader
+from dali_lmdb.loaders.source import Source
+from dali_lmdb.plan.augment import TrainTransform
+from dali_lmdb.plan.batches import Planner
+from dali_lmdb.plan.order import StepPlan
+from dali_lmdb.plan.sampling import Listed
+from dali_lmdb.store import Store, open_store
+from dali_lmdb.store.readahead import Readahead
+
+__all__ = ["Handover", "HandoverRound", "measure_handover"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HandoverRound:
+    """One window's result."""
+
+    number: int
+    """0 for the warm-up, then from 1."""
+    num_records: int
+    elapsed_s: float
+    cpu_s: float
+    """Time that this process's threads ran; less than ``elapsed_s`` where others used the core too."""
+
+    @property
+    def records_per_s(self) -> float:
+        return self.num_records / self.elapsed_s
+
+    @property
+    def records_per_cpu_s(self) -> float:
+        """What it would be with the core to itself."""
+        return self.num_records / max(self.cpu_s, 1e-9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Handover:
+    """The result of ``measure_handover``."""
+
+    store: str
+    num_records: int
+    image_bytes: int
+    """Of all records together."""
+    settings: ReadingSettings
+    """As used: they fit the store."""
+    rounds: list[HandoverRound]
+    cold: float
+    """Part of the bytes that was not in memory when it was due; 0 if all is well."""
+    versions: dict[str, str]
+    machine: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, for JSON."""
+        return {
+            "store": self.store,
+            "num_records": self.num_records,
+            "image_bytes": self.image_bytes,
+            "settings": asdict(self.settings),
+            "records_per_s": spread([one.records_per_s for one in self.rounds]),
+            "records_per_cpu_s": spread([one.records_per_cpu_s for one in self.rounds]),
+            "cold": self.cold,
+            "versions": self.versions,
+            "machine": self.machine,
+        }
+
+
+def measure_handover(
+    store: str | os.PathLike[str],
+    *,
+    settings: ReadingSettings | None = None,
+    progress: Callable[[HandoverRound], None] | None = None,
+) -> Handover:
+    """Measure how many records a second one core hands over to DALI.
+
+    Args:
+        store: a store.
+        settings: by default ``ReadingSettings()``.
+        progress: called after every window.
+
+    Raises:
+        StoreError: the store cannot be opened.
+    """
+    opened = open_store(store)
+    settings = (settings or ReadingSettings()).fitted_to(opened)
+    part = shuffled_part(opened, settings.records)
+    planner = Planner(
+        opened,
+        transform=TrainTransform(),
+        steps=StepPlan(num_positions=settings.records, batch_size=settings.batch_size),
+        sampling=part,
+        seed=0,
+    )
+    _bring_into_memory(opened, part)
+    reader = BatchReader(planner, partial(feed_without_copy, planner=planner), readahead_bytes=READAHEAD_BYTES)
+    try:
+        with _one_core():
+            rounds = _windows(reader, settings, progress)
+    finally:
+        reader.close()
+    assert reader.readahead is not None
+    sizes = opened.gather("num_bytes", part.records(np.arange(settings.records), epoch=0))
+    handed_over = sizes.mean() * sum(one.num_records for one in rounds)
+    return Handover(
+        store=str(store),
+        num_records=len(opened),
+        image_bytes=int(opened.column("num_bytes").sum(dtype=np.int64)),
+        settings=settings,
+        rounds=rounds[1:],
+        cold=reader.readahead.bytes_read / max(handed_over, 1),
+        versions=versions(),
+        machine=machine("cpu"),
+    )
+
+
+def _bring_into_memory(store: Store, part: Listed) -> None:
+    readahead = Readahead(store)
+    try:
+        readahead.wait(part.records(np.arange(part.num_positions), epoch=0))
+    finally:
+        readahead.close()
+
+
+@contextmanager
+def _one_core() -> Iterator[None]:
+    """Bind this thread, and the threads that it starts, to one core."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(cores)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+def _windows(
+    reader: BatchReader, settings: ReadingSettings, progress: Callable[[HandoverRound], None] | None
+) -> list[HandoverRound]:
+    source = Source(reader, lambda plan, feed: (plan, feed))
+    pipeline = define_handover(source, transform=TrainTransform(), batch_size=settings.batch_size)
+    pipeline.build()
+    reader.seek(0, 0)
+    rounds = []
+    for number in range(settings.rounds + 1):
+        num_records = 0
+        begin, cpu_begin = time.perf_counter(), time.process_time()
+        while time.perf_counter() - begin < settings.seconds:
+            pipeline.run()
+            plan, _ = source.in_flight.popleft()
+            num_records += len(plan.records)
+        one = HandoverRound(
+            number=number,
+            num_records=num_records,
+            elapsed_s=time.perf_counter() - begin,
+            cpu_s=time.process_time() - cpu_begin,
+        )
+        rounds.append(one)
+        if progress is not None:
+            progress(one)
+    return rounds

@@ -1,0 +1,49 @@
+"""What every result says: versions, machine, and the spread of its rounds."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+from importlib import metadata
+from typing import Any
+
+import torch
+
+__all__ = ["machine", "spread", "versions"]
+
+
+def versions() -> dict[str, str]:
+    """Version of Python, of this package and of those whose speed shows, by name."""
+    names = ["dali-lmdb", "torch", "torchvision", "nvidia-dali-cuda120", "pillow", "lmdb", "numpy"]
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "unknown"
+    return found
+
+
+def spread(rounds: list[float]) -> dict[str, Any]:
+    """The median, minimum and maximum of some rounds, and the rounds."""
+    return {"median": statistics.median(rounds), "min": min(rounds), "max": max(rounds), "rounds": rounds}
+
+
+def machine(device: str) -> dict[str, Any]:
+    """``system``, ``cpu``, ``cores`` and ``gpu``: its name with device ``"cuda"``, else None."""
+    return {
+        "system": platform.platform(),
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.machine()
