@@ -13,7 +13,7 @@ import click
 from dali_lmdb.cli import Command
 from dali_lmdb.train.distributed import RankFailedError, Ranks, launch, run_rank
 from dali_lmdb.train.rank import show_progress
-from dali_lmdb.train.settings import BACKENDS, DEVICES, PRECISIONS, TrainSettings, check
+from dali_lmdb.train.settings import BACKENDS, DEVICES, ON_BAD, PRECISIONS, SHUFFLES, TrainSettings, check
 from dali_lmdb.train.trainer import train
 
 __all__ = ["main"]
@@ -58,6 +58,12 @@ _AT_LEAST_1 = click.IntRange(min=1)
 @_option("--weight-decay", type=click.FloatRange(min=0), help="Of SGD, on all parameters.")
 @_option("--size", type=_AT_LEAST_1, help="Height and width of the images, in pixels.")
 @_option("--workers", type=_AT_LEAST_0, help="DALI threads or DataLoader processes of each rank.")
+@_option("--shuffle", type=click.Choice(SHUFFLES), help="block suits storage that hates random reads.")
+@_option(
+    "--on-bad",
+    type=click.Choice(ON_BAD),
+    help="At a record that does not decode: stop and name it, or warn and use another of its batch.",
+)
 @_option("--seed", type=_AT_LEAST_0, help="Of weights, order, crops and flips.")
 @_option("--output", metavar="DIR", help="Folder for checkpoint.pt, written after each epoch.")
 @_option("--resume", is_flag=True, help="Go on from the checkpoint in --output, if there is one.")

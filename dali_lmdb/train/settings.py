@@ -14,11 +14,23 @@ from dali_lmdb.store import open_store
 from dali_lmdb.train import checkpoint, models
 from dali_lmdb.train.distributed import find_device
 
-__all__ = ["BACKENDS", "DEVICES", "PRECISIONS", "DataSummary", "TrainSettings", "check", "describe_data"]
+__all__ = [
+    "BACKENDS",
+    "DEVICES",
+    "ON_BAD",
+    "PRECISIONS",
+    "SHUFFLES",
+    "DataSummary",
+    "TrainSettings",
+    "check",
+    "describe_data",
+]
 
 BACKENDS = ("dali", "torch")
 DEVICES = ("auto", "cuda", "cpu")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+ON_BAD = ("raise", "substitute")
+SHUFFLES = ("full", "block")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +60,12 @@ class TrainSettings:
     """Height and width of the images in pixels; evaluation resizes the shorter side to size * 256 / 224."""
     workers: int = 4
     """DALI's threads, or DataLoader's worker processes, of each rank."""
+    shuffle: str = "full"
+    """``"full"``: training sees the records in any order. ``"block"``: blocks of consecutive records in random
+    order, mixed with others; for storage that hates random reads."""
+    on_bad: str = "raise"
+    """What becomes of a record that does not decode. ``"raise"``: the run stops and names it. ``"substitute"``: a
+    warning names it, and another record of its batch is used in its place, in evaluation, too."""
     seed: int = 0
     """Of the weights, the order of records, the crops and flips, and dropout."""
     output: str | None = None
@@ -62,7 +80,14 @@ class TrainSettings:
     """Steps between two reports; the last step of an epoch is always reported."""
 
     def __post_init__(self) -> None:
-        for name, allowed in (("backend", BACKENDS), ("device", DEVICES), ("precision", PRECISIONS)):
+        choices = {
+            "backend": BACKENDS,
+            "device": DEVICES,
+            "precision": PRECISIONS,
+            "shuffle": SHUFFLES,
+            "on_bad": ON_BAD,
+        }
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
         for name in ("epochs", "batch_size", "size", "log_every"):

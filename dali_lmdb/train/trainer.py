@@ -147,6 +147,8 @@ class _Run:
             "rank": ranks.rank,
             "world_size": ranks.world_size,
             "seed": settings.seed,
+            "shuffle": settings.shuffle if training else "none",
+            "on_bad": settings.on_bad,
             # Half as much to write and read where the model computes in 16 bits anyway.
             "dtype": "float32" if self.precision is torch.float32 else "float16",
             "layout": "NHWC" if on_gpu else "NCHW",
