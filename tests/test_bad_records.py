@@ -334,6 +334,7 @@ def test_a_state_of_one_backend_goes_on_in_the_other_with_the_same_substitutes(s
             assert walk(second) == expected[1:]
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # where there is one core
 def test_the_number_of_workers_and_threads_changes_nothing(store_of):
     bad = (0, 1, 5, 6, 10)
     arguments = {"transform": TRAIN, "on_bad": "substitute", "batch_size": 4, "dtype": "uint8"}
