@@ -13,32 +13,38 @@ __all__ = ["MAX_PIXELS", "BadImageError", "Header", "check_decodes", "read_heade
 
 
 def check_decodes(data: bytes) -> None:
-    """Decode an image fully, with Pillow, and reject what libjpeg only warns about.
+    """Decode an image fully, and reject what libjpeg only warns about.
 
     Pillow ignores libjpeg's warnings (data that ends early, bad Huffman codes, bytes left over) and shows grey
-    or garbage for the rest of such an image; simplejpeg's strict mode reports them.
+    or garbage for the rest of such an image; simplejpeg's strict mode reports them. So Pillow parses a JPEG and
+    simplejpeg decodes it; what TurboJPEG does not take, and all else, Pillow decodes.
 
     Raises:
         BadImageError: it does not decode, or not without a warning.
     """
-    is_jpeg = data[:2] == b"\xff\xd8"
     try:
         with Image.open(io.BytesIO(data)) as image:
-            if is_jpeg:
-                # All entropy-coded data is read; only the inverse transform is done at 1/8 of the size.
-                image.draft("L", (1, 1))
-            image.load()
             components = len(image.getbands())
+            if data[:2] != b"\xff\xd8" or not _decodes_strictly(data, components=components):
+                # All entropy-coded data is read; of a JPEG, only the inverse transform is done at 1/8 of the size.
+                image.draft("L", (1, 1))
+                image.load()
+    except BadImageError:
+        raise
     except Image.UnidentifiedImageError:
         raise BadImageError("not an image that Pillow knows") from None
     except Exception as error:  # Pillow's decoders raise almost anything on damaged files
         raise BadImageError(f"does not decode: {error}") from error
-    if is_jpeg:
-        try:
-            simplejpeg.decode_jpeg(
-                data, "CMYK" if components == 4 else "GRAY", min_height=1, min_width=1, min_factor=8, strict=True
-            )
-        except ValueError as error:
-            # TurboJPEG's own limits (unusual chroma sampling, two components) are no damage: Pillow decoded it.
-            if not str(error).startswith("tj"):
-                raise BadImageError(f"damaged: {error}") from error
+
+
+def _decodes_strictly(data: bytes, *, components: int) -> bool:
+    """Whether TurboJPEG takes this kind of JPEG; it then decoded it, at 1/8 of the size, without a warning."""
+    colorspace = "CMYK" if components == 4 else "GRAY"
+    try:
+        simplejpeg.decode_jpeg(data, colorspace, min_height=1, min_width=1, min_factor=8, strict=True)
+    except ValueError as error:
+        # TurboJPEG's own limits (unusual chroma sampling, two components) are no damage.
+        if str(error).startswith("tj"):
+            return False
+        raise BadImageError(f"damaged: {error}") from error
+    return True

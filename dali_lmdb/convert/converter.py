@@ -92,7 +92,7 @@ def convert(
                 parts[index],
                 settings,
                 files=everything[index],
-                num_threads=num_threads or max(4, len(os.sched_getaffinity(0))),
+                num_threads=num_threads or max(2, len(os.sched_getaffinity(0))),
                 progress=progress,
             )
             for index in mine

@@ -37,11 +37,14 @@ from dali_lmdb.store.writer import StoreWriter
 __all__ = ["Files", "Job", "NameBlocks", "Part"]
 
 # Images that are journalled together, then written.
-_COMMIT_BYTES = 64 << 20
+_COMMIT_BYTES = 16 << 20
 _COMMIT_RECORDS = 20_000
 # Images read ahead of the writer, at most.
 _AHEAD_BYTES = 64 << 20
 _AHEAD_ITEMS = 2_000
+# Images that one thread looks at in a row. One by one, handing over takes longer than reading a warm file
+# (10,000 of 105 kB, 2 cores: 1.7 s of processor time one by one, 1.0 s in blocks).
+_BLOCK_ITEMS = 32
 _VERIFY_RECORDS = 256  # records one thread checks at a time when reading back
 
 
@@ -272,19 +275,23 @@ class Job:
 
     def _looked(self, items: Iterable[Item]) -> Iterator[_Looked]:
         """Images in order, read and looked at by threads a bounded way ahead."""
-        queue: deque[Future[_Looked]] = deque()
+        items = iter(items)
+        queue: deque[Future[list[_Looked]]] = deque()
         mean_bytes = 1 << 20  # of an image; a guess at first, then a running mean
         with ThreadPoolExecutor(self.num_threads) as pool:
             try:
-                for item in items:
-                    queue.append(pool.submit(_look, item, self.settings))
-                    limit = max(2 * self.num_threads, min(_AHEAD_ITEMS, _AHEAD_BYTES // mean_bytes))
-                    while len(queue) >= limit:
-                        looked = queue.popleft().result()
-                        mean_bytes = max(1, (15 * mean_bytes + len(looked.data)) // 16)
-                        yield looked
-                while queue:
-                    yield queue.popleft().result()
+                while True:
+                    ahead = min(_AHEAD_ITEMS, _AHEAD_BYTES // mean_bytes)
+                    length = max(1, min(_BLOCK_ITEMS, ahead // (2 * self.num_threads)))
+                    block = list(islice(items, length))
+                    if block:
+                        queue.append(pool.submit(_look_at_all, block, self.settings))
+                    elif not queue:
+                        return
+                    if not block or len(queue) * length >= max(2 * self.num_threads, ahead):
+                        for looked in queue.popleft().result():
+                            mean_bytes = max(1, (15 * mean_bytes + len(looked.data)) // 16)
+                            yield looked
             finally:
                 for future in queue:
                     future.cancel()
@@ -332,6 +339,10 @@ class Job:
     def _report_progress(self, phase: Literal["writing", "verifying"], done: int) -> None:
         if self.progress is not None:
             self.progress(Progress(str(self.files.target), phase, done, self.part.num_items, self.num_bytes))
+
+
+def _look_at_all(items: list[Item], settings: ConvertSettings) -> list[_Looked]:
+    return [_look(item, settings) for item in items]
 
 
 def _look(item: Item, settings: ConvertSettings) -> _Looked:

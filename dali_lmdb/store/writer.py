@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ _PAGE_BYTES = 4096
 # A transaction's pages are on the heap until it ends. So little is reused by the next one; more goes back to the
 # kernel and comes again page by page, which takes three times as long (1 GB: 0.7 s, against 1.7 s with 64 MB).
 _TRANSACTION_BYTES = 2 << 20
+# After so much the disk begins to write, while images are read; what is left for the end takes 0.02 s, not 0.3 s.
+_FLUSH_BYTES = 64 << 20
 _VALUE_BYTES = 128  # counted for a value besides its own, so that tiny ones fill a transaction too
 
 
@@ -30,7 +33,7 @@ class StoreWriter:
     """Append records to an unpublished LMDB file, in transactions.
 
     What was committed survives the death of this process at any instant. It is on the disk, safe from the
-    machine's, after ``sync`` and ``finish``: one fsync at the end lets the disk write while images are read.
+    machine's, after ``sync`` and ``finish``; until then a thread keeps the disk writing, and nobody waits for it.
 
     Args:
         path: the partial file; created if absent, continued if present.
@@ -59,6 +62,9 @@ class StoreWriter:
         except (lmdb.Error, OSError) as error:
             raise self._refused(error) from error
         self._need_bytes = os.path.getsize(path)
+        self._flusher = ThreadPoolExecutor(1)
+        self._flush: Future[None] | None = None
+        self._unflushed_bytes = 0
         with self._env.begin() as transaction:
             self.finished = transaction.get(layout.META_KEY) is not None
         self.num_records = 0 if self.finished else self._env.stat()["entries"]
@@ -79,6 +85,7 @@ class StoreWriter:
                     num_bytes += len(values[done]) + _VALUE_BYTES
                     index, done = index + 1, done + 1
             self.num_records = index
+            self._flush_sometimes(num_bytes)
 
     def sync(self) -> None:
         """Wait until all that was committed is on the disk.
@@ -146,7 +153,7 @@ class StoreWriter:
                 classes=classes,
                 fingerprint=layout.fingerprint((columns["label"], columns["crc32"])),
                 txnid=transaction.id(),
-                index_crc32=zlib.crc32(index),
+                index_crc32=layout.index_checksums(index),
                 names_crc32=zlib.crc32(name_stream),
                 made=made,
                 shard=shard,
@@ -160,7 +167,17 @@ class StoreWriter:
 
     def close(self) -> None:
         """Release the file."""
+        self._flusher.shutdown()
         self._env.close()
+
+    def _flush_sometimes(self, num_bytes: int) -> None:
+        self._unflushed_bytes += num_bytes
+        if self._unflushed_bytes < _FLUSH_BYTES or (self._flush is not None and not self._flush.done()):
+            return
+        if self._flush is not None:
+            self._flush.result()
+        self._unflushed_bytes = 0
+        self._flush = self._flusher.submit(self.sync)
 
     def _reserve(self, num_bytes: int) -> None:
         self._need_bytes += num_bytes

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import stat
 from collections.abc import Iterator
@@ -58,8 +57,9 @@ def image_files(top: str, *, root: str, follow_links: bool) -> Iterator[str]:
         found.append((folder, files))
         pending.extend(below)
     for folder, files in sorted(found):
+        prefix = os.path.join(folder, "")
         for file in files:
-            yield os.path.join(folder, file)
+            yield prefix + file
 
 
 def _images_and_folders(folder: str, root: str, follow_links: bool) -> tuple[list[str], list[str]]:
@@ -114,13 +114,13 @@ def read_file(path: str) -> bytes:
             before = os.fstat(descriptor)
             if not stat.S_ISREG(before.st_mode):
                 raise SourceError(f"{path}: not a regular file, expected an image file; remove it")
-            data = io.FileIO(descriptor, closefd=False).readall()
+            data = os.read(descriptor, before.st_size + 1)  # one more, to see that it ends there
             after = os.fstat(descriptor)
         finally:
             os.close(descriptor)
     except OSError as error:
         raise SourceError(f"{path}: cannot be read: {error.strerror}") from error
-    if len(data) != after.st_size or before.st_mtime_ns != after.st_mtime_ns:
+    if not len(data) == before.st_size == after.st_size or before.st_mtime_ns != after.st_mtime_ns:
         raise SourceError(f"{path}: changed while it was read; convert again when nothing writes to it")
     return data
 

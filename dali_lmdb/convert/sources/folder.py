@@ -67,13 +67,13 @@ class FolderSource(Source):
         Raises:
             SourceError: as for the class; or a class has other images than when they were counted.
         """
-        listed = self._listing
+        listed, prefix = self._listing, os.path.join(self.path, "")
         for label, folder in enumerate(self._folders):
             names = self._names(folder)
             if listed is not None and _packed(names) != listed.classes[label]:
                 self._refuse_change(folder, _unpacked(listed.classes[label]), names)
             for name in names:
-                file = os.path.join(self.path, name)
+                file = prefix + name
                 yield Item(printable(name), label, partial(read_file, file), partial(stamp_of_file, file))
 
     def count(self) -> int:
