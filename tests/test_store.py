@@ -16,7 +16,7 @@ from PIL import Image
 
 from dali_lmdb.errors import RecordError, StoreDamagedError, StoreError, StoreFormatError, StoreNotFoundError
 from dali_lmdb.store import Kind, open_store
-from dali_lmdb.store.layout import INDEX_SCHEMA, fingerprint
+from dali_lmdb.store.layout import INDEX_SCHEMA, fingerprint, index_checksums
 from dali_lmdb.store.writer import StoreWriter
 
 
@@ -294,7 +294,7 @@ def test_a_newer_format_is_refused_with_both_versions(small):
         b'"format"',
         b"\xff\xfe",
         b"[" * 100_000,
-        b'{"format": 1}',
+        b'{"format": 2}',
         b'{"num_records": 3}',
     ],
     ids=lambda raw: repr(raw[:12]),
@@ -319,7 +319,7 @@ def test_a_damaged_meta_is_refused(small, meta):
         {"classes": [1, 2]},
         {"classes": None},
         {"fingerprint": 5},
-        {"index_crc32": 1},
+        {"index_crc32": [1]},
         {"index_crc32": None},
         {"made": []},
         {"unknown": 1},
@@ -351,10 +351,17 @@ def test_a_flipped_bit_in_the_index_is_refused(small, position):
         open_store(small)
 
 
+def test_every_part_of_a_large_index_has_its_checksum():
+    index = np.random.default_rng(0).bytes((9 << 20) + 5)
+    parts = [index[start : start + (4 << 20)] for start in (0, 4 << 20, 8 << 20)]
+    assert index_checksums(index) == [zlib.crc32(part) for part in parts]
+    assert index_checksums(b"") == []
+
+
 @pytest.mark.parametrize("index", [b"", b"not arrow", b"\xff\xff\xff\xff\x10\0\0\0", b"\0" * 5000])
 def test_an_index_that_is_not_arrow_is_refused_even_with_its_checksum(small, index):
     change(small, b"__index__", index)
-    change_meta(small, index_crc32=zlib.crc32(index))
+    change_meta(small, index_crc32=index_checksums(index))
     with pytest.raises(StoreDamagedError, match="__index__"):
         open_store(small)
 
@@ -366,7 +373,7 @@ def test_an_index_with_other_columns_is_refused_even_with_its_checksum(small):
         stream.write_batch(batch)
     index = sink.getvalue().to_pybytes()
     change(small, b"__index__", index)
-    change_meta(small, index_crc32=zlib.crc32(index))
+    change_meta(small, index_crc32=index_checksums(index))
     with pytest.raises(StoreDamagedError, match="__index__"):
         open_store(small)
 
@@ -381,7 +388,7 @@ def test_random_damage_behind_a_right_checksum_never_leaves_the_file(small):
         for _ in range(random.integers(1, 8)):
             damaged[random.integers(len(damaged))] = random.integers(256)
         change(small, b"__index__", bytes(damaged))
-        change_meta(small, index_crc32=zlib.crc32(damaged))
+        change_meta(small, index_crc32=index_checksums(damaged))
         message = ""
         try:
             with open_store(small) as store:

@@ -79,7 +79,7 @@ class FileCheck:
         if extent is None:
             raise StoreDamagedError(f"{self.path}: damaged: no __index__; convert it again")
         index = self.pages.view(extent)
-        if zlib.crc32(index) != self.meta.index_crc32:
+        if layout.index_checksums(index) != self.meta.index_crc32:
             raise StoreDamagedError(f"{self.path}: damaged: __index__ has a wrong checksum; convert it again")
         self.columns = layout.index_from_ipc(index, num_records=self.meta.num_records, path=self.path)
 

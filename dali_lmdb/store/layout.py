@@ -15,7 +15,9 @@ from __future__ import annotations
 import enum
 import hashlib
 import json
+import os
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,11 +40,13 @@ __all__ = [
     "Kind",
     "Meta",
     "fingerprint",
+    "index_checksums",
     "record_key",
     "shard_path",
 ]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had one checksum for the whole index
+_CHECKSUM_BYTES = 4 << 20
 MAX_SHARDS = 99_999  # five digits in a name
 INDEX_KEY = b"__index__"
 NAMES_KEY = b"__names__"
@@ -162,7 +166,8 @@ class Meta:
     txnid: int
     """LMDB's number of the transaction that wrote it. A rewritten copy has another one, and file
     offsets in the index then say nothing."""
-    index_crc32: int
+    index_crc32: list[int]
+    """``index_checksums`` of ``__index__``."""
     names_crc32: int
     made: dict[str, Any] = field(default_factory=dict)
     """Version of the package, time, source and options."""
@@ -203,14 +208,25 @@ class Meta:
         return meta
 
 
+def index_checksums(stream: memoryview | pa.Buffer) -> list[int]:
+    """CRC-32 of each ``_CHECKSUM_BYTES`` of ``__index__``, taken on all cores."""
+    view = memoryview(stream)
+    parts = [view[start : start + _CHECKSUM_BYTES] for start in range(0, len(view), _CHECKSUM_BYTES)]
+    if len(parts) <= 1:
+        return [zlib.crc32(part) for part in parts]
+    with ThreadPoolExecutor(min(len(parts), len(os.sched_getaffinity(0)))) as pool:
+        return list(pool.map(zlib.crc32, parts))
+
+
 def _json(values: dict[str, Any]) -> bytes:
     return json.dumps(values).encode()
 
 
 def _well_formed(meta: Meta) -> bool:
-    integers = (meta.num_records, meta.txnid, meta.index_crc32, meta.names_crc32)
+    integers = (meta.num_records, meta.txnid, meta.names_crc32)
     return (
         all(type(value) is int and value >= 0 for value in integers)
+        and isinstance(meta.index_crc32, list)
         and isinstance(meta.fingerprint, str)
         and isinstance(meta.classes, list)
         and all(isinstance(name, str) for name in meta.classes)
