@@ -1,0 +1,230 @@
+"""The loaders inside Lightning and Accelerate, unchanged; skipped where these are not installed."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from image_sets import MAX_RECORDS, make_image_folder
+
+from dali_lmdb.convert import convert
+from dali_lmdb.loaders.dali import DaliLoader
+from dali_lmdb.loaders.torch import TorchLoader
+from dali_lmdb.plan.augment import EvalTransform, TrainTransform
+
+# What they warn about is their own affair: loggers, their temporary folders, what will change in torch.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+NUM_RECORDS = 24
+BATCH_SIZE, STEPS = 5, 4  # one record to spare
+NUM_EPOCHS = 3
+SHORT_RECORDS = 23  # of two ranks with 11 each, the last record goes to one
+assert NUM_RECORDS <= MAX_RECORDS
+
+
+def dali(path, **arguments):
+    return DaliLoader(path, **arguments, batch_size=BATCH_SIZE, return_index=True, device="cpu", num_threads=1)
+
+
+def pillow(path, **arguments):
+    return TorchLoader(path, **arguments, batch_size=BATCH_SIZE, return_index=True, num_workers=0)
+
+
+@pytest.fixture(params=[dali, pillow])
+def loaders(request, store_path):
+    """Makes a loader for training and one for validation."""
+
+    def make():
+        train = request.param(store_path, transform=TrainTransform(size=8), seed=2)
+        return train, request.param(store_path, transform=EvalTransform(size=8, resize=8))
+
+    return make
+
+
+@pytest.fixture
+def short_path(tmp_path):
+    folder = make_image_folder(tmp_path / "images", num_records=SHORT_RECORDS, classes=("a", "b", "c"))
+    convert(folder, folder.with_suffix(".lmdb"))
+    return folder.with_suffix(".lmdb")
+
+
+@pytest.fixture
+def planned(loaders):
+    """Records of every training step of a run."""
+    with loaders()[0] as loader:
+        return [records.tolist() for _ in range(NUM_EPOCHS) for _, _, records in loader]
+
+
+def lightning_run(loaders, folder, *, checkpoint=None, save_every=None):
+    """Fit a Lightning module; the records it was trained on, a list a step, and those of each validation."""
+    lightning = pytest.importorskip("lightning", reason="Lightning is not installed: pip install lightning")
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(3 * 8 * 8, 3)
+            self.trained, self.validated = [], []
+
+        def train_dataloader(self):
+            return loaders()[0]
+
+        def val_dataloader(self):
+            return loaders()[1]
+
+        def training_step(self, batch, _):
+            images, labels, records = batch
+            self.trained.append(records.tolist())
+            return torch.nn.functional.cross_entropy(self.layer(images.flatten(1)), labels)
+
+        def on_validation_epoch_start(self):
+            self.validated.append([])
+
+        def validation_step(self, batch, _):
+            images, labels, records = batch
+            self.validated[-1] += records.tolist()
+            correct = (self.layer(images.flatten(1)).argmax(1) == labels).float().mean()
+            self.log("correct", correct, batch_size=len(labels))
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    saving = lightning.pytorch.callbacks.ModelCheckpoint(
+        dirpath=folder, filename="{step}", save_top_k=-1, every_n_train_steps=save_every
+    )
+    trainer = lightning.Trainer(
+        max_epochs=NUM_EPOCHS,
+        accelerator="cpu",
+        callbacks=[saving],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    module = Module()
+    trainer.fit(module, ckpt_path=checkpoint)
+    return module.trained, module.validated
+
+
+def test_lightning_trains_on_the_planned_records_and_validates_on_all(loaders, planned, tmp_path):
+    trained, validated = lightning_run(loaders, tmp_path)
+    assert trained == planned
+    first, *others = validated  # Lightning tries two steps before it trains
+    assert first == list(range(2 * BATCH_SIZE))
+    assert others == [list(range(NUM_RECORDS))] * NUM_EPOCHS
+
+
+@pytest.mark.parametrize("save_every", [None, 2, 3], ids=["epoch", "two-steps", "three-steps"])
+def test_lightning_goes_on_from_any_checkpoint_with_the_records_not_yet_seen(
+    loaders, planned, tmp_path, save_every
+):
+    lightning_run(loaders, tmp_path, save_every=save_every)
+    checkpoints = {int(path.stem.removeprefix("step=")): path for path in tmp_path.glob("*.ckpt")}
+    assert sorted(checkpoints) == list(range(0, STEPS * NUM_EPOCHS + 1, save_every or STEPS))[1:]
+    for step, path in checkpoints.items():
+        trained, _ = lightning_run(loaders, tmp_path / "again", checkpoint=path)
+        assert trained == planned[step:], step
+
+
+TWO_RANKS = """
+import sys
+import lightning
+import torch
+from dali_lmdb import DaliLoader, EvalTransform, TrainTransform
+
+
+class Module(lightning.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(3 * 8 * 8, 3)
+
+    def loader(self, transform):
+        return DaliLoader(sys.argv[1], transform=transform, batch_size=11, device="cpu", num_threads=1)
+
+    def train_dataloader(self):
+        return self.loader(TrainTransform(size=8))
+
+    def val_dataloader(self):
+        return self.loader(EvalTransform(size=8, resize=8))
+
+    def training_step(self, batch, _):
+        return torch.nn.functional.cross_entropy(self.layer(batch[0].flatten(1)), batch[1])
+
+    def validation_step(self, batch, _):
+        self.log("records", float(len(batch[1])), reduce_fx="sum", sync_dist=True)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+trainer = lightning.Trainer(
+    accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, logger=False, enable_checkpointing=False
+)
+trainer.fit(Module())
+if trainer.is_global_zero:
+    print("validated", int(trainer.callback_metrics["records"]))
+"""
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("lightning"), reason="Lightning is not installed")
+def test_two_lightning_ranks_validate_each_record_once_in_unequal_numbers_of_steps(short_path, tmp_path):
+    script = tmp_path / "two_ranks.py"
+    script.write_text(TWO_RANKS)
+    paths = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, str(script), str(short_path)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert f"validated {SHORT_RECORDS}\n" in done.stdout, done.stdout + done.stderr
+
+
+def accelerate_run(loaders, folder, *, stop_after=None):
+    """A loop as Accelerate's documentation has it, from the saved state if there is one; the records of each step.
+
+    Returns:
+        Records trained on, a list a step; number of records evaluated after each epoch.
+    """
+    accelerate = pytest.importorskip("accelerate", reason="Accelerate is not installed: pip install accelerate")
+    accelerator = accelerate.Accelerator(cpu=True)
+    model = torch.nn.Linear(3 * 8 * 8, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    given = loaders()
+    model, optimizer, train, val = accelerator.prepare(model, optimizer, *given)
+    assert (train, val) == given
+    accelerator.register_for_checkpointing(train)
+    if folder.exists():
+        accelerator.load_state(folder)
+    trained, evaluated = [], []
+    for epoch in range(train.epoch, NUM_EPOCHS):
+        train.set_epoch(epoch)
+        for images, labels, records in train:
+            loss = torch.nn.functional.cross_entropy(model(images.flatten(1)), labels)
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            trained.append(records.tolist())
+            if len(trained) == stop_after:
+                accelerator.save_state(folder)
+                return trained, evaluated
+        counts = torch.zeros(2, device=accelerator.device)
+        for images, labels, _ in val:
+            correct = model(images.flatten(1)).argmax(1) == labels
+            counts += torch.stack([correct.sum(), torch.tensor(len(labels))])
+        evaluated.append(int(accelerator.reduce(counts, "sum")[1]))
+    return trained, evaluated
+
+
+def test_accelerate_trains_on_the_planned_records_and_goes_on_with_the_others(loaders, planned, tmp_path):
+    trained, evaluated = accelerate_run(loaders, tmp_path / "none")
+    assert trained == planned
+    assert evaluated == [NUM_RECORDS] * NUM_EPOCHS
+    for steps in (2, STEPS, STEPS + 3):
+        folder = tmp_path / str(steps)
+        assert accelerate_run(loaders, folder, stop_after=steps)[0] == planned[:steps]
+        assert accelerate_run(loaders, folder)[0] == planned[steps:]

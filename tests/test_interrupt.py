@@ -1,0 +1,76 @@
+"""Ctrl-C in a training loop: the process ends at once, with one traceback, and takes all of its own with it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+MOST_SECONDS = 10
+
+LOOP = """
+import sys
+import torch
+from dali_lmdb import DaliLoader, TorchLoader, TrainTransform
+
+kind, options = {"dali": (DaliLoader, {"device": "cpu", "num_threads": 1}),
+                 "torch": (TorchLoader, {"num_workers": 0}),
+                 "workers": (TorchLoader, {"num_workers": 2})}[sys.argv[1]]
+model = torch.nn.Linear(3 * 32 * 32, 3)
+loader = kind(sys.argv[2], transform=TrainTransform(size=32), batch_size=4, **options)
+steps = 0
+while True:
+    for images, labels in loader:
+        torch.nn.functional.cross_entropy(model(images.flatten(1)), labels).backward()
+        steps += 1
+        if steps == 20:
+            print("training", flush=True)
+"""
+
+
+def session_of(pid):
+    """Processes of a session, by what /proc says; the dead ones that nobody has asked about are left out."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, session = path.read_text().rpartition(") ")[2].split()[:4]
+        except OSError:  # gone since
+            continue
+        if int(session) == pid and state != "Z":
+            found.append(int(path.parent.name))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "to_all"),
+    [("dali", True), ("torch", True), ("workers", True), ("workers", False)],
+    ids=["dali", "torch", "workers", "workers-not-told"],
+)
+def test_ctrl_c_ends_a_training_loop_at_once(store_path, kind, to_all):
+    """A terminal interrupts the workers, too; ``kill -INT`` only the process that is named."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", LOOP, kind, str(store_path)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert process.stdout.readline() == "training\n", process.stderr.read()
+        begin = time.monotonic()
+        (os.killpg if to_all else os.kill)(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        assert time.monotonic() - begin < MOST_SECONDS
+        assert session_of(process.pid) == []
+    finally:
+        for pid in session_of(process.pid):
+            os.kill(pid, signal.SIGKILL)
+    assert process.returncode == -signal.SIGINT
+    assert errors.count("Traceback") == 1, errors
+    assert errors.rstrip().endswith("KeyboardInterrupt"), errors
