@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -100,10 +100,32 @@ def process_group(ranks: Ranks, *, device: torch.device) -> Iterator[None]:
     if ranks.world_size == 1 or dist.is_initialized():
         yield
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30), **_store_after_restart(ranks)
+    )
     yield
     # Only after success: when a rank has failed, waiting for the others is what must not happen.
     dist.destroy_process_group()
+
+
+def _store_after_restart(ranks: Ranks) -> dict[str, Any]:
+    """Arguments of ``init_process_group`` for ranks that torchrun has started again.
+
+    torchrun keeps its key-value store over a restart, so new ranks would read the addresses of dead ones (pytorch
+    issue 135712). Its count of restarts tells them apart, but is the same everywhere on one machine only; on
+    several, ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`` makes torchrun begin with a new store.
+    """
+    environment = os.environ
+    restarts = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
+    is_shared = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if not is_shared or restarts == "0" or environment.get("GROUP_WORLD_SIZE") != "1":
+        return {}
+    store = dist.TCPStore(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), is_master=False)
+    return {
+        "store": dist.PrefixStore(f"restart-{restarts}", store),
+        "rank": ranks.rank,
+        "world_size": ranks.world_size,
+    }
 
 
 class RankFailedError(Exception):
