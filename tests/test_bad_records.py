@@ -404,6 +404,17 @@ def test_a_quarantine_file_is_added_to(make, store_of, tmp_path):
     assert [json.loads(line)["index"] for line in lines] == [1, 6, 8]
 
 
+def test_a_quarantine_file_that_cannot_be_written_any_more_stops_nothing(make, store_of, tmp_path, caplog):
+    folder = tmp_path / "lists"
+    folder.mkdir()
+    loader = make(store_of((1,)), on_bad="substitute", quarantine=folder / "bad.jsonl")
+    (folder / "bad.jsonl").unlink()
+    folder.rmdir()
+    walk(loader)
+    assert [bad.index for bad in loader.bad_records] == [1]
+    assert "cannot be written: No such file or directory" in caplog.text
+
+
 def test_names_with_line_breaks_stay_in_one_line(make, tmp_path):
     folder = tmp_path / "images" / "one"
     folder.mkdir(parents=True)

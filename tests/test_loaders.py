@@ -624,12 +624,36 @@ def test_states_of_one_backend_continue_in_the_other(store_path):
         {"world_size": 2},
         {"rank": 2, "world_size": 2},
         {"on_bad": "ignore"},
+        {"transform": None},
+        {"quarantine": "/no/such/folder/bad.jsonl"},
     ],
     ids=str,
 )
 def test_wrong_arguments_are_value_errors_when_the_loader_is_made(make, arguments):
     with pytest.raises(ValueError, match=str(next(iter(arguments)))):
         make(**arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"num_threads": 0},
+        {"prefetch_queue_depth": 0},
+        {"readahead_bytes": -1},
+        {"hw_decoder_load": -0.1},
+        {"hw_decoder_load": 1.5},
+        {"hw_decoder_load": float("nan")},
+    ],
+    ids=str,
+)
+def test_wrong_arguments_for_dali_are_value_errors(store_path, arguments):
+    with pytest.raises(ValueError, match=f"^{next(iter(arguments))} is "):
+        DaliLoader(store_path, **{"transform": TRAIN, "batch_size": 4, "device": "cpu"} | arguments)
+
+
+def test_a_batch_size_that_is_no_integer_is_a_type_error(make):
+    with pytest.raises(TypeError):
+        make(batch_size=4.0)
 
 
 def test_too_few_records_for_one_step_is_a_value_error_that_names_both(make):
@@ -733,6 +757,26 @@ def test_closed_loaders_leave_no_threads_processes_or_descriptors(store_path, ba
     after = descriptors_and_threads()
     assert all(late <= early + 1 for late, early in zip(after, before, strict=True)), (before, after)
     assert not multiprocessing.active_children()
+
+
+def test_a_closed_loader_lets_go_of_the_map_at_once(image_folder, tmp_path):
+    path = tmp_path / "images.lmdb"
+    convert(image_folder, path)
+
+    def is_mapped():
+        with open("/proc/self/maps") as file:
+            return str(path) in file.read()
+
+    gc.collect()
+    gc.disable()
+    try:
+        with dali_on_the_cpu(path, transform=TRAIN, batch_size=4) as loader:
+            next(iter(loader))
+            assert is_mapped()
+        del loader
+        assert not is_mapped()
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("backend", [DALI, GPU, TORCH, WORKERS])

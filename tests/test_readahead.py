@@ -8,6 +8,7 @@ from image_sets import save_noise
 
 from dali_lmdb.compare import page_cache
 from dali_lmdb.convert import convert
+from dali_lmdb.errors import StoreError
 from dali_lmdb.loaders.reader import BatchReader
 from dali_lmdb.loaders.source import feed_of
 from dali_lmdb.plan.augment import TrainTransform
@@ -52,6 +53,16 @@ def readahead(store):
 def warm_part(store, records):
     [(path, offsets, lengths)] = open_store(store).byte_ranges(records)
     return page_cache.in_memory(path, offsets, lengths).mean()
+
+
+def test_a_store_that_is_gone_is_an_error_that_says_so(store, tmp_path):
+    path = tmp_path / "moved.lmdb"
+    path.write_bytes(store.read_bytes())
+    readahead = Readahead(open_store(path))
+    path.unlink()
+    with pytest.raises(StoreError, match="cannot be read ahead: No such file or directory"):
+        readahead.wait(FAR_IN)
+    readahead.close()
 
 
 def is_there(descriptor, offset):

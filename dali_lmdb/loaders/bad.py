@@ -44,6 +44,9 @@ class BadRecords:
     Attributes:
         met: every bad record once, by index.
         num_substituted: how often one was replaced.
+
+    Raises:
+        ValueError: no such ``on_bad``, or the quarantine file cannot be written.
     """
 
     def __init__(self, store: Store, *, on_bad: OnBad, quarantine: str | os.PathLike[str] | None) -> None:
@@ -51,6 +54,13 @@ class BadRecords:
             raise ValueError(f"on_bad is {on_bad!r}, expected 'raise' or 'substitute'")
         self._store, self.on_bad = store, on_bad
         self._quarantine = None if quarantine is None else Path(quarantine)
+        if self._quarantine is not None:
+            try:
+                self._quarantine.open("a").close()
+            except OSError as error:
+                raise ValueError(
+                    f"quarantine {quarantine}: cannot be written: {error.strerror}; name a file that can"
+                ) from error
         self.met: dict[int, BadRecord] = {}
         self.num_substituted = 0
 
@@ -69,9 +79,7 @@ class BadRecords:
             name = self._store.where(index).removeprefix(f"{self._store.path}: ")
             self.met[index] = BadRecord(index, self._store.name(index), cause)
             if self._quarantine is not None:
-                with open(self._quarantine, "a", encoding="utf-8") as file:
-                    line = {"store": str(self._store.path), **asdict(self.met[index])}
-                    file.write(json.dumps(line) + "\n")
+                self._list(self.met[index], self._quarantine)
             if self.on_bad == "substitute":
                 _log.warning("%s: %s does not decode, another is shown: %s", self._store.path, name, cause)
         if self.on_bad == "raise" and failed:
@@ -81,6 +89,14 @@ class BadRecords:
                 f"{self._store.where(index)}{more}: not a decodable image: {cause}; convert again without it "
                 "(--on-bad skip --check decode), or use on_bad='substitute'"
             )
+
+    def _list(self, bad: BadRecord, quarantine: Path) -> None:
+        line = {"store": str(self._store.path), **asdict(bad)}
+        try:
+            with quarantine.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:  # no reason to stop a training run
+            _log.warning("%s: cannot be written: %s; not listed: %s", quarantine, error.strerror, line)
 
 
 def substituted(plan: BatchPlan, failed: Mapping[int, str], planner: Planner) -> BatchPlan:

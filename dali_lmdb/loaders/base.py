@@ -17,7 +17,7 @@ import torch.distributed
 
 from dali_lmdb.errors import DeviceError
 from dali_lmdb.loaders.bad import BadRecord, BadRecords
-from dali_lmdb.plan.augment import TrainTransform, Transform
+from dali_lmdb.plan.augment import EvalTransform, TrainTransform, Transform
 from dali_lmdb.plan.batches import Planner
 from dali_lmdb.plan.order import LastBatch, Shuffle, StepPlan
 from dali_lmdb.plan.sampling import sampling_of
@@ -85,6 +85,8 @@ class Loader(ABC):
         bad: BadRecords,
         return_index: bool,
     ) -> None:
+        if not isinstance(transform, (TrainTransform, EvalTransform)):
+            raise ValueError(f"transform is {transform!r}, expected a TrainTransform or an EvalTransform")
         training = isinstance(transform, TrainTransform)
         if dtype not in ("float32", "float16", "uint8"):
             raise ValueError(f"dtype is {dtype!r}, expected 'float32', 'float16' or 'uint8'")
@@ -95,6 +97,7 @@ class Loader(ABC):
         if device == "cuda" and not torch.cuda.is_available():
             raise DeviceError("device 'cuda': no usable GPU found; install its driver or use device 'cpu'")
         seed = operator.index(seed)
+        batch_size = operator.index(batch_size)
         if (rank is None) != (world_size is None):
             raise ValueError(f"rank is {rank} and world_size {world_size}; give both or neither")
         if rank is None or world_size is None:

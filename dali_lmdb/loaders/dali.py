@@ -110,6 +110,14 @@ class DaliLoader(Loader):
         hw_decoder_load: float = _HW_DECODER_LOAD,
         return_index: bool = False,
     ) -> None:
+        num_threads = default_num_threads() if num_threads is None else num_threads
+        for name, value in (("num_threads", num_threads), ("prefetch_queue_depth", prefetch_queue_depth)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}, expected at least 1")
+        if readahead_bytes < 0:
+            raise ValueError(f"readahead_bytes is {readahead_bytes}, expected at least 0, which turns it off")
+        if not 0 <= hw_decoder_load <= 1:
+            raise ValueError(f"hw_decoder_load is {hw_decoder_load}, expected 0 to 1")
         store = store if isinstance(store, Store) else open_store(store)
         super().__init__(
             store,
@@ -139,7 +147,7 @@ class DaliLoader(Loader):
             batch_size=batch_size,
             device=device,
             device_id=torch.cuda.current_device() if device == "cuda" else None,
-            num_threads=num_threads or default_num_threads(),
+            num_threads=num_threads,
             prefetch_queue_depth=prefetch_queue_depth,
             dtype=dtype,
             layout=layout,
@@ -274,6 +282,6 @@ class DaliLoader(Loader):
         self._reader.close()
         self._iterator = None
         self._probe.close()
-        self._source.in_flight.clear()
+        self._source.close()
         if self.settings.device == "cuda":
             release_unused_memory()

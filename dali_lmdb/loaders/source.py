@@ -15,6 +15,9 @@ from dali_lmdb.plan.batches import BatchPlan, Planner
 __all__ = ["Field", "Source", "feed_of", "fields_of"]
 
 
+Repair = Callable[[BatchPlan, Feed], tuple[BatchPlan, Feed]]
+
+
 class Field(NamedTuple):
     """One of the arrays that DALI is given for a batch."""
 
@@ -65,12 +68,19 @@ class Source:
         repair: called with each batch; returns it, or another one in its place.
     """
 
-    def __init__(self, reader: BatchReader, repair: Callable[[BatchPlan, Feed], tuple[BatchPlan, Feed]]) -> None:
-        self._reader, self._repair = reader, repair
+    def __init__(self, reader: BatchReader, repair: Repair) -> None:
+        self._batches: tuple[BatchReader, Repair] | None = (reader, repair)
         self.in_flight: deque[tuple[BatchPlan, Feed]] = deque()
 
     def __call__(self, batch_info: object) -> Feed:
         """The next batch; ``batch_info`` is DALI's and not needed."""
-        batch = self._repair(*self._reader.next())
+        assert self._batches is not None
+        reader, repair = self._batches
+        batch = repair(*reader.next())
         self.in_flight.append(batch)
         return batch[1]
+
+    def close(self) -> None:
+        """Let go of the data. DALI's operators refer to one another and to this, until the collector comes by."""
+        self._batches = None
+        self.in_flight.clear()

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from dali_lmdb.errors import StoreError
 from dali_lmdb.store.base import Store
 
 __all__ = ["Readahead"]
@@ -94,7 +95,11 @@ class Readahead:
 
     def _open(self, path: Path) -> int:
         if path not in self._files:
-            self._files[path] = os.open(path, os.O_RDONLY)
+            try:
+                self._files[path] = os.open(path, os.O_RDONLY)
+            except OSError as error:
+                advice = "raise the limit with: ulimit -n" if error.errno == errno.EMFILE else "is it still there?"
+                raise StoreError(f"{path}: cannot be read ahead: {error.strerror}; {advice}") from error
             # A read that misses then fetches just its own range.
             os.posix_fadvise(self._files[path], 0, 0, os.POSIX_FADV_RANDOM)
         return self._files[path]
