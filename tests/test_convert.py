@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import traceback
+from pathlib import Path
 from threading import Thread
 
 import lmdb
@@ -237,6 +238,29 @@ def test_after_a_refusal_mended_images_are_converted_with_restart(images, target
     summary = convert(images, target, restart=True)
     assert (summary.records, summary.skipped) == (27, 0)
     assert left_beside(target) == ["x.lmdb"]
+
+
+@pytest.mark.parametrize("shards", [None, 3])
+def test_files_that_are_no_images_by_their_name_are_listed_and_stop_nothing(images, target, shards):
+    (images / "bee" / "deep").mkdir()
+    others = ["ant/Thumbs.db", "bee/deep/notes", "cat/000.jpg.tmp"]
+    for name in others:
+        (images / name).write_text("no image")
+    summary = convert(images, target, shards=shards)
+    assert (summary.records, summary.skipped, summary.left_out) == (24, 0, 3)
+    (report,) = summary.reports
+    assert [line.split("\t")[0] for line in Path(report).read_text().splitlines()] == ["name", *others]
+
+
+def test_bad_images_and_files_that_are_none_are_listed_in_one_report(images, target):
+    bad = add_bad(images)
+    (images / "ant" / "Thumbs.db").write_text("no image")
+    summary = convert(images, target, settings=SKIP_BAD)
+    assert (summary.records, summary.skipped, summary.left_out) == (24, 3, 1)
+    assert report_of(target) == [*bad, "ant/Thumbs.db"]
+    code, out, _ = run_main(images, target.with_name("y.lmdb"), "--on-bad", "skip")
+    assert code == 0
+    assert "3 bad images and 1 files without an image's extension left out, listed in" in out
 
 
 def test_a_source_of_bad_images_only_makes_no_store(tmp_path, target):
@@ -793,11 +817,11 @@ def test_a_report_that_does_not_fit_on_the_disk_is_one_line(images, small_disk):
     def work():
         original = job._write_report
 
-        def write_report(*arguments):
+        def write_report(*arguments, **options):
             with open(small_disk / "filler", "wb", buffering=0) as file, contextlib.suppress(OSError):
                 while True:
                     file.write(b"\1" * 1024)
-            return original(*arguments)
+            return original(*arguments, **options)
 
         job._write_report = write_report
         try:

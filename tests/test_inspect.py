@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import pickle
@@ -400,6 +401,28 @@ def test_odd_images_are_stored_checked_and_exported_as_they_are(test_data, tmp_p
     assert info(tmp_path / "odd.lmdb").records == len(list(folder.iterdir()))
     export(tmp_path / "odd.lmdb", tmp_path / "out")
     assert files_in(tmp_path / "out") == files_in(folder.parent)
+
+
+def test_each_odd_file_is_stored_and_decodes_or_is_named_in_the_report(test_data, tmp_path):
+    folder = tmp_path / "images" / "odd"
+    folder.mkdir(parents=True)
+    for path in (test_data / "odd-images").iterdir():
+        if path.name != "MANIFEST.tsv":
+            shutil.copyfile(path, folder / path.name)
+    summary = convert(
+        folder.parent, tmp_path / "odd.lmdb", settings=ConvertSettings(check="decode", on_bad="skip")
+    )
+    (report,) = summary.reports
+    named = [line.split("\t")[0] for line in Path(report).read_text().splitlines()[1:]]
+    with open_store(tmp_path / "odd.lmdb") as store:
+        stored = [store.name(record) for record in range(len(store))]
+        for record in range(len(store)):
+            with Image.open(io.BytesIO(store.read(record))) as image:
+                image.convert("RGB")
+    assert sorted(stored + named) == sorted(f"odd/{path.name}" for path in folder.iterdir())
+    assert summary.records > 100 < len(named)
+    assert verify(tmp_path / "odd.lmdb", decode=True).clean
+    assert info(tmp_path / "odd.lmdb").records == summary.records
 
 
 # export

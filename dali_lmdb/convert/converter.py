@@ -244,13 +244,14 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _summarise(target: Path, everything: Sequence[Files], seconds: float) -> Summary:
-    num_records = num_bytes = skipped = gpu = cpu = none = transcoded = resized = 0
+    num_records = num_bytes = skipped = left_out = gpu = cpu = none = transcoded = resized = 0
     for files in everything:
         store = FileStore(files.target)
         decoders, changes = Decoders.of(store.column("kind")), store.column("change")
         num_records += len(store)
         num_bytes += int(store.column("num_bytes").sum(dtype=np.int64))
         skipped += store.meta.made.get("skipped", 0)
+        left_out += store.meta.made.get("left_out", 0)
         gpu, cpu, none = gpu + decoders.gpu, cpu + decoders.cpu, none + decoders.none
         transcoded += int(((changes & Change.TRANSCODED) != 0).sum())
         resized += int(((changes & Change.RESIZED) != 0).sum())
@@ -261,6 +262,7 @@ def _summarise(target: Path, everything: Sequence[Files], seconds: float) -> Sum
         bytes=num_bytes,
         seconds=seconds,
         skipped=skipped,
+        left_out=left_out,
         reports=[str(files.report) for files in everything if files.report.exists()],
         gpu=gpu,
         cpu=cpu,

@@ -4,7 +4,7 @@ Files, for a target ``NAME.lmdb`` (all beside it, so that publishing is one rena
 
 * ``NAME.lmdb.partial``: the LMDB file while it grows;
 * ``NAME.lmdb.partial-journal``: what was done so far, see ``journal.py``;
-* ``NAME.lmdb.bad.tsv``: the images that were refused, with reasons.
+* ``NAME.lmdb.bad.tsv``: the images that were refused and the files that were left out, with reasons.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ class Job:
                 self._check_unchanged(items)
                 self._write(items)
                 self.writer.sync()
-        bad = _write_report(self.journal, self.files.report)
+        bad = _write_report(self.journal, self.files.report, left_out=self._left_out())
         return self.part.num_items - bad, bad
 
     def finish(self, journal: Journal) -> None:
@@ -199,6 +199,9 @@ class Job:
     def is_same(self, journal: Journal) -> bool:
         """Whether a journal belongs to this conversion."""
         return journal.header == self._header()
+
+    def _left_out(self) -> list[str]:
+        return self.source.left_out() if self.part.is_last else []
 
     def _header(self) -> dict[str, Any]:
         return {
@@ -315,6 +318,7 @@ class Job:
             "source": {"kind": self.source.kind, **self.source.identity()},
             "settings": self.settings.identity(),
             "skipped": self.journal.num_bad(),
+            "left_out": len(self._left_out()),
         }
         self.writer.finish(columns, names, classes=self.source.classes, made=made, shard=self.part.shard)
 
@@ -394,13 +398,19 @@ def _index_of(journal: Journal, num_records: int) -> tuple[dict[str, npt.NDArray
     return columns, pa.chunked_array(names, type=pa.large_string())
 
 
-def _write_report(journal: Journal, path: Path) -> int:
-    """List the bad images, ``name TAB reason`` a line; no file if there are none. Returns their number."""
-    lines = [
-        "\t".join(" ".join(row[key].split()) for key in ("name", "reason")) + "\n"
+def _write_report(journal: Journal, path: Path, *, left_out: list[str]) -> int:
+    """List what is not stored, ``name TAB reason`` a line; no file if that is nothing.
+
+    Returns:
+        The number of bad images.
+    """
+    bad = [
+        (row["name"], row["reason"])
         for batch in journal.rows()
         for row in batch.filter(batch.column("reason").is_valid()).to_pylist()
     ]
+    others = [(name, "left out: its name does not end as an image's") for name in left_out]
+    lines = ["\t".join(" ".join(text.split()) for text in row) + "\n" for row in bad + others]
     try:
         if lines:
             path.write_text("name\treason\n" + "".join(lines), encoding="utf-8")
@@ -410,4 +420,4 @@ def _write_report(journal: Journal, path: Path) -> int:
         raise ConversionError(
             f"{path}: cannot be written: {error.strerror}; mend it, then run the same command again to go on"
         ) from error
-    return len(lines)
+    return len(bad)

@@ -66,8 +66,10 @@ class Summary:
     seconds: float
     skipped: int
     """Bad images that are not in the store."""
+    left_out: int
+    """Files among the images that are none by their name (``Source.left_out``)."""
     reports: list[str]
-    """Paths of the lists of bad images; none if there are none."""
+    """Paths of the lists of what is not in the store; none if there is nothing to list."""
     gpu: int
     """Records that nvJPEG decodes on the GPU."""
     cpu: int

@@ -35,7 +35,7 @@ def list_folder(path: str) -> list[os.DirEntry[str]]:
         raise SourceError(f"{path}: cannot be read: {error.strerror}; check its permissions") from error
 
 
-def image_files(top: str, *, root: str, follow_links: bool) -> Iterator[str]:
+def image_files(top: str, *, root: str, follow_links: bool, others: list[str] | None = None) -> Iterator[str]:
     """Paths of the image files under a folder, at any depth.
 
     Order: folders as ``sorted(os.walk(top))`` gives them, then file names, each sorted as strings, which is
@@ -45,6 +45,7 @@ def image_files(top: str, *, root: str, follow_links: bool) -> Iterator[str]:
         top: the folder.
         root: symbolic links may lead anywhere inside this folder; a real path.
         follow_links: they may lead out of it, too.
+        others: gets the paths of what is no image by its name.
 
     Raises:
         SourceError: a folder cannot be read, a link leads out of ``root`` or into a folder above itself, or
@@ -53,7 +54,7 @@ def image_files(top: str, *, root: str, follow_links: bool) -> Iterator[str]:
     found, pending = [], [top]
     while pending:
         folder = pending.pop()
-        files, below = _images_and_folders(folder, root, follow_links)
+        files, below = _images_and_folders(folder, root, follow_links, others)
         found.append((folder, files))
         pending.extend(below)
     for folder, files in sorted(found):
@@ -62,12 +63,16 @@ def image_files(top: str, *, root: str, follow_links: bool) -> Iterator[str]:
             yield prefix + file
 
 
-def _images_and_folders(folder: str, root: str, follow_links: bool) -> tuple[list[str], list[str]]:
+def _images_and_folders(
+    folder: str, root: str, follow_links: bool, others: list[str] | None
+) -> tuple[list[str], list[str]]:
     """Names of the images in a folder, sorted, and paths of the folders in it."""
     files, folders = [], []
     for entry in list_folder(folder):
         is_folder = entry.is_dir()
         if not is_folder and not is_image_name(entry.name):
+            if others is not None:
+                others.append(entry.path)
             continue
         if entry.is_symlink():
             check_inside(entry.path, root=root, follow_links=follow_links)

@@ -79,6 +79,9 @@ class FolderSource(Source):
     def count(self) -> int:
         return self._list().num_images
 
+    def left_out(self) -> list[str]:
+        return [printable(name) for name in sorted(_unpacked(self._list().others))]
+
     def identity(self) -> dict[str, Any]:
         return {
             "path": os.path.abspath(self.path),
@@ -89,18 +92,20 @@ class FolderSource(Source):
     def _list(self) -> _Listing:
         if self._listing is None:
             num_images, digest, classes = 0, hashlib.sha256(), []
+            others: list[str] = []
             for folder in self._folders:
-                names = self._names(folder)
+                names = self._names(folder, others)
                 num_images += len(names)
                 classes.append(_packed(names))
                 digest.update(classes[-1])
-            self._listing = _Listing(num_images, digest.hexdigest()[:32], classes)
+            self._listing = _Listing(num_images, digest.hexdigest()[:32], classes, _packed(others))
         return self._listing
 
-    def _names(self, folder: str) -> list[str]:
-        """The images of a class, relative to the source."""
+    def _names(self, folder: str, others: list[str] | None = None) -> list[str]:
+        """The images of a class, relative to the source; ``others`` gets what else is there."""
         top = os.path.join(self.path, folder)
-        files = list(image_files(top, root=self._root, follow_links=self._follow_links))
+        found: list[str] = []
+        files = list(image_files(top, root=self._root, follow_links=self._follow_links, others=found))
         if not files:
             raise SourceError(
                 f"{top}: no image in this class folder (expected files ending in "
@@ -108,6 +113,8 @@ class FolderSource(Source):
             )
         prefix = len(os.path.join(self.path, ""))
         names = [file[prefix:] for file in files]
+        if others is not None:
+            others.extend(file[prefix:] for file in found)
         self._check_distinct([printable(name) for name in names])
         return names
 
@@ -136,6 +143,8 @@ class _Listing(NamedTuple):
     """Of all names."""
     classes: list[bytes]
     """Names of each class, compressed: ImageNet's 1.28 million take 4 MB."""
+    others: bytes
+    """Names of the files that are no images by their name, compressed."""
 
 
 def _packed(names: list[str]) -> bytes:
@@ -143,4 +152,5 @@ def _packed(names: list[str]) -> bytes:
 
 
 def _unpacked(packed: bytes) -> list[str]:
-    return os.fsdecode(zlib.decompress(packed)).split("\0")
+    names = os.fsdecode(zlib.decompress(packed))
+    return names.split("\0") if names else []
