@@ -8,6 +8,7 @@ import pyarrow as pa
 from image_sets import grey_of, size_of
 from PIL import Image
 
+from dali_lmdb.store.layout import index_to_ipc
 from dali_lmdb.store.writer import StoreWriter
 
 
@@ -89,7 +90,12 @@ def write_store(path, values, *, sizes=None):
             "change": np.zeros(count, np.uint8),
         }
         names = pa.array([f"c{record:02}/{record:03}.jpg" for record in range(count)])
-        writer.finish(columns, names, classes=[f"c{record:02}" for record in range(count)], made={"by": "test"})
+        writer.finish(
+            index_to_ipc(columns),
+            lambda: [names],
+            classes=[f"c{record:02}" for record in range(count)],
+            made={"by": "test"},
+        )
     return path
 
 

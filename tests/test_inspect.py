@@ -54,7 +54,8 @@ def write_store(path, names, *, values=None, classes=("ant", "bee"), **columns):
             "kind": np.zeros(number, np.uint8),
             "change": np.zeros(number, np.uint8),
         }
-        writer.finish({**defaults, **columns}, pa.array(names, pa.string()), classes=list(classes), made={})
+        index = layout.index_to_ipc({**defaults, **columns})
+        writer.finish(index, lambda: [pa.array(names, pa.string())], classes=list(classes), made={})
     return path
 
 

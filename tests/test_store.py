@@ -16,7 +16,15 @@ from PIL import Image
 
 from dali_lmdb.errors import RecordError, StoreDamagedError, StoreError, StoreFormatError, StoreNotFoundError
 from dali_lmdb.store import Kind, open_store
-from dali_lmdb.store.layout import INDEX_SCHEMA, fingerprint, index_checksums
+from dali_lmdb.store.layout import (
+    INDEX_SCHEMA,
+    fingerprint,
+    index_checksums,
+    index_to_ipc,
+    names_from_ipc,
+    names_to_ipc,
+    new_index,
+)
 from dali_lmdb.store.writer import StoreWriter
 
 
@@ -37,7 +45,7 @@ def make_store(path, values, *, commits=1, classes=("even", "odd"), spoil=None):
         if spoil is not None:
             spoil(columns)
         names = pa.array([f"{classes[label]}/{i}" for i, label in enumerate(labels)])
-        writer.finish(columns, names, classes=list(classes), made={"by": "test"})
+        writer.finish(index_to_ipc(columns), lambda: [names], classes=list(classes), made={"by": "test"})
     return path
 
 
@@ -349,6 +357,39 @@ def test_a_flipped_bit_in_the_index_is_refused(small, position):
     change(small, b"__index__", flip)
     with pytest.raises(StoreDamagedError, match="__index__"):
         open_store(small)
+
+
+@pytest.mark.parametrize("num_records", [0, 1, 7, 1000])
+def test_what_is_written_into_a_new_index_is_in_its_stream(num_records):
+    stream, columns = new_index(num_records)
+    random = np.random.default_rng(num_records)
+    for column in columns.values():
+        column[:] = random.integers(200, size=num_records)
+    expected = {name: column.copy() for name, column in columns.items()}
+    assert stream.equals(index_to_ipc(expected))
+    assert [field.name for field in INDEX_SCHEMA] == list(columns)
+
+
+NAMES = pa.array(["ant/1.jpg", "", "bee/ü 雪.jpg", "cat/" + 300 * "x"], pa.large_string())
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        [],
+        [NAMES],
+        [NAMES[:0], NAMES[1:3], NAMES[3:], NAMES[:1]],
+        [NAMES.cast(pa.string())[2:], pa.array(["", ""])],
+        [pa.array([""] * 5)],
+    ],
+    ids=["none", "one", "slices", "short strings", "empty names"],
+)
+def test_names_are_those_of_all_chunks_in_order(chunks):
+    stream = names_to_ipc(lambda: iter(chunks))
+    names = [name for chunk in chunks for name in chunk.to_pylist()]
+    found = names_from_ipc(memoryview(stream), num_records=len(names), crc32=zlib.crc32(stream), path="x")
+    found.validate(full=True)
+    assert found.to_pylist() == names
 
 
 def test_every_part_of_a_large_index_has_its_checksum():

@@ -31,7 +31,7 @@ from dali_lmdb.convert.journal import INDEX_ROW_COLUMNS, ROW_SCHEMA, Journal
 from dali_lmdb.convert.settings import ConvertSettings, Progress
 from dali_lmdb.convert.sources.base import Item, Source
 from dali_lmdb.errors import ConversionError
-from dali_lmdb.store.layout import INDEX_SCHEMA, Change, Kind
+from dali_lmdb.store.layout import Change, Kind, new_index
 from dali_lmdb.store.writer import StoreWriter
 
 __all__ = ["Files", "Job", "NameBlocks", "Part"]
@@ -309,9 +309,11 @@ class Job:
         self._report_progress("writing", self.done)
 
     def _finish(self) -> None:
-        columns, names = _index_of(self.journal, self.writer.num_records)
-        columns["file_offset"], lengths = self.writer.record_extents()
+        index, columns = new_index(self.writer.num_records)
+        _fill(columns, self.journal)
+        columns["file_offset"][:], lengths = self.writer.record_extents()
         self._verify(columns, lengths)
+        del lengths
         made = {
             "by": f"dali_lmdb {version('dali-lmdb')}",
             "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -320,7 +322,13 @@ class Job:
             "skipped": self.journal.num_bad(),
             "left_out": len(self._left_out()),
         }
-        self.writer.finish(columns, names, classes=self.source.classes, made=made, shard=self.part.shard)
+        self.writer.finish(
+            index,
+            lambda: (records.column("name") for records in _records(self.journal)),
+            classes=self.source.classes,
+            made=made,
+            shard=self.part.shard,
+        )
 
     def _verify(self, columns: dict[str, npt.NDArray[Any]], lengths: npt.NDArray[np.uint32]) -> None:
         """Read every record back and compare it with the checksum taken from the source's bytes."""
@@ -381,21 +389,19 @@ def _look(item: Item, settings: ConvertSettings) -> _Looked:
     return _Looked(data, (item.name, *values, item.stamp(), reason))
 
 
-def _index_of(journal: Journal, num_records: int) -> tuple[dict[str, npt.NDArray[Any]], pa.ChunkedArray]:
-    """Index columns (without file offsets) and names of the records, from the journal."""
-    columns = {
-        name: np.empty(num_records, dtype=INDEX_SCHEMA.field(name).type.to_pandas_dtype())
-        for name in INDEX_ROW_COLUMNS
-    }
-    names = []
-    start = 0
+def _records(journal: Journal) -> Iterator[pa.RecordBatch]:
+    """The journal's rows of what is stored."""
     for batch in journal.rows():
-        good = batch.filter(batch.column("reason").is_null())
-        for name, column in columns.items():
-            column[start : start + good.num_rows] = good.column(name).to_numpy()
-        names.append(good.column("name"))
-        start += good.num_rows
-    return columns, pa.chunked_array(names, type=pa.large_string())
+        yield batch.filter(batch.column("reason").is_null())
+
+
+def _fill(columns: dict[str, npt.NDArray[Any]], journal: Journal) -> None:
+    """Write what the journal knows into index columns."""
+    start = 0
+    for records in _records(journal):
+        for name in INDEX_ROW_COLUMNS:
+            columns[name][start : start + records.num_rows] = records.column(name).to_numpy()
+        start += records.num_rows
 
 
 def _write_report(journal: Journal, path: Path, *, left_out: list[str]) -> int:

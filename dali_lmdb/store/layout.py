@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import zlib
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -47,6 +48,7 @@ __all__ = [
 
 FORMAT_VERSION = 2  # 1 had one checksum for the whole index
 _CHECKSUM_BYTES = 4 << 20
+_FINGERPRINT_RECORDS = 1 << 20  # hashed at a time, to need little memory
 MAX_SHARDS = 99_999  # five digits in a name
 INDEX_KEY = b"__index__"
 NAMES_KEY = b"__names__"
@@ -150,9 +152,11 @@ def fingerprint(*parts: tuple[npt.NDArray[np.int32], npt.NDArray[np.uint32]]) ->
     """
     digest = hashlib.sha256()
     for labels, crc32 in parts:
-        pairs = np.empty(len(labels), dtype=[("label", "<i4"), ("crc32", "<u4")])
-        pairs["label"], pairs["crc32"] = labels, crc32
-        digest.update(pairs.data)
+        for start in range(0, len(labels), _FINGERPRINT_RECORDS):
+            run = slice(start, start + _FINGERPRINT_RECORDS)
+            pairs = np.empty(len(labels[run]), dtype=[("label", "<i4"), ("crc32", "<u4")])
+            pairs["label"], pairs["crc32"] = labels[run], crc32[run]
+            digest.update(pairs.data)
     return digest.hexdigest()[:32]
 
 
@@ -236,10 +240,23 @@ def _well_formed(meta: Meta) -> bool:
 
 
 def _to_ipc(batch: pa.RecordBatch) -> pa.Buffer:
-    sink = pa.BufferOutputStream()
+    """A stream of one batch, in a buffer of just its size that may be written to."""
+    counter = pa.MockOutputStream()
+    _write_ipc(batch, counter)
+    buffer = pa.allocate_buffer(counter.size())
+    _write_ipc(batch, pa.FixedSizeBufferWriter(buffer))
+    return buffer
+
+
+def _write_ipc(batch: pa.RecordBatch, sink: pa.NativeFile) -> None:
     with pa.ipc.new_stream(sink, batch.schema) as stream:
         stream.write_batch(batch)
-    return sink.getvalue()
+
+
+def _inside(stream: pa.Buffer, part: pa.Buffer) -> npt.NDArray[np.uint8]:
+    """A buffer of a stream's batch as bytes on the stream's memory, that can be written to if the stream can."""
+    start = part.address - stream.address
+    return np.frombuffer(stream, dtype=np.uint8)[start : start + part.size]
 
 
 def _from_ipc(buffer: pa.Buffer, schema: pa.Schema, num_records: int) -> pa.RecordBatch | None:
@@ -260,6 +277,15 @@ def index_to_ipc(columns: dict[str, npt.NDArray[Any]]) -> pa.Buffer:
     return _to_ipc(pa.RecordBatch.from_arrays(arrays, schema=INDEX_SCHEMA))
 
 
+def new_index(num_records: int) -> tuple[pa.Buffer, dict[str, npt.NDArray[Any]]]:
+    """``__index__`` of zeros, and its columns, each of shape (num_records,), to write into: nothing is copied."""
+    columns = {field.name: np.zeros(num_records, field.type.to_pandas_dtype()) for field in INDEX_SCHEMA}
+    stream = index_to_ipc(columns)
+    batch = pa.ipc.open_stream(stream).read_next_batch()
+    views = {name: _inside(stream, batch.column(name).buffers()[1]) for name in columns}
+    return stream, {name: views[name].view(column.dtype)[:num_records] for name, column in columns.items()}
+
+
 def index_from_ipc(view: memoryview, *, num_records: int, path: object) -> dict[str, npt.NDArray[Any]]:
     """Columns of ``__index__`` as arrays on the same memory.
 
@@ -272,10 +298,38 @@ def index_from_ipc(view: memoryview, *, num_records: int, path: object) -> dict[
     return {name: batch.column(name).to_numpy(zero_copy_only=True) for name in batch.schema.names}
 
 
-def names_to_ipc(names: pa.Array | pa.ChunkedArray) -> pa.Buffer:
-    """``__names__`` from n strings."""
-    whole = names.combine_chunks() if isinstance(names, pa.ChunkedArray) else names
-    return _to_ipc(pa.RecordBatch.from_arrays([whole.cast(pa.large_string())], schema=_NAMES_SCHEMA))
+def names_to_ipc(chunks: Callable[[], Iterable[pa.Array]]) -> pa.Buffer:
+    """``__names__`` from strings, with no more memory than it takes.
+
+    Args:
+        chunks: gives Arrow arrays of strings, in order; called twice, to count and to copy.
+    """
+    num_names = num_bytes = 0
+    for starts, data in map(_text, chunks()):
+        num_names, num_bytes = num_names + len(starts) - 1, num_bytes + len(data)
+    ends = np.zeros(num_names + 1, dtype=np.int64)
+    ends[-1] = num_bytes  # so that room is made for all of the text
+    empty = [None, pa.py_buffer(ends), pa.py_buffer(np.zeros(num_bytes, dtype=np.uint8))]
+    column = pa.Array.from_buffers(pa.large_string(), num_names, empty)
+    stream = _to_ipc(pa.RecordBatch.from_arrays([column], schema=_NAMES_SCHEMA))
+    _, offset_buffer, text_buffer = pa.ipc.open_stream(stream).read_next_batch().column(0).buffers()
+    offsets, text = _inside(stream, offset_buffer).view(np.int64), _inside(stream, text_buffer)
+    name = byte = 0
+    for starts, data in map(_text, chunks()):
+        offsets[name : name + len(starts)] = starts - starts[0] + byte
+        text[byte : byte + len(data)] = data
+        name, byte = name + len(starts) - 1, byte + len(data)
+    return stream
+
+
+def _text(strings: pa.Array) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]:
+    """(n + 1 offsets, the bytes from the first to the last of them) of n strings."""
+    strings = strings.cast(pa.large_string())
+    _, offset_buffer, text_buffer = strings.buffers()
+    if len(strings) == 0 or text_buffer is None:
+        return np.zeros(len(strings) + 1, dtype=np.int64), np.empty(0, dtype=np.uint8)
+    offsets = np.frombuffer(offset_buffer, dtype=np.int64)[strings.offset :][: len(strings) + 1]
+    return offsets, np.frombuffer(text_buffer, dtype=np.uint8)[offsets[0] : offsets[-1]]
 
 
 def names_from_ipc(view: memoryview, *, num_records: int, crc32: int, path: object) -> pa.Array:

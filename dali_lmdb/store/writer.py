@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,7 @@ class StoreWriter:
             )
         except (lmdb.Error, OSError) as error:
             raise self._refused(error) from error
+        self._extents: tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint32]] | None = None
         self._need_bytes = os.path.getsize(path)
         self._flusher = ThreadPoolExecutor(1)
         self._flush: Future[None] | None = None
@@ -105,11 +107,11 @@ class StoreWriter:
         and the rightmost leaf is copied when keys are added behind it.
         """
         pages = PageFile(self.path)
-        self._extents = pages.record_extents(self.num_records)
-        offsets, lengths = self._extents
+        offsets, lengths = self._extents = pages.record_extents(self.num_records)
         start, end = pages.last_leaf()
-        moving = (offsets >= start) & (offsets < end)
-        return np.where(moving, np.uint64(0), offsets), lengths
+        offsets = offsets.copy()
+        offsets[(offsets >= start) & (offsets < end)] = 0
+        return offsets, lengths
 
     def checksums(self, start: int, stop: int) -> npt.NDArray[np.uint32]:
         """CRC-32 of the records start .. stop - 1, read back from the file; may be called in any thread.
@@ -117,6 +119,7 @@ class StoreWriter:
         Returns:
             uint32 of shape (n,), n being fewer than asked for at the end.
         """
+        assert self._extents is not None, "record_extents comes first"
         offsets, lengths = self._extents
         # pread, not the map: pages that are touched in a map count as this process's memory.
         with open(self.path, "rb", buffering=0) as file:
@@ -128,8 +131,8 @@ class StoreWriter:
 
     def finish(
         self,
-        columns: dict[str, npt.NDArray[Any]],
-        names: pa.ChunkedArray,
+        index: pa.Buffer,
+        names: Callable[[], Iterable[pa.Array]],
         *,
         classes: list[str],
         made: dict[str, Any],
@@ -138,14 +141,17 @@ class StoreWriter:
         """Add index, names and meta; the file is then a complete store.
 
         Args:
-            columns: the columns of ``layout.INDEX_SCHEMA``, each of shape (num_records,).
-            names: num_records strings, in chunks of any length.
+            index: of num_records rows, as ``layout.new_index`` or ``layout.index_to_ipc`` makes it.
+            names: gives num_records strings, in arrays of any length; called twice.
             classes, made, shard: see ``layout.Meta``.
 
         Raises:
             ConversionError: the disk refuses.
         """
-        index, name_stream = layout.index_to_ipc(columns), layout.names_to_ipc(names)
+        self._extents = None
+        name_stream = layout.names_to_ipc(names)
+        names_crc32 = zlib.crc32(name_stream)
+        columns = layout.index_from_ipc(memoryview(index), num_records=self.num_records, path=self.path)
         self._reserve(index.size + name_stream.size + 16 * _PAGE_BYTES)
         with self._writing() as transaction:
             meta = layout.Meta(
@@ -154,12 +160,14 @@ class StoreWriter:
                 fingerprint=layout.fingerprint((columns["label"], columns["crc32"])),
                 txnid=transaction.id(),
                 index_crc32=layout.index_checksums(index),
-                names_crc32=zlib.crc32(name_stream),
+                names_crc32=names_crc32,
                 made=made,
                 shard=shard,
             )
-            transaction.put(layout.INDEX_KEY, index)
+            # LMDB keeps what is put on the heap until the transaction ends.
             transaction.put(layout.NAMES_KEY, name_stream)
+            del name_stream
+            transaction.put(layout.INDEX_KEY, index)
             transaction.put(layout.META_KEY, meta.to_bytes())
         self.sync()
         self.finished = True
