@@ -40,7 +40,7 @@ __all__ = ["Files", "Job", "NameBlocks", "Part"]
 _COMMIT_BYTES = 16 << 20
 _COMMIT_RECORDS = 20_000
 # Images read ahead of the writer, at most.
-_AHEAD_BYTES = 64 << 20
+_AHEAD_BYTES = 32 << 20
 _AHEAD_ITEMS = 2_000
 # Images that one thread looks at in a row. One by one, handing over takes longer than reading a warm file
 # (10,000 of 105 kB, 2 cores: 1.7 s of processor time one by one, 1.0 s in blocks).

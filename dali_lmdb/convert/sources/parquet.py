@@ -29,8 +29,11 @@ from dali_lmdb.errors import SourceError
 
 __all__ = ["ParquetSource"]
 
-_BATCH_BYTES = 8 << 20  # images decoded from Parquet at a time
-_BATCHES_KEPT = 3  # threads ask nearly in order; who comes later than that has the row group read again
+# Images decoded from Parquet at a time; and rows, since a group in which images repeat says too small a size.
+_BATCH_BYTES = 8 << 20
+_BATCH_ROWS = 64
+# Threads ask nearly in order, 32 MB apart at most; who comes later than that has the row group read again.
+_BATCHES_KEPT = 6
 _ROWS = 10_000  # labels and paths read at a time
 
 
@@ -249,7 +252,8 @@ class _Images:
         self.file, self.group = file, group
         found = file.metadata.row_group(group)
         mean_bytes = found.total_byte_size // max(1, found.num_rows)
-        self._batch_rows = max(1, min(1024, _BATCH_BYTES // max(1, mean_bytes)))
+        self._num_rows = found.num_rows
+        self._batch_rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, mean_bytes)))
         self._lock = threading.Lock()
         self._batches: Iterator[pa.RecordBatch] = iter(())
         self._kept: deque[tuple[int, pa.Array]] = deque(maxlen=_BATCHES_KEPT)
@@ -283,6 +287,8 @@ class _Images:
             start, images = self._next, batch.column(0).field("bytes")
             self._kept.append((start, images))
             self._next = start + len(images)
+            if self._next == self._num_rows:
+                self._batches = iter(())  # the reader holds a page, which may be as large as the group
             if row_in_group < self._next:
                 return start, images
         raise SourceError(f"{self.file.path}: row group {self.group} is cut off; download the file again")
