@@ -357,6 +357,13 @@ def test_an_existing_target_is_refused_and_left_alone(images, target, make):
     assert target.stat() == before
 
 
+def test_a_target_that_is_a_link_to_nothing_is_refused_and_left_alone(images, target, tmp_path):
+    target.symlink_to(tmp_path / "other-disk" / "x.lmdb")
+    assert str(tmp_path / "other-disk" / "x.lmdb") in refusal(images, target)
+    assert target.is_symlink()
+    assert left_beside(target) == ["x.lmdb"]
+
+
 def test_an_existing_store_is_not_replaced_even_with_restart(images, target):
     convert(images, target)
     before = target.read_bytes()

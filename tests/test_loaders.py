@@ -978,6 +978,8 @@ def test_items_are_image_folders_pixel_for_pixel(tmp_path):
     ours, theirs = ImageFolderLMDB(tmp_path / "x.lmdb"), ImageFolder(str(folder))
     assert len(ours) == len(theirs) == 8
     assert (ours.classes, ours.class_to_idx, ours.targets) == (theirs.classes, theirs.class_to_idx, theirs.targets)
+    expected = [(os.path.relpath(path, folder), label) for path, label in theirs.samples]
+    assert ours.samples == ours.imgs == expected
     for (image, label), (expected, target) in zip(ours, theirs, strict=True):
         assert (image.mode, image.size, label) == ("RGB", expected.size, target)
         assert type(label) is int

@@ -170,6 +170,8 @@ def _check_target(target: Path, everything: Sequence[Files]) -> None:
         raise ConversionError(f"{target}: cannot be written: {error.strerror}; choose another name") from error
     if is_taken:
         raise ConversionError(f"{target}: a folder, expected the name of the file to make, such as train.lmdb")
+    if target.is_symlink() and not target.exists():
+        raise ConversionError(f"{target}: a link to nothing, which would be replaced; name {os.readlink(target)}")
     if not is_folder:
         raise ConversionError(f"{target}: its folder {folder} does not exist; make it first")
     if not os.access(folder, os.W_OK | os.X_OK):

@@ -43,6 +43,7 @@ class ImageFolderLMDB(Dataset[tuple[Any, Any]]):
         classes: class names, sorted.
         class_to_idx: class name to label.
         targets: label of every record, a list of ints.
+        samples, imgs: (name, label) of every record, as a list.
 
     Raises:
         StoreError: the store cannot be opened.
@@ -63,6 +64,13 @@ class ImageFolderLMDB(Dataset[tuple[Any, Any]]):
     @property
     def targets(self) -> list[int]:
         return [int(label) for label in self.store.labels]
+
+    @property
+    def samples(self) -> list[tuple[str, int]]:
+        """(name, label) of every record; ``ImageFolder`` has paths for names. Read anew each time."""
+        return [(self.store.name(index), label) for index, label in enumerate(self.targets)]
+
+    imgs = samples
 
     def __len__(self) -> int:
         return len(self.store)
