@@ -27,8 +27,8 @@ class Ranks:
         """Wait for all ranks; if any failed, all do.
 
         Raises:
-            BaseException: this rank's ``failure``.
-            ConversionError: another rank failed.
+            BaseException: this rank's ``failure``, if it is the only one.
+            ConversionError: others failed; it says all that they did.
         """
         if failure is not None:
             raise failure
@@ -46,10 +46,11 @@ class _DistributedRanks(Ranks):
     def agree(self, failure: BaseException | None) -> None:
         messages: list[str | None] = [None] * self.world_size
         self._distributed.all_gather_object(messages, None if failure is None else str(failure))
-        super().agree(failure)
-        for rank, message in enumerate(messages):
-            if message is not None:
-                raise ConversionError(f"rank {rank} failed: {message}")
+        failed = [f"rank {rank} failed: {message}" for rank, message in enumerate(messages) if message is not None]
+        if len(failed) == 1:
+            super().agree(failure)
+        if failed:
+            raise ConversionError("; ".join(failed)) from failure
 
 
 @contextmanager
