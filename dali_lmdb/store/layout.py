@@ -243,7 +243,8 @@ def _to_ipc(batch: pa.RecordBatch) -> pa.Buffer:
     """A stream of one batch, in a buffer of just its size that may be written to."""
     counter = pa.MockOutputStream()
     _write_ipc(batch, counter)
-    buffer = pa.allocate_buffer(counter.size())
+    # Of numpy, not of Arrow's pool, which keeps what is freed for later.
+    buffer = pa.py_buffer(np.empty(counter.size(), dtype=np.uint8))
     _write_ipc(batch, pa.FixedSizeBufferWriter(buffer))
     return buffer
 
