@@ -1,8 +1,10 @@
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +20,7 @@ from dali_lmdb.convert import convert
 from dali_lmdb.errors import DeviceError, RecordError, StateError
 from dali_lmdb.train import TrainSettings, checkpoint, models, train
 from dali_lmdb.train.__main__ import main
-from dali_lmdb.train.distributed import RankFailedError, find_device, launch
+from dali_lmdb.train.distributed import LAUNCHER_PID, RankFailedError, find_device, launch
 from dali_lmdb.train.metrics import EvaluationSums
 from dali_lmdb.train.trainer import evaluate
 
@@ -282,6 +284,61 @@ def rank_processes(launcher):
             if entry.startswith(b"RANK="):
                 ranks[int(entry[5:])] = int(pid)
     return ranks
+
+
+def test_ranks_end_with_the_command_that_is_killed(data, tmp_path):
+    options = (
+        "--epochs",
+        "1000",
+        "--log-every",
+        "1",
+        "--checkpoint-every",
+        "1",
+        "--output",
+        str(tmp_path / "run"),
+    )
+    with start(command(data, "--world-size", "2", *options)) as process:
+        read_until(process, "step 1")
+        ranks = rank_processes(process.pid)
+        try:
+            process.kill()
+            assert len(ranks) == 2
+            assert all_end(ranks.values(), within_s=20)
+        finally:
+            for pid in ranks.values():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+
+def all_end(pids, *, within_s):
+    """Wait until none of these processes runs; who has to reap them may be slow."""
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        if not any(is_running(pid) for pid in pids):
+            return True
+    return False
+
+
+def is_running(pid):
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
+    except OSError:
+        return False
+    return state not in "ZX"
+
+
+def test_a_rank_whose_launcher_has_ended_before_it_began_ends_too(data):
+    gone = start([sys.executable, "-c", ""])
+    gone.communicate()
+    done = subprocess.run(
+        [sys.executable, "-m", "dali_lmdb.train.rank", json.dumps(asdict(tiny(data)))],
+        cwd=ROOT,
+        env={**environment(), "RANK": "0", LAUNCHER_PID: str(gone.pid)},
+        capture_output=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGKILL, b"", b"")
 
 
 RANK_SCRIPT = """

@@ -31,7 +31,10 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from dali_lmdb import errors
 from dali_lmdb.errors import DaliLmdbError, DeviceError
 
-__all__ = ["RankFailedError", "Ranks", "find_device", "launch", "process_group", "run_rank"]
+__all__ = ["LAUNCHER_PID", "RankFailedError", "Ranks", "find_device", "launch", "process_group", "run_rank"]
+
+LAUNCHER_PID = "DALI_LMDB_LAUNCHER_PID"
+"""Variable of the ranks' environment with the process id of :func:`launch`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +177,12 @@ def launch(arguments: Sequence[str], *, world_size: int) -> None:
         RankFailedError: the first rank to die did so in another way.
         KeyboardInterrupt, SystemExit: this process was told to stop, and has stopped the ranks.
     """
-    with tempfile.TemporaryDirectory(prefix="dali_lmdb_ranks_") as folder, _quiet_launcher(), _own_signals():
+    with (
+        tempfile.TemporaryDirectory(prefix="dali_lmdb_ranks_") as folder,
+        _quiet_launcher(),
+        _own_signals(),
+        _known_to_ranks(),
+    ):
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -217,6 +225,16 @@ def _quiet_launcher() -> Iterator[None]:
         for logger, propagate in before:
             logger.propagate = propagate
             logger.removeHandler(silence)
+
+
+@contextmanager
+def _known_to_ranks() -> Iterator[None]:
+    """Name this process to the ranks, which are started with its environment; they end when it does."""
+    os.environ[LAUNCHER_PID] = str(os.getpid())
+    try:
+        yield
+    finally:
+        del os.environ[LAUNCHER_PID]
 
 
 @contextmanager

@@ -5,12 +5,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import os
+import signal
 import sys
 
 __all__ = ["show_progress"]
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def show_progress(*, rank: int) -> None:
@@ -22,7 +26,21 @@ def show_progress(*, rank: int) -> None:
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
 
 
+def _end_with_launcher() -> None:
+    """Let the kernel kill this rank when the process that has started it ends, however that comes."""
+    from dali_lmdb.train.distributed import LAUNCHER_PID
+
+    # A launcher that is killed by SIGKILL cannot end its ranks; they would train on and write over the checkpoint
+    # of the run that follows. See PR_SET_PDEATHSIG in prctl(2).
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    # The launcher may have ended before that call, and then no signal comes.
+    if os.getppid() != int(os.environ[LAUNCHER_PID]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def _main() -> None:
+    _end_with_launcher()
+
     from dali_lmdb.train.distributed import run_rank
     from dali_lmdb.train.settings import TrainSettings
     from dali_lmdb.train.trainer import train
