@@ -1,4 +1,5 @@
 import contextlib
+import errno
 import json
 import os
 import resource
@@ -465,6 +466,8 @@ class Killer:
             (Journal, "start"),
             (Journal, "append"),
             (Journal, "cut_to"),
+            (Journal, "_write"),
+            (Journal, "_cut"),
         ]:
             self.wrap(owner, name)
         sys.addaudithook(
@@ -479,7 +482,7 @@ def records_in(partial):
         return env.stat()["entries"] - 3 * (transaction.get(b"__meta__") is not None)
 
 
-KILLS = range(0, 96, 3)
+KILLS = range(0, 140, 4)
 
 
 @pytest.mark.parametrize("at", KILLS)
@@ -535,6 +538,80 @@ def test_killed_twice_it_goes_on_from_the_later_place(small_commits, image_folde
 
         assert os.WIFSIGNALED(in_child(work))
         assert records_in(target.with_name("x.lmdb.partial")) == 5 * commits
+    convert(image_folder, target)
+    assert content(target) == content(store_path)
+
+
+@pytest.mark.parametrize("at", range(0, 40, 2))
+def test_killed_while_it_goes_on_from_the_middle_of_a_commit_it_goes_on_again(
+    monkeypatch, image_folder, store_path, target, at
+):
+    monkeypatch.setattr(writer, "_TRANSACTION_BYTES", 1)  # a transaction a record; all are journalled together
+
+    def first():
+        original = StoreWriter._flush_sometimes
+
+        def after_transaction(self, num_bytes):
+            original(self, num_bytes)
+            if self.num_records == 7:
+                die()
+
+        StoreWriter._flush_sometimes = after_transaction
+        convert(image_folder, target)
+
+    def second():
+        Killer(at).arm()
+        convert(image_folder, target, num_threads=1)
+
+    assert os.WIFSIGNALED(in_child(first))
+    assert records_in(target.with_name("x.lmdb.partial")) == 7
+    assert os.WIFSIGNALED(in_child(second))
+    source = CountedSource(image_folder)
+    if left_beside(target) != ["x.lmdb"]:
+        convert(source, target)
+    assert len(source.read) <= 24 - 7
+    assert content(target) == content(store_path)
+
+
+def test_an_interrupt_while_a_commit_is_handed_over_writes_nothing_twice(
+    small_commits, image_folder, store_path, target
+):
+    def work():
+        original = job.ThreadPoolExecutor.submit
+
+        def submit(self, function, *arguments):
+            future = original(self, function, *arguments)
+            if getattr(function, "__name__", "") == "_commit":
+                signal.raise_signal(signal.SIGINT)
+            return future
+
+        job.ThreadPoolExecutor.submit = submit
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            convert(image_folder, target)
+        except KeyboardInterrupt:
+            os._exit(7)
+
+    assert os.waitstatus_to_exitcode(in_child(work)) == 7
+    convert(image_folder, target)
+    assert content(target) == content(store_path)
+
+
+def test_an_error_of_the_disk_that_is_told_once_is_not_missed(monkeypatch, image_folder, store_path, target):
+    monkeypatch.setattr(writer, "_TRANSACTION_BYTES", 20_000)
+    monkeypatch.setattr(writer, "_FLUSH_BYTES", 20_000)
+    calls, original = [], os.fdatasync
+
+    def fdatasync(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 1:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        original(descriptor)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(writer.os, "fdatasync", fdatasync)
+        message = refusal(image_folder, target)
+    assert "Input/output error" in message
     convert(image_folder, target)
     assert content(target) == content(store_path)
 

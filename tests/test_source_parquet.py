@@ -3,6 +3,7 @@ import pyarrow.parquet as pq
 import pytest
 from packing import items_of, write_parquet
 
+from dali_lmdb.convert import ConvertSettings, convert
 from dali_lmdb.convert.sources import open_source
 from dali_lmdb.convert.sources import parquet as parquet_module
 from dali_lmdb.errors import SourceError
@@ -38,6 +39,31 @@ def test_row_groups_are_read_a_few_images_at_a_time(tmp_path, monkeypatch):
     assert [item.read() for item in items] == [data for _, data, _ in rows_of(200)]
     # Long after its batch was dropped, and backwards.
     assert [item.read() for item in reversed(items[::20])] == [data for _, data, _ in rows_of(200)[::20][::-1]]
+
+
+def test_a_row_group_is_read_once_however_many_threads_ask(tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet_module, "_BATCH_ROWS", 2)
+    begun = []
+    original = parquet_module._batches
+
+    def batches(file, group, columns, num_rows):
+        begun.append((group, columns))
+        return original(file, group, columns, num_rows)
+
+    monkeypatch.setattr(parquet_module, "_batches", batches)
+    path = write_parquet(tmp_path / "a.parquet", rows_of(1200), names=NAMES, row_group_size=600)
+    convert(path, tmp_path / "a.lmdb", settings=ConvertSettings(check="none"), num_threads=16)
+    assert begun.count((0, ["image.bytes"])) == begun.count((1, ["image.bytes"])) == 1
+
+
+def test_rows_that_a_resumed_conversion_skips_do_not_fill_the_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet_module, "_BATCH_ROWS", 10)
+    monkeypatch.setattr(parquet_module, "AT_ONCE_ITEMS", 25)
+    path = write_parquet(tmp_path / "a.parquet", rows_of(300), names=NAMES, row_group_size=300)
+    items = list(open_source(path).items())[250:]
+    assert [item.read() for item in items] == [data for _, data, _ in rows_of(300)[250:]]
+    images = items[0].read.func.__self__
+    assert sum(len(kept.images) for kept in images._kept.values()) <= 40
 
 
 def test_without_metadata_classes_are_called_by_their_number(tmp_path):

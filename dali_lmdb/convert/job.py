@@ -29,7 +29,7 @@ from dali_lmdb.convert.audit import BadImageError, Header, check_decodes, read_h
 from dali_lmdb.convert.change import change_image
 from dali_lmdb.convert.journal import INDEX_ROW_COLUMNS, ROW_SCHEMA, Journal
 from dali_lmdb.convert.settings import ConvertSettings, Progress
-from dali_lmdb.convert.sources.base import Item, Source
+from dali_lmdb.convert.sources.base import AT_ONCE_BYTES, AT_ONCE_ITEMS, Item, Source
 from dali_lmdb.errors import ConversionError
 from dali_lmdb.store.layout import Change, Kind, new_index
 from dali_lmdb.store.writer import StoreWriter
@@ -39,12 +39,11 @@ __all__ = ["Files", "Job", "NameBlocks", "Part"]
 # Images that are journalled together, then written.
 _COMMIT_BYTES = 16 << 20
 _COMMIT_RECORDS = 20_000
-# Images read ahead of the writer, at most.
-_AHEAD_BYTES = 32 << 20
-_AHEAD_ITEMS = 2_000
-# Images that one thread looks at in a row. One by one, handing over takes longer than reading a warm file
-# (10,000 of 105 kB, 2 cores: 1.7 s of processor time one by one, 1.0 s in blocks).
+# What one thread looks at in a row: images, and their bytes, but for the last one. One by one, handing over takes
+# longer than reading a warm file (10,000 of 105 kB, 2 cores: 1.7 s of processor time one by one, 1.0 s in blocks).
 _BLOCK_ITEMS = 32
+_BLOCK_BYTES = 4 << 20
+_SPARE_BLOCKS = 2  # ready for the writer, or for a thread that is done
 _VERIFY_RECORDS = 256  # records one thread checks at a time when reading back
 
 
@@ -268,7 +267,9 @@ class Job:
                     if pending.full():
                         if last is not None:
                             last.result()
-                        last, pending = committer.submit(self._commit, pending), _Pending()
+                        # In this order: an interrupt in between may lose images, but not commit them twice.
+                        full, pending = pending, _Pending()
+                        last = committer.submit(self._commit, full)
             finally:
                 # On an error or an interrupt too: what was looked at need not be looked at again.
                 if last is not None:
@@ -279,24 +280,32 @@ class Job:
     def _looked(self, items: Iterable[Item]) -> Iterator[_Looked]:
         """Images in order, read and looked at by threads a bounded way ahead."""
         items = iter(items)
-        queue: deque[Future[list[_Looked]]] = deque()
+        most_blocks = self.num_threads + _SPARE_BLOCKS
+        most_items = max(1, min(_BLOCK_ITEMS, AT_ONCE_ITEMS // most_blocks))
+        most_bytes = min(_BLOCK_BYTES, AT_ONCE_BYTES // most_blocks)
+        queue: deque[tuple[Future[list[_Looked]], list[Item]]] = deque()
         mean_bytes = 1 << 20  # of an image; a guess at first, then a running mean
         with ThreadPoolExecutor(self.num_threads) as pool:
+
+            def start(block: list[Item]) -> tuple[Future[list[_Looked]], list[Item]]:
+                return pool.submit(_look_at_block, block, self.settings, most_bytes), block
+
             try:
                 while True:
-                    ahead = min(_AHEAD_ITEMS, _AHEAD_BYTES // mean_bytes)
-                    length = max(1, min(_BLOCK_ITEMS, ahead // (2 * self.num_threads)))
-                    block = list(islice(items, length))
-                    if block:
-                        queue.append(pool.submit(_look_at_all, block, self.settings))
-                    elif not queue:
+                    length = max(1, min(most_items, most_bytes // mean_bytes))
+                    while len(queue) < most_blocks and (block := list(islice(items, length))):
+                        queue.append(start(block))
+                    if not queue:
                         return
-                    if not block or len(queue) * length >= max(2 * self.num_threads, ahead):
-                        for looked in queue.popleft().result():
-                            mean_bytes = max(1, (15 * mean_bytes + len(looked.data)) // 16)
-                            yield looked
+                    future, block = queue.popleft()
+                    done = future.result()
+                    if len(done) < len(block):
+                        queue.appendleft(start(block[len(done) :]))
+                    for looked in done:
+                        mean_bytes = max(1, (15 * mean_bytes + len(looked.data)) // 16)
+                        yield looked
             finally:
-                for future in queue:
+                for future, _ in queue:
                     future.cancel()
 
     def _commit(self, pending: _Pending) -> None:
@@ -353,12 +362,21 @@ class Job:
             self.progress(Progress(str(self.files.target), phase, done, self.part.num_items, self.num_bytes))
 
 
-def _look_at_all(items: list[Item], settings: ConvertSettings) -> list[_Looked]:
-    return [_look(item, settings) for item in items]
+def _look_at_block(items: list[Item], settings: ConvertSettings, most_bytes: int) -> list[_Looked]:
+    """Read images and look at them, up to the one that makes it ``most_bytes``; runs in a thread."""
+    done: list[_Looked] = []
+    num_bytes = 0
+    for item in items:
+        done.append(_look(item, settings))
+        num_bytes += len(done[-1].data)
+        if num_bytes >= most_bytes:
+            break
+    return done
 
 
 def _look(item: Item, settings: ConvertSettings) -> _Looked:
     """Read one image and look at it; runs in a thread."""
+    stamp = item.stamp()  # before reading: if it changes in between, a resumed conversion notices
     data = item.read()
     header, change, reason = Header(Kind.UNKNOWN, 0, 0), Change.NONE, None
     if settings.check != "none":
@@ -386,7 +404,7 @@ def _look(item: Item, settings: ConvertSettings) -> _Looked:
         "change": int(change),
     }
     values = [index_row[name] for name in INDEX_ROW_COLUMNS]
-    return _Looked(data, (item.name, *values, item.stamp(), reason))
+    return _Looked(data, (item.name, *values, stamp, reason))
 
 
 def _records(journal: Journal) -> Iterator[pa.RecordBatch]:

@@ -5,7 +5,8 @@ before the records they describe, so the journal may be ahead of the partial fil
 opened again, what is ahead is cut off.
 
 File: frames of ``length u32 | crc32 u32 | payload``; the first payload is JSON (what is converted and how),
-the others are Arrow IPC streams of ``ROW_SCHEMA``, one for each commit.
+the others are Arrow IPC streams of ``ROW_SCHEMA``, one for each commit, or JSON: ``{"rows": n}``, of the stream
+before only the first n rows count. So no row of a record that is written is ever taken away, not for a moment.
 """
 
 from __future__ import annotations
@@ -115,24 +116,23 @@ class Journal:
         Raises:
             ConversionError: the journal and the partial file do not belong together.
         """
-        kept_rows = kept_records = 0
+        kept_rows = kept_records = part_rows = 0
         kept_end = self._body
-        part = None
         for batch, end in self._batches():
             good = batch.column("reason").null_count
             if kept_records + good > num_records:
-                part = _first_records(batch, num_records - kept_records)
+                part_rows = _rows_of_records(batch, num_records - kept_records)
+                kept_rows, kept_records = kept_rows + part_rows, num_records
+                kept_end = end if part_rows else kept_end
                 break
             kept_rows, kept_records, kept_end = kept_rows + batch.num_rows, kept_records + good, end
-        if part is not None:
-            kept_rows, kept_records = kept_rows + part.num_rows, num_records
         if kept_records != num_records:
             raise ConversionError(
                 f"{self.path}: describes {kept_records} of the {num_records} records beside it; use --restart"
             )
         self._cut(kept_end)
-        if part is not None and part.num_rows:
-            self.append(part)
+        if part_rows:
+            self._write(json.dumps({"rows": part_rows}).encode())
         return kept_rows
 
     def empty(self) -> bool:
@@ -150,8 +150,17 @@ class Journal:
         self.close()
 
     def _batches(self) -> Iterator[tuple[pa.RecordBatch, int]]:
+        """(rows, end of their frames) of each commit."""
+        last: tuple[pa.RecordBatch, int] | None = None
         for payload, end in islice(self._frames(), 1, None):
-            yield pa.ipc.open_stream(payload).read_next_batch(), end
+            if last is not None and payload.startswith(b"{"):
+                last = last[0].slice(0, json.loads(payload)["rows"]), end
+                continue
+            if last is not None:
+                yield last
+            last = pa.ipc.open_stream(payload).read_next_batch(), end
+        if last is not None:
+            yield last
 
     def _frames(self) -> Iterator[tuple[bytes, int]]:
         """(payload, end of the frame) of each whole frame; a torn one ends the file."""
@@ -188,9 +197,9 @@ class Journal:
             raise ConversionError(f"{self.path}: cannot be written: {error.strerror}; mend the disk") from error
 
 
-def _first_records(batch: pa.RecordBatch, count: int) -> pa.RecordBatch:
-    """The rows up to the one of the batch's ``count``-th record."""
+def _rows_of_records(batch: pa.RecordBatch, count: int) -> int:
+    """How many rows there are up to the one of the batch's ``count``-th record."""
     if count == 0:
-        return batch.slice(0, 0)
+        return 0
     places = np.flatnonzero(batch.column("reason").is_null().to_numpy(zero_copy_only=False))
-    return batch.slice(0, int(places[count - 1]) + 1)
+    return int(places[count - 1]) + 1

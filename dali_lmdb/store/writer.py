@@ -66,6 +66,8 @@ class StoreWriter:
             raise self._refused(error) from error
         self._extents: tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint32]] | None = None
         self._need_bytes = os.path.getsize(path)
+        # Not the environment's sync: that reads the map, which may be mapped afresh meanwhile.
+        self._descriptor = os.open(path, os.O_RDONLY)
         self._flusher = ThreadPoolExecutor(1)
         self._flush: Future[None] | None = None
         self._unflushed_bytes = 0
@@ -98,6 +100,8 @@ class StoreWriter:
             ConversionError: the disk refuses.
         """
         try:
+            if self._flush is not None:
+                self._flush.result()  # an error of the disk is told only once
             self._env.sync(True)
         except (lmdb.Error, OSError) as error:
             raise self._refused(error) from error
@@ -178,22 +182,29 @@ class StoreWriter:
     def close(self) -> None:
         """Release the file."""
         self._flusher.shutdown()
+        os.close(self._descriptor)
         self._env.close()
 
     def _flush_sometimes(self, num_bytes: int) -> None:
         self._unflushed_bytes += num_bytes
         if self._unflushed_bytes < _FLUSH_BYTES or (self._flush is not None and not self._flush.done()):
             return
-        if self._flush is not None:
-            self._flush.result()
+        try:
+            if self._flush is not None:
+                self._flush.result()
+        except OSError as error:
+            raise self._refused(error) from error
         self._unflushed_bytes = 0
-        self._flush = self._flusher.submit(self.sync)
+        self._flush = self._flusher.submit(os.fdatasync, self._descriptor)
 
     def _reserve(self, num_bytes: int) -> None:
         self._need_bytes += num_bytes
         size = self._env.info()["map_size"]
         if self._need_bytes > size:
-            self._env.set_mapsize((self._need_bytes // _MAP_STEP_BYTES + 1) * _MAP_STEP_BYTES)
+            try:
+                self._env.set_mapsize((self._need_bytes // _MAP_STEP_BYTES + 1) * _MAP_STEP_BYTES)
+            except lmdb.Error as error:
+                raise self._refused(error) from error
 
     def _refused(self, error: BaseException) -> ConversionError:
         # A write that is cut short, as on a full disk, is an input/output error to LMDB.

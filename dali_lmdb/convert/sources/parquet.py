@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from dali_lmdb.convert.sources.base import Item, Source, no_stamp
+from dali_lmdb.convert.sources.base import AT_ONCE_BYTES, AT_ONCE_ITEMS, Item, Source, no_stamp
 from dali_lmdb.convert.sources.files import identity_of_files
 from dali_lmdb.convert.sources.names import (
     NameDigest,
@@ -32,8 +32,6 @@ __all__ = ["ParquetSource"]
 # Images decoded from Parquet at a time; and rows, since a group in which images repeat says too small a size.
 _BATCH_BYTES = 8 << 20
 _BATCH_ROWS = 64
-# Threads ask nearly in order, 32 MB apart at most; who comes later than that has the row group read again.
-_BATCHES_KEPT = 6
 _ROWS = 10_000  # labels and paths read at a time
 
 
@@ -245,6 +243,15 @@ def _labels_and_paths(file: _File, group: int, first: int) -> Iterator[tuple[int
         first += len(labels)
 
 
+@dataclass
+class _Kept:
+    """A batch of images."""
+
+    images: pa.Array
+    num_left: int
+    """Of those that were not taken yet; each is, once."""
+
+
 class _Images:
     """The images of one row group, read front to back a batch at a time and shared by threads."""
 
@@ -256,7 +263,7 @@ class _Images:
         self._batch_rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, mean_bytes)))
         self._lock = threading.Lock()
         self._batches: Iterator[pa.RecordBatch] = iter(())
-        self._kept: deque[tuple[int, pa.Array]] = deque(maxlen=_BATCHES_KEPT)
+        self._kept: dict[int, _Kept] = {}  # by the row at which it starts
         self._next: int | None = None  # row at which the next batch starts; None before the first
 
     def read(self, row_in_group: int, row: int) -> bytes:
@@ -266,18 +273,23 @@ class _Images:
             SourceError: they are null or cannot be read.
         """
         with self._lock:
-            start, images = self._batch_of(row_in_group)
-        data = images[row_in_group - start].as_py()
+            start = self._batch_of(row_in_group)
+            kept = self._kept[start]
+            kept.num_left -= 1
+            if kept.num_left == 0:
+                del self._kept[start]
+        data = kept.images[row_in_group - start].as_py()
         if data is None:
             raise SourceError(
                 f"{self.file.path}: row {row}: no image bytes, perhaps only a path; embed the images in the file"
             )
         return data
 
-    def _batch_of(self, row_in_group: int) -> tuple[int, pa.Array]:
-        for start, images in self._kept:
-            if start <= row_in_group < start + len(images):
-                return start, images
+    def _batch_of(self, row_in_group: int) -> int:
+        """Where the batch of a row starts; it is then kept."""
+        for start, kept in self._kept.items():
+            if start <= row_in_group < start + len(kept.images):
+                return start
         if self._next is None or row_in_group < self._next:
             columns = [f"{self.file.columns.image}.bytes"]
             self._batches = _batches(self.file, self.group, columns, self._batch_rows)
@@ -285,13 +297,22 @@ class _Images:
             self._next = 0
         for batch in self._batches:
             start, images = self._next, batch.column(0).field("bytes")
-            self._kept.append((start, images))
+            self._kept[start] = _Kept(images, len(images))
+            self._forget_skipped()
             self._next = start + len(images)
             if self._next == self._num_rows:
                 self._batches = iter(())  # the reader holds a page, which may be as large as the group
             if row_in_group < self._next:
-                return start, images
+                return start
         raise SourceError(f"{self.file.path}: row group {self.group} is cut off; download the file again")
+
+    def _forget_skipped(self) -> None:
+        """Let go of batches that nobody asks for: a resumed conversion begins in the middle of a group."""
+        num_rows = num_bytes = 0
+        for start, kept in reversed(list(self._kept.items())):
+            if num_rows > AT_ONCE_ITEMS or num_bytes > AT_ONCE_BYTES:
+                del self._kept[start]
+            num_rows, num_bytes = num_rows + len(kept.images), num_bytes + kept.images.nbytes
 
 
 def _one_line(error: Exception) -> str:
