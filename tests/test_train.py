@@ -253,6 +253,31 @@ def test_a_damaged_checkpoint_is_named(data, tmp_path):
         train(tiny(data, output=str(tmp_path), resume=True))
 
 
+def test_a_second_run_into_the_same_folder_is_refused(data, tmp_path):
+    output = tmp_path / "run"
+    options = ("--output", str(output), "--resume", "--checkpoint-every", "1", "--log-every", "1")
+    with start(command(data, *options, "--epochs", "1000")) as process:
+        read_until(process, "step 2")
+        second = run(command(data, *options), expect=1)
+        process.kill()
+    says = f"Error: {output}: another run is writing there; let it finish or choose another --output\n"
+    assert (second.stdout, second.stderr) == ("", says)
+    assert {file.name for file in output.iterdir()} <= {"checkpoint.pt", "checkpoint.pt.partial"}
+
+
+def test_the_folder_of_a_killed_run_is_free_at_once(data, tmp_path):
+    # The worker of DataLoader, which is forked, goes on for some seconds.
+    options = ("--backend", "torch", "--output", str(tmp_path), "--epochs", "1000", "--log-every", "1")
+    with start(command(data, *options)) as process:
+        read_until(process, "step 1")
+        with pytest.raises(StateError, match="another run is writing there"), checkpoint.only_writer(tmp_path):
+            pass
+        process.kill()
+        process.wait()
+        with checkpoint.only_writer(tmp_path):
+            pass
+
+
 def test_a_failed_save_leaves_the_old_checkpoint(tmp_path):
     path = tmp_path / "checkpoint.pt"
     checkpoint.save(path, {"epoch": 1})

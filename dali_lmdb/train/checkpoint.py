@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +15,49 @@ import torch
 
 from dali_lmdb.errors import StateError
 
-__all__ = ["FILE_NAME", "check_fits", "load", "save"]
+__all__ = ["FILE_NAME", "check_fits", "load", "only_writer", "save"]
 
 FILE_NAME = "checkpoint.pt"
 FORMAT_VERSION = 1
+
+_locked: set[int] = set()  # descriptors of folders
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Hold a folder, which is made, against other runs; nothing is left behind, however this process ends.
+
+    Raises:
+        StateError: another run holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    _locked.add(descriptor)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StateError(
+                f"{folder}: another run is writing there; let it finish or choose another --output"
+            ) from None
+        except OSError:
+            pass  # a file system without locks, or NFS, which locks no folders
+        yield
+    finally:
+        _locked.discard(descriptor)
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+        os.close(descriptor)
+
+
+def _let_go() -> None:
+    # A forked process shares the lock. DataLoader's workers outlive a rank that was killed by some seconds; the
+    # rank that is started in its place must not find the folder held.
+    while _locked:
+        os.close(_locked.pop())
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 def save(path: Path, content: dict[str, Any]) -> None:

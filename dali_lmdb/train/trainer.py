@@ -44,12 +44,14 @@ def train(settings: TrainSettings) -> list[dict[str, float]]:
 
     Raises:
         StoreError, SourceError, RecordError, DeviceError: data or GPUs are missing or bad.
-        StateError: the checkpoint is of another data set, model or seed.
+        StateError: the checkpoint is of another data set, model or seed, or another run writes to ``output``.
         FloatingPointError: the loss is not finite any more.
     """
     ranks = Ranks.from_environment() or Ranks()
     device = find_device(settings.device, local_rank=ranks.local_rank, ranks_per_node=ranks.ranks_per_node)
     with ExitStack() as stack:
+        if settings.output is not None and ranks.rank == 0:
+            stack.enter_context(checkpoint.only_writer(Path(settings.output)))
         stack.enter_context(process_group(ranks, device=device))
         run = _Run(settings, ranks=ranks, device=device, stack=stack)
         run.restore()
