@@ -9,10 +9,11 @@ import contextlib
 import hashlib
 import json
 import os
+import resource
 import time
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from dali_lmdb.store.shards import shard_files
 
 __all__ = ["convert"]
 
+_OTHER_DESCRIPTORS = 256  # besides the journals
 MAX_NAME_BYTES = 255  # of a file in most file systems of Linux (NAME_MAX)
 
 
@@ -56,7 +58,7 @@ def convert(
             by default one file, ``target`` itself.
         ranks: processes that share the work, shards in turn; by default this one alone.
         restart: forget an interrupted conversion instead of going on with it.
-        num_threads: threads that read and look at images; by default the cores this process may use, at least 4.
+        num_threads: threads that read and look at images; by default the cores this process may use, at least 2.
         progress: called from time to time.
 
     Raises:
@@ -83,80 +85,137 @@ def convert(
     # Runs of shards, so that each rank goes through the source's list once.
     bounds = [len(paths) * rank // ranks.world_size for rank in range(ranks.world_size + 1)]
     mine = range(bounds[ranks.rank], bounds[ranks.rank + 1])
-    failure: BaseException | None = None
-    try:
-        parts = _parts(source, settings, target, shards)
-        jobs = [
-            Job(
-                source,
-                parts[index],
-                settings,
-                files=everything[index],
-                num_threads=num_threads or max(2, len(os.sched_getaffinity(0))),
-                progress=progress,
-            )
-            for index in mine
-        ]
-        with _pixel_limit(settings.max_pixels):
-            skipped = sum(part.num_items for part in parts[: mine.start])
-            _run(jobs, islice(source.items(), skipped, None), target=target, restart=restart)
-    except DaliLmdbError as error:
-        failure = error
-    ranks.agree(failure)
-    failure = None
-    if ranks.rank == 0:
+    with contextlib.ExitStack() as stack:
+        failure: BaseException | None = None
+        jobs: list[Job] = []
+        written = _Written()
         try:
-            _publish(everything)
+            parts = _parts(source, settings, target, shards)
+            published = _all_published(everything)
+            journals = _open_journals(stack, [everything[index] for index in mine])
+            jobs = [
+                Job(
+                    source,
+                    parts[index],
+                    settings,
+                    files=everything[index],
+                    journal=journal,
+                    num_threads=num_threads or max(2, len(os.sched_getaffinity(0))),
+                    progress=progress,
+                )
+                for index, journal in zip(mine, journals, strict=True)
+            ]
+            items = islice(source.items(), sum(part.num_items for part in parts[: mine.start]), None)
+            with _pixel_limit(settings.max_pixels):
+                written = _write(jobs, items, target=target, restart=restart, published=published)
         except DaliLmdbError as error:
             failure = error
-    ranks.agree(failure)
-    for index in mine:
-        everything[index].journal.unlink(missing_ok=True)
+        all_written = ranks.agree(failure, written)
+        _check_bad(all_written, settings, target)
+        failure = None
+        try:
+            set_name = _set_name(source, settings, all_written)
+            for job in jobs:
+                job.finish(set_name)
+        except DaliLmdbError as error:
+            failure = error
+        ranks.agree(failure, None)
+        failure = None
+        if ranks.rank == 0:
+            try:
+                _publish(everything)
+            except DaliLmdbError as error:
+                failure = error
+        ranks.agree(failure, None)
+        for index in mine:
+            everything[index].journal.unlink(missing_ok=True)
     return _summarise(target, everything, time.perf_counter() - begin)
 
 
-def _run(jobs: Sequence[Job], items: Iterator[Item], *, target: Path, restart: bool) -> None:
-    """Make the jobs' files complete: all images are looked at before the first bad one stops anything."""
-    bad = records = 0
+@dataclass
+class _Written:
+    """What one rank has written, before it is published."""
+
+    records: int = 0
+    bad: int = 0
+    reports: list[str] = field(default_factory=list)
+    fingerprints: list[str] = field(default_factory=list)
+    """Of each of its shards."""
+
+
+def _open_journals(stack: contextlib.ExitStack, files: Sequence[Files]) -> list[Journal]:
+    """Take hold of all of a rank's targets until everything is published, so that no other gets in between."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = len(files) + _OTHER_DESCRIPTORS
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed if hard == resource.RLIM_INFINITY else hard, hard))
+    journals = []
+    for one in files:
+        journals.append(stack.enter_context(Journal(one.journal)))
+        stack.callback(journals[-1].remove_if_new)
+    return journals
+
+
+def _all_published(everything: Sequence[Files]) -> bool:
+    """Whether all that an interrupted conversion left to do is removing journals, of which some may be gone."""
+    return all(files.target.exists() and not files.partial.exists() for files in everything) and any(
+        files.journal.exists() for files in everything
+    )
+
+
+def _write(
+    jobs: Sequence[Job], items: Iterator[Item], *, target: Path, restart: bool, published: bool
+) -> _Written:
+    """Write the records of all jobs' files: all images are looked at before bad ones stop anything."""
+    written = _Written()
     for job in jobs:
-        with Journal(job.files.journal) as journal:
-            num_records, num_bad = _write_part(job, journal, items, restart=restart)
-            bad, records = bad + num_bad, records + num_records
+        files = job.files
+        if files.target.exists():
+            _check_published(job, restart=restart, published=published)
+            num_records, num_bad = job.skip(items)
+        else:
+            num_records, num_bad = job.write(items, restart=restart)
+        written.records += num_records
+        written.bad += num_bad
+        written.reports += [str(files.report)] if files.report.exists() else []
+        written.fingerprints.append(job.fingerprint())
     if next(items, None) is not None and jobs and jobs[-1].part.is_last:
         raise ConversionError(
             f"{target}: the source changed during the conversion: images were added; use --restart when nothing "
             "writes to it"
         )
-    reports = ", ".join(str(job.files.report) for job in jobs if job.files.report.exists())
-    if bad and jobs[0].settings.on_bad == "fail":
+    return written
+
+
+def _check_published(job: Job, *, restart: bool, published: bool) -> None:
+    """Refuse a target that exists, unless this very conversion was killed while it published."""
+    is_ours = job.is_same() or (published and job.journal.header is None)
+    if job.files.partial.exists() or not is_ours:
+        raise ConversionError(f"{job.files.target}: already exists; remove it or choose another name")
+    if restart:
+        raise ConversionError(
+            f"{job.files.target}: already published by the interrupted conversion; remove it to start over"
+        )
+
+
+def _check_bad(all_written: Sequence[_Written], settings: ConvertSettings, target: Path) -> None:
+    """Refuse to publish bad images, or nothing at all; the same on every rank."""
+    bad, records = (sum(getattr(one, name) for one in all_written) for name in ("bad", "records"))
+    reports = ", ".join(report for one in all_written for report in one.reports)
+    if bad and settings.on_bad == "fail":
         raise ConversionError(
             f"{target}: {bad} of {bad + records} images are bad, see {reports}; nothing was published; mend them "
             "and use --restart, or leave them out with --on-bad skip"
         )
-    if records == 0 and jobs and jobs[0].part.shard is None:
+    if records == 0:
         raise ConversionError(f"{target}: all {bad} images are bad, see {reports}")
-    for job in jobs:
-        if not job.files.target.exists():
-            with Journal(job.files.journal) as journal:
-                job.finish(journal)
 
 
-def _write_part(job: Job, journal: Journal, items: Iterator[Item], *, restart: bool) -> tuple[int, int]:
-    """Write one file's images; (records, bad images) of it."""
-    files = job.files
-    if not files.target.exists():
-        return job.write(journal, items, restart=restart)
-    # It may have been published by a run of the same conversion that was killed before all was.
-    if files.partial.exists() or not job.is_same(journal):
-        if journal.header is None:
-            files.journal.unlink()
-        raise _already_exists(files.target)
-    deque(islice(items, job.part.num_items), maxlen=0)
-    return len(FileStore(files.target)), journal.num_bad()
-
-
-def _already_exists(target: Path) -> ConversionError:
-    return ConversionError(f"{target}: already exists; remove it or choose another name")
+def _set_name(source: Source, settings: ConvertSettings, all_written: Sequence[_Written]) -> str:
+    """What the shards of one conversion have in common and those of others have not."""
+    fingerprints = [one.fingerprints for one in all_written]
+    parts = [source.kind, source.identity(), settings.identity(), [each for one in fingerprints for each in one]]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _check_target(target: Path, everything: Sequence[Files]) -> None:
@@ -209,8 +268,6 @@ def _parts(source: Source, settings: ConvertSettings, target: Path, shards: int 
     count = 1 if shards is None else shards
     if count > total:
         raise ConversionError(f"{target}: {shards} shards for {total} images; use fewer shards")
-    of = json.dumps([source.kind, source.identity(), settings.identity()], sort_keys=True)
-    set_name = hashlib.sha256(of.encode()).hexdigest()[:32]
     items = source.items()
     parts = []
     for index in range(count):
@@ -218,7 +275,7 @@ def _parts(source: Source, settings: ConvertSettings, target: Path, shards: int 
         num_items = total * (index + 1) // count - total * index // count
         for item in islice(items, num_items):
             names.add(item.name)
-        shard = None if shards is None else {"index": index, "count": shards, "set": set_name}
+        shard = None if shards is None else {"index": index, "count": shards}
         parts.append(Part(num_items=num_items, names=names.end(), is_last=index == count - 1, shard=shard))
     return parts
 

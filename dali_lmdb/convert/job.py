@@ -31,7 +31,8 @@ from dali_lmdb.convert.journal import INDEX_ROW_COLUMNS, ROW_SCHEMA, Journal
 from dali_lmdb.convert.settings import ConvertSettings, Progress
 from dali_lmdb.convert.sources.base import AT_ONCE_BYTES, AT_ONCE_ITEMS, Item, Source
 from dali_lmdb.errors import ConversionError
-from dali_lmdb.store.layout import Change, Kind, new_index
+from dali_lmdb.store.layout import Change, Kind, fingerprint, new_index
+from dali_lmdb.store.reader import FileStore
 from dali_lmdb.store.writer import StoreWriter
 
 __all__ = ["Files", "Job", "NameBlocks", "Part"]
@@ -67,7 +68,7 @@ class Part:
     is_last: bool
     """Whether the source ends with it."""
     shard: dict[str, Any] | None
-    """What ``layout.Meta.shard`` says; None for a store of one file."""
+    """What ``layout.Meta.shard`` says, but for the set; None for a store of one file."""
 
 
 class NameBlocks:
@@ -134,6 +135,7 @@ class Job:
     Args:
         source, part, settings: what to convert and how.
         files: where.
+        journal: open on ``files.journal``.
         num_threads: threads that read and look at images.
         progress: called from time to time.
     """
@@ -145,19 +147,20 @@ class Job:
         settings: ConvertSettings,
         *,
         files: Files,
+        journal: Journal,
         num_threads: int,
         progress: Callable[[Progress], None] | None,
     ) -> None:
         self.source, self.part, self.settings, self.files = source, part, settings, files
+        self.journal = journal
         self.num_threads, self.progress = num_threads, progress
         self.done = 0
         self.num_bytes = 0
 
-    def write(self, journal: Journal, items: Iterator[Item], *, restart: bool) -> tuple[int, int]:
+    def write(self, items: Iterator[Item], *, restart: bool) -> tuple[int, int]:
         """Go on with what is there, or begin, until every image of the part is written or reported.
 
         Args:
-            journal: open on ``files.journal``.
             items: the source's, from the part's first on; exactly the part's are taken.
             restart: forget what is there.
 
@@ -167,7 +170,6 @@ class Job:
         Raises:
             SourceError, ConversionError: see ``converter.convert``.
         """
-        self.journal = journal
         self._claim(restart=restart)
         items = self._as_counted(islice(items, self.part.num_items))
         with StoreWriter(self.files.partial) as self.writer:
@@ -181,23 +183,44 @@ class Job:
         bad = _write_report(self.journal, self.files.report, left_out=self._left_out())
         return self.part.num_items - bad, bad
 
-    def finish(self, journal: Journal) -> None:
+    def skip(self, items: Iterator[Item]) -> tuple[int, int]:
+        """Leave a file alone that was published already, if the source is still what it was made from.
+
+        Args, Returns, Raises: as ``write``.
+        """
+        items = self._as_counted(islice(items, self.part.num_items))
+        self._check_unchanged(items)
+        deque(items, maxlen=0)
+        return len(FileStore(self.files.target)), self.journal.num_bad()
+
+    def fingerprint(self) -> str:
+        """``layout.fingerprint`` of the file's records, which are all written."""
+        if self.files.target.exists():
+            return FileStore(self.files.target).fingerprint
+        records = _records(self.journal)
+        return fingerprint(*((one.column("label").to_numpy(), one.column("crc32").to_numpy()) for one in records))
+
+    def finish(self, set_name: str) -> None:
         """Make the partial file, with all records in it, a whole store: verify it and add the index.
 
         Args:
-            journal: open on ``files.journal``.
+            set_name: what a shard says of the set that it belongs to.
 
         Raises:
-            ConversionError: it reads back wrong, or the disk refuses.
+            ConversionError: it reads back wrong, or the disk refuses; or it was finished as part of another set.
         """
-        self.journal = journal
-        with StoreWriter(self.files.partial) as self.writer:
-            if not self.writer.finished:
-                self._finish()
+        shard = None if self.part.shard is None else {**self.part.shard, "set": set_name}
+        if not self.files.target.exists():
+            with StoreWriter(self.files.partial) as self.writer:
+                if not self.writer.finished:
+                    self._finish(shard)
+        finished = next(path for path in (self.files.target, self.files.partial) if path.exists())
+        if FileStore(finished).meta.shard != shard:
+            raise ConversionError(f"{finished}: a shard of another conversion; remove it and use --restart")
 
-    def is_same(self, journal: Journal) -> bool:
-        """Whether a journal belongs to this conversion."""
-        return journal.header == self._header()
+    def is_same(self) -> bool:
+        """Whether the journal is of this conversion."""
+        return self.journal.header == self._header()
 
     def _left_out(self) -> list[str]:
         return self.source.left_out() if self.part.is_last else []
@@ -317,7 +340,7 @@ class Job:
         self.num_bytes += pending.num_bytes
         self._report_progress("writing", self.done)
 
-    def _finish(self) -> None:
+    def _finish(self, shard: dict[str, Any] | None) -> None:
         index, columns = new_index(self.writer.num_records)
         _fill(columns, self.journal)
         columns["file_offset"][:], lengths = self.writer.record_extents()
@@ -336,7 +359,7 @@ class Job:
             lambda: (records.column("name") for records in _records(self.journal)),
             classes=self.source.classes,
             made=made,
-            shard=self.part.shard,
+            shard=shard,
         )
 
     def _verify(self, columns: dict[str, npt.NDArray[Any]], lengths: npt.NDArray[np.uint32]) -> None:

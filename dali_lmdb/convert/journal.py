@@ -135,6 +135,11 @@ class Journal:
             self._write(json.dumps({"rows": part_rows}).encode())
         return kept_rows
 
+    def remove_if_new(self) -> None:
+        """Leave nothing behind of a conversion that has not begun."""
+        if self.header is None:
+            self.path.unlink(missing_ok=True)
+
     def empty(self) -> bool:
         """Whether there is no row in it."""
         return next(self._batches(), None) is None

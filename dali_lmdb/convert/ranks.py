@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import TypeVar
 
 from dali_lmdb.errors import ConversionError
 
 __all__ = ["Ranks", "torchrun_ranks"]
+
+T = TypeVar("T")
 
 _PATIENCE = timedelta(days=365)
 
@@ -23,8 +26,11 @@ class Ranks:
     rank = 0
     world_size = 1
 
-    def agree(self, failure: BaseException | None) -> None:
+    def agree(self, failure: BaseException | None, value: T) -> list[T]:
         """Wait for all ranks; if any failed, all do.
+
+        Returns:
+            Every rank's ``value``, in their order.
 
         Raises:
             BaseException: this rank's ``failure``, if it is the only one.
@@ -32,6 +38,7 @@ class Ranks:
         """
         if failure is not None:
             raise failure
+        return [value]
 
 
 class _DistributedRanks(Ranks):
@@ -43,14 +50,17 @@ class _DistributedRanks(Ranks):
         self._distributed = torch.distributed
         self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
 
-    def agree(self, failure: BaseException | None) -> None:
-        messages: list[str | None] = [None] * self.world_size
-        self._distributed.all_gather_object(messages, None if failure is None else str(failure))
-        failed = [f"rank {rank} failed: {message}" for rank, message in enumerate(messages) if message is not None]
-        if len(failed) == 1:
-            super().agree(failure)
+    def agree(self, failure: BaseException | None, value: T) -> list[T]:
+        found: list[tuple[str | None, T]] = [(None, value)] * self.world_size
+        self._distributed.all_gather_object(found, (None if failure is None else str(failure), value))
+        failed = [
+            f"rank {rank} failed: {message}" for rank, (message, _) in enumerate(found) if message is not None
+        ]
+        if len(failed) == 1 and failure is not None:
+            raise failure
         if failed:
             raise ConversionError("; ".join(failed)) from failure
+        return [each for _, each in found]
 
 
 @contextmanager
