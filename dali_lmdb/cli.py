@@ -1,10 +1,12 @@
-"""The command ``dali-lmdb``, and what all commands share: our errors become one line and exit code 1."""
+"""The command ``dali-lmdb``, and what all commands share: our errors and Ctrl-C become a line and an exit code."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -23,21 +25,34 @@ _COMMANDS = {
     "verify": "dali_lmdb.inspect.__main__:verify_command",
 }
 _LINE_EVERY_S = 10  # between lines of progress where there is no terminal
+_INTERRUPTED = 130  # what a shell says of a command that Ctrl-C ended
+
+
+@contextmanager
+def _stopping() -> Iterator[None]:
+    """Turn KeyboardInterrupt into its message, if it has one, and exit code 130; click would say 1."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        click.echo(str(stop) or "Stopped.", err=True)
+        sys.exit(_INTERRUPTED)
 
 
 class Command(click.Command):
     """A command whose ``DaliLmdbError`` and ``ValueError`` become ``Error: ...`` and exit code 1.
 
     ``ValueError`` is what the library raises for arguments that do not fit together or do not fit the data.
+    ``KeyboardInterrupt`` becomes exit code 130 and its message; ``Stopped.`` if it has none.
     """
 
     def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except (DaliLmdbError, ValueError) as error:
-            raise click.ClickException(str(error)) from error
-        except BrokenPipeError:  # the reader of our output went away, as `head` does
-            sys.exit(1)
+        with _stopping():
+            try:
+                return super().invoke(ctx)
+            except (DaliLmdbError, ValueError) as error:
+                raise click.ClickException(str(error)) from error
+            except BrokenPipeError:  # the reader of our output went away, as `head` does
+                sys.exit(1)
 
 
 class ProgressBar:
@@ -99,6 +114,10 @@ class ProgressBar:
 
 class _Commands(click.Group):
     """Imports a command when it is asked for: converting needs no torch, training no converter."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _stopping():  # while a command is imported, too
+            return super().invoke(ctx)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted(_COMMANDS)

@@ -732,3 +732,53 @@ def test_every_command_of_this_layer_raises_our_errors_only(tmp_path):
     for function in (info, verify, lambda path: export(path, tmp_path / "out")):
         with pytest.raises(StoreError, match="not an LMDB file"):
             function(tmp_path / "text.lmdb")
+
+
+INTERRUPTED_COMMAND = """
+import os, signal, sys
+from dali_lmdb import cli
+
+moment, arguments = tuple(sys.argv[1:3]), sys.argv[3:]
+
+def press_ctrl_c(event, details):
+    if moment == (event, str(details[0]) if details else ""):
+        os.kill(os.getpid(), signal.SIGINT)
+
+sys.addaudithook(press_ctrl_c)
+cli.main(arguments)
+"""
+
+
+@pytest.mark.parametrize(
+    ("when", "arguments"),
+    [
+        # (an audit event of Python and its first detail, the command); STORE stands for a store
+        *(
+            (f"import dali_lmdb.{module}", [name])
+            for name, module in {
+                "compare": "compare.cold",
+                "convert": "convert.settings",
+                "export": "inspect.export",
+                "info": "inspect.export",
+                "train": "train.settings",
+                "verify": "inspect.export",
+            }.items()
+        ),
+        ("open STORE", ["info", "STORE"]),
+        ("open STORE", ["verify", "STORE"]),
+        ("open STORE", ["compare", "STORE", "--task", "handover"]),
+        ("open STORE", ["train", "--train", "STORE", "--val", "STORE", "--device", "cpu"]),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else value,
+)
+def test_a_command_that_is_interrupted_says_so_with_exit_code_130(store_path, when, arguments):
+    event, where = (word.replace("STORE", str(store_path)) for word in when.split())
+    arguments = [word.replace("STORE", str(store_path)) for word in arguments]
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED_COMMAND, event, where, *arguments],
+        cwd=TESTS.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "Stopped.\n")

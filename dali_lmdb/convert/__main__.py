@@ -145,9 +145,7 @@ def main(
                 sys.exit(1)
             raise
         except KeyboardInterrupt:
-            bar.close()
-            click.echo("Stopped. Run the same command again to go on where it stopped.", err=True)
-            sys.exit(130)
+            raise KeyboardInterrupt("Stopped. Run the same command again to go on where it stopped.") from None
     if ranks.rank == 0:
         click.echo(json.dumps(asdict(summary)) if as_json else _sentence(summary))
 

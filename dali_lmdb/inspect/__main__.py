@@ -19,7 +19,6 @@ from dali_lmdb.inspect.records import printable
 __all__ = ["export_command", "info_command", "verify_command"]
 
 _HELP = {"help_option_names": ["-h", "--help"]}
-_INTERRUPTED = 130  # what a shell says of a command that Ctrl-C ended
 
 
 @click.command("info", cls=Command, context_settings=_HELP)
@@ -94,9 +93,8 @@ def export_command(
                 progress=_shown_by(bar),
             )
         except KeyboardInterrupt:
-            bar.close()
-            click.echo("Stopped. Nothing was left behind; run the same command again to start over.", err=True)
-            sys.exit(_INTERRUPTED)
+            sentence = "Stopped. Nothing was left behind; run the same command again to start over."
+            raise KeyboardInterrupt(sentence) from None
     into = f"{done.tars:,} tars" if tar else f"{done.classes:,} class folders"
     click.echo(f"{done.folder}: {done.records:,} records, {done.num_bytes:,} bytes, in {into}")
 
