@@ -53,23 +53,45 @@ def read_header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Header:
     """
     if not data:
         raise BadImageError("empty file")
-    header = _jpeg_header(data) if data[:2] == b"\xff\xd8" else _pillow_header(data)
+    header = _jpeg_header(data) if data[:2] == b"\xff\xd8" else _pillow_header(data, max_pixels)
     if header.height < 1 or header.width < 1:
         raise BadImageError(f"size {header.width} x {header.height}")
     if header.height * header.width > max_pixels:
-        raise BadImageError(f"{header.width} x {header.height} pixels, more than the limit of {max_pixels}")
+        raise _too_large((header.width, header.height), limit=max_pixels)
     return header
 
 
-def _pillow_header(data: bytes) -> Header:
+def _too_large(size: tuple[int, int] | None, *, limit: int) -> BadImageError:
+    """The error for an image of (width, height); None where the size is not known."""
+    if size is None:
+        return BadImageError(f"more pixels than the limit of {limit}")
+    return BadImageError(f"{size[0]} x {size[1]} pixels, more than the limit of {limit}")
+
+
+def _pillow_header(data: bytes, max_pixels: int) -> Header:
     try:
         with Image.open(io.BytesIO(data)) as image:
             width, height = image.size
             return Header(_PILLOW_KINDS.get(image.format or "", Kind.OTHER), height, width)
     except Image.UnidentifiedImageError:
         raise BadImageError("not an image that Pillow knows") from None
+    except Image.DecompressionBombError:
+        # Pillow opens nothing of more than twice its own limit, and tells only the product.
+        raise _too_large(_size_of_giant(data), limit=max_pixels) from None
     except Exception as error:  # Pillow's parsers raise almost anything on damaged files
         raise BadImageError(f"damaged header: {error}") from error
+
+
+def _size_of_giant(data: bytes) -> tuple[int, int] | None:
+    """Width and height of an image that ``Image.open`` refuses, from the parser that it would take."""
+    for factory, accept in list(Image.OPEN.values()):
+        try:
+            if accept is None or accept(data[:16]) is True:
+                with factory(io.BytesIO(data), "") as image:
+                    return image.size
+        except Exception:  # a parser of another kind of image, or one that looks at the size itself
+            continue
+    return None
 
 
 def _jpeg_header(data: bytes) -> Header:
