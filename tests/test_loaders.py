@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import sys
 import threading
 import weakref
 
@@ -605,6 +606,82 @@ def test_states_of_one_backend_continue_in_the_other(store_path):
         next(iter(one))
         other.load_state_dict(one.state_dict())
         assert epoch_of(other) == planned(batch_size=4)[1:]
+
+
+# --- after an exception
+
+
+# Not the reader's: an interrupt before a ``with`` gives a lock back is Python's own trouble (its issue 73983).
+LOADERS_CODE = ("/loaders/base.py", "/loaders/dali.py", "/loaders/torch.py", "/nvidia/dali/plugin/")
+
+
+def interrupted(function, *, at_line):
+    """Call a function, and interrupt it before the given line, of all the lines of loaders that it runs.
+
+    Returns:
+        Whether it ran so many.
+    """
+    lines = itertools.count()
+
+    def trace(frame, event, _):
+        if not any(part in frame.f_code.co_filename for part in LOADERS_CODE):
+            return None
+        if event == "line" and next(lines) == at_line:
+            raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        function()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+@pytest.mark.parametrize("steps_before", [0, 2])
+def test_an_iterator_goes_on_with_the_state_wherever_it_was_interrupted(make, steps_before):
+    loader = make()
+    stride = 20 if isinstance(loader, TorchLoader) and loader._data_loader.num_workers else 7
+    for line in itertools.count(0, stride):
+        loader.set_epoch(3 * line)  # not the epoch of which batches are under way
+        iterator = iter(loader)
+        for _ in range(steps_before):
+            next(iterator)
+        if not interrupted(lambda iterator=iterator: next(iterator), at_line=line):
+            break
+        state = loader.state_dict()
+        rest = planned(epoch=state["epoch"], start=state["position"], batch_size=4)
+        assert [records.tolist() for _, _, records in iterator] == rest
+        assert len(rest) in (6 - steps_before, 5 - steps_before)
+        assert epoch_of(loader) == planned(epoch=state["epoch"] + 1, batch_size=4)
+    assert line > 20
+
+
+def test_a_state_of_an_interrupted_step_resumes_in_the_loader_itself(make):
+    loader = make()
+    for line in (10, 20):
+        loader.set_epoch(0)
+        iterator = iter(loader)
+        next(iterator), next(iterator)
+        assert interrupted(lambda iterator=iterator: next(iterator), at_line=line)
+        loader.load_state_dict(loader.state_dict())
+        assert epoch_of(loader) == planned(batch_size=4)[2:]
+
+
+def test_a_worker_that_dies_is_an_error_and_then_replaced(store_path):
+    with torch_in_workers(store_path, transform=TRAIN, batch_size=4, return_index=True) as loader:
+        iterator = iter(loader)
+        seen = [next(iterator)[2].tolist()]
+        (worker,) = loader._decoded._workers
+        worker.kill()
+        worker.join()
+        with pytest.raises(RuntimeError, match="exited unexpectedly"):
+            seen.extend(records.tolist() for _, _, records in iterator)
+        assert seen + [records.tolist() for _, _, records in iterator] == planned(batch_size=4)
+        assert epoch_of(loader) == planned(epoch=1, batch_size=4)
 
 
 # --- arguments

@@ -33,16 +33,16 @@ _log = logging.getLogger("dali_lmdb")
 
 
 class _Epoch(Iterator[tuple[torch.Tensor, ...]]):
-    """One epoch under way. After a ``RecordError`` it goes on with the next step."""
+    """One epoch under way. After a ``RecordError`` it goes on with the next step, after any other exception with
+    the same one."""
 
     def __init__(self, loader: Loader, iteration: int) -> None:
-        self._loader, self._iteration, self._first = loader, iteration, True
+        self._loader, self._iteration = loader, iteration
 
     def __next__(self) -> tuple[torch.Tensor, ...]:
         if self._iteration != self._loader._iteration:  # over, or another epoch was begun since
             raise StopIteration
-        first, self._first = self._first, False
-        tensors = self._loader._advance(first=first)
+        tensors = self._loader._advance()
         if tensors is None:
             raise StopIteration
         return tensors
@@ -139,6 +139,10 @@ class Loader(ABC):
         # Iterators are numbered; only the newest gives batches, and it begins its epoch with its first.
         self._iteration = 0
         self._begun = True
+        # Whether the last step came to its end: no exception left what is under way half done.
+        self._settled = True
+        # Whether the step at (epoch, _position) follows on the last one, as far as that is settled.
+        self._follows = False
         self._closed = False
         self._images = 0
         self._wait_s = 0.0
@@ -252,29 +256,41 @@ class Loader(ABC):
         self._iteration, self._begun = self._iteration + 1, False
         return _Epoch(self, self._iteration)
 
-    def _advance(self, *, first: bool) -> tuple[torch.Tensor, ...] | None:
+    def _advance(self) -> tuple[torch.Tensor, ...] | None:
         """The next step's tensors; None at the end of the epoch."""
-        begin = time.perf_counter()
+        begin, first = time.perf_counter(), not self._begun
         if self._handed_out_at is not None and not first:  # between epochs nobody waits for data
             self._busy_s += begin - self._handed_out_at
         self._handed_out_at = None
         if first:
-            if self._under_way:  # an epoch that was left early is over
-                self.epoch, self._position = self.epoch + 1, 0
-            self._under_way = self._begun = True
+            place = (self.epoch + 1, 0) if self._under_way else (self.epoch, self._position)
+            # In one line, between whose parts no signal comes: an epoch that was left early is over, once.
+            (self.epoch, self._position), self._under_way, self._begun, self._follows = place, True, True, False
         if self.planner.steps.positions(self._position) is None:
             self.epoch, self._position, self._under_way = self.epoch + 1, 0, False
             self._iteration += 1
             return None
-        if first:
+        settled, self._settled = self._settled, False
+        if not settled:
+            self._drop()
+        if not (self._follows and settled):
             self._begin(self.epoch, self._position)
         batch = self._next()
-        self._position = batch.end
         self._images += len(batch.labels)
         self._handed_out_at = time.perf_counter()
         self._wait_s += self._handed_out_at - begin
         self._busy_s += self._handed_out_at - begin
-        return (batch.images, batch.labels) + ((batch.records,) if self.return_index else ())
+        tensors = (batch.images, batch.labels) + ((batch.records,) if self.return_index else ())
+        self._advance_to(batch.end)
+        return tensors
+
+    def _advance_to(self, position: int) -> None:
+        """The step that ends at ``position`` is done with."""
+        self._position, self._follows, self._settled = position, True, True
+
+    @abstractmethod
+    def _drop(self) -> None:
+        """Let go of all that is under way: an exception came in the middle of a step."""
 
     @abstractmethod
     def _begin(self, epoch: int, position: int) -> None:
@@ -285,7 +301,7 @@ class Loader(ABC):
         """The next step's batch; there is one.
 
         Raises:
-            RecordError: a record does not decode; ``_position`` is then behind that step.
+            RecordError: a record does not decode; ``_advance_to`` was then called with that step's end.
         """
 
     def close(self) -> None:

@@ -167,13 +167,17 @@ class DaliLoader(Loader):
         # How many places of a batch that DALI works on show another record, by epoch and start.
         self._num_replaced: dict[tuple[int, int], int] = {}
 
+    def _drop(self) -> None:
+        self._iterator = None
+        # A traceback may keep the pipeline, and that its source, with the bytes that it reads in place.
+        self._source.stop()
+        self._source = Source(self._reader, self._repair)
+
     def _begin(self, epoch: int, position: int) -> None:
         self._verdicts = {key: cause for key, cause in self._verdicts.items() if key[0] >= epoch}
         in_flight = self._source.in_flight
-        if self._iterator is not None and in_flight:
-            next_plan, _ = in_flight[0]
-            if (next_plan.epoch, next_plan.start) == (epoch, position):
-                return
+        if self._iterator is not None and in_flight and self._is_next(epoch, position):
+            return
         self._num_replaced.clear()
         self._reader.seek(epoch, position)
         for _ in range(len(in_flight)):
@@ -195,14 +199,21 @@ class DaliLoader(Loader):
                 prepare_first_batch=False,
             )
 
+    def _is_next(self, epoch: int, position: int) -> bool:
+        """Whether no other step comes out of the pipeline next."""
+        in_flight = self._source.in_flight
+        return not in_flight or (in_flight[0][0].epoch, in_flight[0][0].start) == (epoch, position)
+
     def _next(self) -> Batch:
         while True:
-            if self._iterator is None:
+            if self._iterator is None or not self._is_next(self.epoch, self._position):
                 self._begin(self.epoch, self._position)
             assert self._iterator is not None
             try:
                 outputs = next(self._iterator)[0]
                 break
+            except StopIteration as error:  # an iterator may not raise it in the middle of an epoch
+                raise RuntimeError("DALI's pipeline ended, though its source never does") from error
             except RuntimeError as error:
                 self._recover(error)
         plan, _ = self._source.in_flight.popleft()
@@ -230,7 +241,7 @@ class DaliLoader(Loader):
             }
             substituted(plan, known, self.planner)
         except RecordError:
-            self._position = plan.end
+            self._advance_to(plan.end)
             raise
 
     def _repair(self, plan: BatchPlan, feed: Feed) -> tuple[BatchPlan, Feed]:

@@ -57,6 +57,7 @@ class BatchReader:
             self._changed.notify_all()
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="dali_lmdb reader", daemon=True)
+        if self._thread.ident is None:
             self._thread.start()
 
     def next(self) -> tuple[BatchPlan, Feed]:

@@ -80,7 +80,11 @@ class Source:
         self.in_flight.append(batch)
         return batch[1]
 
+    def stop(self) -> None:
+        """Give no more batches; those in flight stay, for a pipeline that may be at work on them."""
+        self._batches = None
+
     def close(self) -> None:
         """Let go of the data. DALI's operators refer to one another and to this, until the collector comes by."""
-        self._batches = None
+        self.stop()
         self.in_flight.clear()

@@ -222,16 +222,29 @@ def _twist_color(image: Image.Image, augmentation: Augmentation, position: int) 
 
 
 class _Steps:
-    """The sampler: planned batches from a place on, remembered until they come back decoded."""
+    """The sampler: planned batches from a place on, remembered until they come back decoded.
+
+    Attributes:
+        in_flight: those that did not come back yet, in order.
+        error: what went wrong in planning; it ends the batches, to be told after the last good one.
+    """
 
     def __init__(self) -> None:
-        self.plans: Iterator[BatchPlan] = iter(())
+        self.begin(iter(()))
+
+    def begin(self, plans: Iterator[BatchPlan]) -> None:
+        """Give these plans next."""
+        self._plans = plans
         self.in_flight: deque[BatchPlan] = deque()
+        self.error: Exception | None = None
 
     def __iter__(self) -> Iterator[BatchPlan]:
-        for plan in self.plans:
-            self.in_flight.append(plan)
-            yield plan
+        try:
+            for plan in self._plans:
+                self.in_flight.append(plan)
+                yield plan
+        except Exception as error:
+            self.error = error
 
 
 class TorchLoader(Loader):
@@ -290,29 +303,41 @@ class TorchLoader(Loader):
             return_index=return_index,
         )
         self.device = torch.device(device)
+        self._num_workers = default_num_threads() if num_workers is None else num_workers
+        self._on_bad: OnBad = on_bad
         self._steps = _Steps()
-        workers = default_num_threads() if num_workers is None else num_workers
         self._decoded: Iterator[Any] = iter(())
-        self._data_loader: DataLoader[Any] | None = DataLoader(
-            _PlannedImages(self.planner, dtype, layout, on_bad),
+        self._data_loader: DataLoader[Any] | None = self._new_data_loader()
+
+    def _new_data_loader(self) -> DataLoader[Any]:
+        return DataLoader(
+            _PlannedImages(self.planner, self.dtype, self.layout, self._on_bad),
             batch_size=None,
             sampler=self._steps,
-            num_workers=workers,
-            persistent_workers=workers > 0,
+            num_workers=self._num_workers,
+            persistent_workers=self._num_workers > 0,
             pin_memory=self.device.type == "cuda",
         )
 
+    def _drop(self) -> None:
+        self._stop_workers()
+        self._steps = _Steps()
+        self._data_loader = self._new_data_loader()
+
     def _begin(self, epoch: int, position: int) -> None:
         assert self._data_loader is not None
-        self._steps.plans = self.planner.plans(epoch, position)
-        self._steps.in_flight.clear()
+        self._steps.begin(self.planner.plans(epoch, position))
         self._decoded = iter(self._data_loader)
 
     def _next(self) -> Batch:
-        decoded: _Decoded = next(self._decoded)
+        try:
+            decoded: _Decoded = next(self._decoded)
+        except StopIteration:  # an iterator may not raise it in the middle of an epoch
+            raise self._steps.error or RuntimeError("the DataLoader ended, though the epoch did not") from None
         plan = self._steps.in_flight.popleft()
+        assert (plan.epoch, plan.start) == (self.epoch, self._position)
         if decoded.images is None:
-            self._position = plan.end
+            self._advance_to(plan.end)
         self.bad.report(decoded.failed)
         if decoded.error is not None:
             raise decoded.error
@@ -325,10 +350,13 @@ class TorchLoader(Loader):
     def close(self) -> None:
         """Stop the workers."""
         super().close()
+        self._stop_workers()
+
+    def _stop_workers(self) -> None:
         # Letting go of the iterator would do, if nothing else held it; a traceback, for instance, may.
-        workers = getattr(self._decoded, "_shutdown_workers", None)
-        if workers is not None:
-            workers()
+        stop = getattr(self._decoded, "_shutdown_workers", None)
+        if stop is not None:
+            stop()
         self._data_loader = None
         self._decoded = iter(())
 
