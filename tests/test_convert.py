@@ -243,15 +243,24 @@ def test_after_a_refusal_mended_images_are_converted_with_restart(images, target
 
 
 @pytest.mark.parametrize("shards", [None, 3])
-def test_files_that_are_no_images_by_their_name_are_listed_and_stop_nothing(images, target, shards):
+def test_files_that_are_not_taken_are_listed_with_the_reason_and_stop_nothing(images, target, shards):
     (images / "bee" / "deep").mkdir()
-    others = ["ant/Thumbs.db", "bee/deep/notes", "cat/000.jpg.tmp"]
+    by_name = "left out: its name does not end as an image's"
+    in_no_class = "left out: in no class folder"
+    others = {
+        "ant/Thumbs.db": by_name,
+        "bee/deep/notes": by_name,
+        "cat/000.jpg.tmp": by_name,
+        "labels.csv": in_no_class,
+        "stray.jpg": in_no_class,
+    }
     for name in others:
         (images / name).write_text("no image")
     summary = convert(images, target, shards=shards)
-    assert (summary.records, summary.skipped, summary.left_out) == (24, 0, 3)
+    assert (summary.records, summary.skipped, summary.left_out) == (24, 0, 5)
     (report,) = summary.reports
-    assert [line.split("\t")[0] for line in Path(report).read_text().splitlines()] == ["name", *others]
+    rows = [tuple(line.split("\t")) for line in Path(report).read_text().splitlines()]
+    assert rows == [("name", "reason"), *others.items()]
 
 
 def test_bad_images_and_files_that_are_none_are_listed_in_one_report(images, target):
@@ -262,7 +271,7 @@ def test_bad_images_and_files_that_are_none_are_listed_in_one_report(images, tar
     assert report_of(target) == [*bad, "ant/Thumbs.db"]
     code, out, _ = run_main(images, target.with_name("y.lmdb"), "--on-bad", "skip")
     assert code == 0
-    assert "3 bad images and 1 files without an image's extension left out, listed in" in out
+    assert "3 bad images and 1 other files left out, listed in" in out
 
 
 def test_a_source_of_bad_images_only_makes_no_store(tmp_path, target):

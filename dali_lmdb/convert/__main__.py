@@ -164,7 +164,7 @@ def _sentence(summary: Summary) -> str:
         text += f", {summary.none:,} nothing known decodes"
     if summary.transcoded or summary.resized:
         text += f"\n{summary.transcoded:,} re-encoded for the GPU, {summary.resized:,} resized"
-    not_stored = [(summary.skipped, "bad images"), (summary.left_out, "files without an image's extension")]
+    not_stored = [(summary.skipped, "bad images"), (summary.left_out, "other files")]
     listed = " and ".join(f"{count:,} {what}" for count, what in not_stored if count)
     if listed:
         text += f"\n{listed} left out, listed in {', '.join(summary.reports)}"

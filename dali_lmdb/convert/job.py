@@ -222,7 +222,7 @@ class Job:
         """Whether the journal is of this conversion."""
         return self.journal.header == self._header()
 
-    def _left_out(self) -> list[str]:
+    def _left_out(self) -> list[tuple[str, str]]:
         return self.source.left_out() if self.part.is_last else []
 
     def _header(self) -> dict[str, Any]:
@@ -445,7 +445,7 @@ def _fill(columns: dict[str, npt.NDArray[Any]], journal: Journal) -> None:
         start += records.num_rows
 
 
-def _write_report(journal: Journal, path: Path, *, left_out: list[str]) -> int:
+def _write_report(journal: Journal, path: Path, *, left_out: list[tuple[str, str]]) -> int:
     """List what is not stored, ``name TAB reason`` a line; no file if that is nothing.
 
     Returns:
@@ -456,7 +456,7 @@ def _write_report(journal: Journal, path: Path, *, left_out: list[str]) -> int:
         for batch in journal.rows()
         for row in batch.filter(batch.column("reason").is_valid()).to_pylist()
     ]
-    others = [(name, "left out: its name does not end as an image's") for name in left_out]
+    others = [(name, f"left out: {reason}") for name, reason in left_out]
     lines = ["\t".join(" ".join(text.split()) for text in row) + "\n" for row in bad + others]
     try:
         if lines:

@@ -49,10 +49,14 @@ class FolderSource(Source):
         self._follow_links = follow_links
         self._listing: _Listing | None = None
         self._folders: list[str] = []
+        beside: list[str] = []
         for entry in list_folder(str(path)):
             if entry.is_dir():
                 check_inside(entry.path, root=self._root, follow_links=follow_links)
                 self._folders.append(entry.name)
+            else:
+                beside.append(entry.name)
+        self._beside = _packed(beside)
         if not self._folders:
             raise SourceError(f"{path}: no class folders in it; expected CLASS/IMAGE files")
         self._check_distinct(self.classes)
@@ -79,8 +83,10 @@ class FolderSource(Source):
     def count(self) -> int:
         return self._list().num_images
 
-    def left_out(self) -> list[str]:
-        return [printable(name) for name in sorted(_unpacked(self._list().others))]
+    def left_out(self) -> list[tuple[str, str]]:
+        found = [(name, "in no class folder") for name in _unpacked(self._beside)]
+        found += [(name, "its name does not end as an image's") for name in _unpacked(self._list().others)]
+        return [(printable(name), reason) for name, reason in sorted(found)]
 
     def identity(self) -> dict[str, Any]:
         return {
@@ -144,7 +150,7 @@ class _Listing(NamedTuple):
     classes: list[bytes]
     """Names of each class, compressed: ImageNet's 1.28 million take 4 MB."""
     others: bytes
-    """Names of the files that are no images by their name, compressed."""
+    """Names of the files in class folders that are no images by their name, compressed."""
 
 
 def _packed(names: list[str]) -> bytes:
