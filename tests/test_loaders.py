@@ -684,6 +684,49 @@ def test_a_worker_that_dies_is_an_error_and_then_replaced(store_path):
         assert epoch_of(loader) == planned(epoch=1, batch_size=4)
 
 
+class Shrinking(torch.utils.data.Sampler):
+    """Has a record less than it says from its second epoch on, until it is mended."""
+
+    def __init__(self):
+        self.epoch, self.mended = 0, False
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __len__(self):
+        return NUM_RECORDS
+
+    def __iter__(self):
+        return iter(range(NUM_RECORDS if self.epoch == 0 or self.mended else NUM_RECORDS - 1))
+
+
+def test_an_error_of_a_sampler_is_told_when_its_epoch_is_due(make):
+    sampler = Shrinking()
+    loader = make(sampler=sampler)
+    expected = planned(shuffle="none", batch_size=4)
+    for _ in range(2):
+        loader.set_epoch(0)
+        assert epoch_of(loader) == expected
+        iterator = iter(loader)
+        for _ in range(3):
+            with pytest.raises(ValueError, match="23 indices in epoch 1"):
+                next(iterator)
+            assert (loader.state_dict()["epoch"], loader.state_dict()["position"]) == (1, 0)
+    sampler.mended = True
+    assert [records.tolist() for _, _, records in iterator] == expected
+
+
+def test_a_sampler_that_fails_at_once_is_told_at_once_and_may_be_mended(make):
+    sampler = Shrinking()
+    loader = make(sampler=sampler)
+    loader.set_epoch(1)
+    with pytest.raises(ValueError, match="23 indices in epoch 1"):
+        next(iter(loader))
+    sampler.mended = True
+    loader.set_epoch(1)
+    assert epoch_of(loader) == planned(shuffle="none", batch_size=4)
+
+
 # --- arguments
 
 

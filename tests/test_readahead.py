@@ -9,11 +9,12 @@ from image_sets import save_noise
 from dali_lmdb.compare import page_cache
 from dali_lmdb.convert import convert
 from dali_lmdb.errors import StoreError
+from dali_lmdb.loaders.dali import DaliLoader
 from dali_lmdb.loaders.reader import BatchReader
 from dali_lmdb.loaders.source import feed_of
 from dali_lmdb.plan.augment import TrainTransform
 from dali_lmdb.plan.batches import Planner
-from dali_lmdb.plan.order import StepPlan
+from dali_lmdb.plan.order import StepPlan, epoch_order
 from dali_lmdb.plan.sampling import AllRecords
 from dali_lmdb.store import FileStore, open_store
 from dali_lmdb.store.readahead import Readahead
@@ -63,6 +64,83 @@ def test_a_store_that_is_gone_is_an_error_that_says_so(store, tmp_path):
     with pytest.raises(StoreError, match="cannot be read ahead: No such file or directory"):
         readahead.wait(FAR_IN)
     readahead.close()
+
+
+def test_a_store_that_is_gone_for_a_while_costs_no_batch(cold, tmp_path):
+    path = tmp_path / "moved.lmdb"
+    path.write_bytes(cold.read_bytes())
+    page_cache.drop(path)
+    with DaliLoader(
+        path,
+        transform=TrainTransform(size=8),
+        batch_size=8,
+        device="cpu",
+        num_threads=1,
+        readahead_bytes=1,
+        return_index=True,
+    ) as loader:
+        path.rename(tmp_path / "elsewhere.lmdb")
+        iterator = iter(loader)
+        with pytest.raises(StoreError, match="cannot be read ahead: No such file or directory"):
+            next(iterator)
+        (tmp_path / "elsewhere.lmdb").rename(path)
+        seen = [record for _, _, records in iterator for record in records.tolist()]
+    assert sorted(seen) == list(range(NUM_RECORDS))
+
+
+def test_an_error_of_storage_is_told_when_its_batch_is_due_and_costs_none(store):
+    order = epoch_order(NUM_RECORDS, seed=0, epoch=0, shuffle="full")(np.arange(NUM_RECORDS))
+
+    class Failing(FileStore):
+        failed = False
+
+        def byte_ranges(self, records):
+            if not self.failed and order[12] in records:
+                self.failed = True
+                raise OSError(5, "Input/output error")
+            return super().byte_ranges(records)
+
+    opened = Failing(store)
+    with DaliLoader(
+        opened,
+        transform=TrainTransform(size=8),
+        batch_size=4,
+        device="cpu",
+        num_threads=1,
+        readahead_bytes=1,
+        return_index=True,
+    ) as loader:
+        iterator = iter(loader)
+        seen = [next(iterator)[2].tolist() for _ in range(3)]
+        with pytest.raises(OSError, match="Input/output error"):
+            next(iterator)
+        seen += [records.tolist() for _, _, records in iterator]
+    assert seen == order.reshape(-1, 4).tolist()
+
+
+def test_who_waits_for_a_batch_is_woken_by_close(store):
+    opened = open_store(store)
+    planner = Planner(
+        opened,
+        transform=TrainTransform(),
+        steps=StepPlan(num_positions=NUM_RECORDS, batch_size=4),
+        sampling=AllRecords(NUM_RECORDS, seed=0, shuffle="full"),
+        seed=0,
+    )
+    reader = BatchReader(planner, partial(feed_of, planner=planner), readahead_bytes=0)
+    errors = []
+
+    def wait():
+        try:
+            reader.next()  # nothing was asked for
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    reader.close()
+    thread.join(10)
+    assert errors == ["the reader of batches is closed; make a new loader"]
 
 
 def is_there(descriptor, offset):

@@ -169,13 +169,18 @@ class DaliLoader(Loader):
 
     def _drop(self) -> None:
         self._iterator = None
-        # A traceback may keep the pipeline, and that its source, with the bytes that it reads in place.
+        self._renew_source()
+
+    def _renew_source(self) -> None:
+        # A traceback may keep the old pipeline, and that its source, with the bytes that it reads in place.
         self._source.stop()
         self._source = Source(self._reader, self._repair)
 
     def _begin(self, epoch: int, position: int) -> None:
         self._verdicts = {key: cause for key, cause in self._verdicts.items() if key[0] >= epoch}
         in_flight = self._source.in_flight
+        if self._source.error is not None:  # it may concern no step that is asked for now
+            self._iterator = None
         if self._iterator is not None and in_flight and self._is_next(epoch, position):
             return
         self._num_replaced.clear()
@@ -189,8 +194,9 @@ class DaliLoader(Loader):
                 self._iterator = None
             else:
                 in_flight.popleft()
-        if self._iterator is None:
-            in_flight.clear()
+        if self._iterator is None or self._source.error is not None:
+            self._iterator = None
+            self._renew_source()
             self._reader.seek(epoch, position)  # what was read since went to the pipeline that is gone
             self._iterator = DALIGenericIterator(
                 build_pipeline(self._source, self.settings),
@@ -209,6 +215,8 @@ class DaliLoader(Loader):
             if self._iterator is None or not self._is_next(self.epoch, self._position):
                 self._begin(self.epoch, self._position)
             assert self._iterator is not None
+            if self._source.error is not None and not self._source.in_flight:
+                raise self._source.error
             try:
                 outputs = next(self._iterator)[0]
                 break

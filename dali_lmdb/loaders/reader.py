@@ -64,14 +64,18 @@ class BatchReader:
         """The next batch; waits for it.
 
         Raises:
-            BaseException: what went wrong in the thread; ``seek`` starts it anew.
+            BaseException: what went wrong in the thread, again and again until ``seek`` starts it anew.
+            RuntimeError: the reader is closed, or was while this waited.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._queue)
-            item = self._queue.popleft()
+            self._changed.wait_for(lambda: self._queue or self._closed)
+            if self._closed:
+                raise RuntimeError("the reader of batches is closed; make a new loader")
+            item = self._queue[0]
+            if isinstance(item, BaseException):
+                raise item
+            self._queue.popleft()
             self._changed.notify_all()
-        if isinstance(item, BaseException):
-            raise item
         return item
 
     @property
@@ -109,23 +113,34 @@ class BatchReader:
         plans = self._planner.plans_from(epoch, start)
         ahead: deque[tuple[BatchPlan, int]] = deque()
         ahead_bytes = 0
+        error: Exception | None = None
         while generation == self._generation and not self._closed:
-            while not ahead or (
-                self._reading_ahead() and ahead_bytes < self._readahead_bytes and len(ahead) < _AHEAD_BATCHES
+            while error is None and (
+                not ahead
+                or (self._reading_ahead() and ahead_bytes < self._readahead_bytes and len(ahead) < _AHEAD_BATCHES)
             ):
-                plan = next(plans)
-                num_bytes = 0
-                if self.readahead is not None and self._reading_ahead():
-                    num_bytes = int(self._planner.store.gather("num_bytes", plan.records).sum(dtype=np.int64))
-                    self.readahead.announce(plan.records)
-                ahead.append((plan, num_bytes))
-                ahead_bytes += num_bytes
+                try:
+                    ahead.append(self._announced(next(plans)))
+                except Exception as raised:  # of a later batch: those before it come first
+                    error = raised
+                else:
+                    ahead_bytes += ahead[-1][1]
+            if error is not None and not ahead:
+                raise error
             plan, num_bytes = ahead.popleft()
             ahead_bytes -= num_bytes
             if self.readahead is not None:
                 self.readahead.wait(plan.records)
             if not self._put((plan, self._feed_of(plan)), generation):
                 return
+
+    def _announced(self, plan: BatchPlan) -> tuple[BatchPlan, int]:
+        """A plan with how many of its bytes the kernel was asked for."""
+        if self.readahead is None or not self.readahead.cold:
+            return plan, 0
+        num_bytes = int(self._planner.store.gather("num_bytes", plan.records).sum(dtype=np.int64))
+        self.readahead.announce(plan.records)
+        return plan, num_bytes
 
     def _reading_ahead(self) -> bool:
         return self.readahead is not None and self.readahead.cold

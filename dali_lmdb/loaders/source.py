@@ -63,22 +63,45 @@ class Source:
     again: that says which records a failed batch held, and keeps their bytes alive, since DALI reads them
     in place (``no_copy``).
 
+    DALI calls it batches ahead of the loader, so an error of the reader would come too early, and cost the good
+    batches in flight. While there are some, it is kept instead, and DALI is given the last batch again, as
+    often as it asks; such a stand-in is not in flight.
+
     Args:
         reader: where batches come from.
         repair: called with each batch; returns it, or another one in its place.
+
+    Attributes:
+        in_flight: batches given to DALI, in order.
+        error: what the reader raised; due when ``in_flight`` is empty.
     """
 
     def __init__(self, reader: BatchReader, repair: Repair) -> None:
         self._batches: tuple[BatchReader, Repair] | None = (reader, repair)
         self.in_flight: deque[tuple[BatchPlan, Feed]] = deque()
+        self.error: Exception | None = None
+        self._stand_in: Feed | None = None
 
     def __call__(self, batch_info: object) -> Feed:
-        """The next batch; ``batch_info`` is DALI's and not needed."""
+        """The next batch; ``batch_info`` is DALI's and not needed.
+
+        Raises:
+            Exception: of the reader, if nothing is in flight.
+        """
         assert self._batches is not None
         reader, repair = self._batches
-        batch = repair(*reader.next())
-        self.in_flight.append(batch)
-        return batch[1]
+        if self.error is None:
+            try:
+                batch = repair(*reader.next())
+            except Exception as error:
+                self.error = error
+                self._stand_in = self.in_flight[-1][1] if self.in_flight else None
+            else:
+                self.in_flight.append(batch)
+                return batch[1]
+        if not self.in_flight or self._stand_in is None:
+            raise self.error
+        return self._stand_in
 
     def stop(self) -> None:
         """Give no more batches; those in flight stay, for a pipeline that may be at work on them."""
@@ -88,3 +111,4 @@ class Source:
         """Let go of the data. DALI's operators refer to one another and to this, until the collector comes by."""
         self.stop()
         self.in_flight.clear()
+        self._stand_in = None
