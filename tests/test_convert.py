@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import traceback
+import tracemalloc
 import zlib
 from pathlib import Path
 from threading import Thread
@@ -924,6 +925,28 @@ def test_a_report_that_does_not_fit_on_the_disk_is_one_line(images, small_disk):
             os._exit(7 if "\n" not in str(error) else 8)
 
     assert os.waitstatus_to_exitcode(in_child(work)) == 7
+
+
+def test_memory_is_bounded_by_bytes_also_where_images_grow_of_a_sudden(image_folder, target):
+    class Growing(FolderSource):
+        def items(self):
+            for item in super().items():
+                for copy in range(100):
+                    size = 100 if item.label == 0 else 200_000
+                    name = f"{item.name}-{copy}"
+                    yield item._replace(name=name, read=lambda size=size: bytes(size), stamp=lambda: 0)
+
+        def count(self):
+            return 100 * super().count()
+
+    tracemalloc.start()
+    try:
+        convert(Growing(image_folder), target, settings=ConvertSettings(check="none"), num_threads=2)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert target.stat().st_size > 300e6
+    assert peak_bytes < 80e6
 
 
 # --- the command

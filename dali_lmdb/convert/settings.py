@@ -67,7 +67,7 @@ class Summary:
     skipped: int
     """Bad images that are not in the store."""
     left_out: int
-    """Files among the images that are none by their name (``Source.left_out``)."""
+    """Files among the images or beside the class folders that were not taken (``Source.left_out``)."""
     reports: list[str]
     """Paths of the lists of what is not in the store; none if there is nothing to list."""
     gpu: int
