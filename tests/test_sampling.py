@@ -1,7 +1,9 @@
 import math
+import threading
 
 import numpy as np
 import pytest
+import torch
 from torch.utils.data import DistributedSampler, Sampler, SequentialSampler
 
 from dali_lmdb.plan.order import epoch_order
@@ -24,7 +26,9 @@ def test_by_default_every_record_comes_once_in_the_epochs_order():
     assert epoch_of(sampling(100, shuffle="none")) == list(range(100))
 
 
-@pytest.mark.parametrize("make", [list, tuple, np.array, lambda indices: np.array(indices, dtype=np.int32)])
+@pytest.mark.parametrize(
+    "make", [list, tuple, np.array, lambda indices: np.array(indices, dtype=np.int32), torch.tensor]
+)
 def test_listed_records_come_as_listed(make):
     samples = sampling(sampler=make([7, 0, 7, 9]))
     assert isinstance(samples, Listed)
@@ -98,13 +102,53 @@ def test_a_sampler_whose_length_lies_is_refused():
         epoch_of(sampling(sampler=Lying()))
 
 
+def test_two_threads_may_ask_a_sampler_for_different_epochs():
+    class Counting(DistributedSampler):
+        asked = 0
+
+        def __iter__(self):
+            self.asked += 1
+            return super().__iter__()
+
+    sampler = Counting(range(1000), num_replicas=1, rank=0)
+    samples = sampling(1000, sampler=sampler)
+    expected = {epoch: epoch_of(samples, epoch) for epoch in (6, 7)}
+    found = {6: [], 7: []}
+
+    def ask(epoch):
+        for _ in range(200):
+            found[epoch].append(epoch_of(samples, epoch))
+
+    threads = [threading.Thread(target=ask, args=(epoch,)) for epoch in found]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(one == expected[epoch] for epoch in found for one in found[epoch])
+    assert sampler.asked == 2
+
+
+def test_an_epoch_that_a_sampler_got_wrong_stays_wrong():
+    class Short(Sampler):
+        def __len__(self):
+            return 5
+
+        def __iter__(self):
+            return iter(range(4))
+
+    samples = sampling(sampler=Short())
+    for _ in range(2):
+        with pytest.raises(ValueError, match="4 indices"):
+            samples.records(np.array([0]), epoch=0)
+
+
 def test_different_samplings_have_different_identities():
     samplings = [
         sampling(),
         sampling(shuffle="none"),
         sampling(shuffle="block"),
         sampling(sampler=[1, 2, 3]),
-        sampling(sampler=[1, 2, 4]),
+        sampling(sampler=torch.tensor([1, 2, 4])),
         sampling(sampler=[1, 2, 3], shuffle="full"),
         sampling(weights=[1] * 10),
         sampling(weights=[1] * 9 + [2]),
@@ -118,6 +162,9 @@ def test_different_samplings_have_different_identities():
 @pytest.mark.parametrize(
     "arguments",
     [
+        {"sampler": []},
+        {"sampler": torch.tensor([])},
+        {"sampler": iter([1, 2])},
         {"sampler": [10]},
         {"sampler": [-1]},
         {"sampler": [0.5]},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
@@ -76,27 +77,40 @@ class Weighted:
 class Sampled:
     """What a PyTorch ``Sampler`` gives; its ``set_epoch`` is called where it has one.
 
-    It must give the same on every rank and again after a resume, so seed its generator by the epoch.
+    It must give the same on every rank and again after a resume, so seed its generator by the epoch. It is asked
+    from a thread of the loader, and for the next epoch before the last one is over. On resuming only its class and
+    its length are compared, since that is all there is to see of it.
     """
 
     def __init__(self, sampler: Any, *, num_records: int) -> None:
         self._sampler, self._num_records = sampler, num_records
         self.num_positions = len(sampler)
         self.identity = f"sampler {type(sampler).__name__}"
-        self._epoch: int | None = None
-        self._listed = np.empty(0, dtype=np.int64)
+        self._lock = threading.Lock()
+        # By epoch. Two: the reader's thread may be in the next one while the loader looks something up in this.
+        self._listed: dict[int, npt.NDArray[np.int64]] = {}
 
     def records(self, positions: npt.NDArray[np.int64], *, epoch: int) -> npt.NDArray[np.int64]:
-        if epoch != self._epoch:
-            if hasattr(self._sampler, "set_epoch"):
-                self._sampler.set_epoch(epoch)
-            self._listed = _checked_indices(self._sampler, self._num_records)
-            if len(self._listed) != self.num_positions:
-                raise ValueError(
-                    f"sampler gave {len(self._listed)} indices in epoch {epoch}, its len() is {self.num_positions}"
-                )
-            self._epoch = epoch
-        return self._listed[positions]
+        with self._lock:
+            if epoch not in self._listed:
+                self._listed = dict([*self._listed.items()][-1:]) | {epoch: self._list(epoch)}
+            return self._listed[epoch][positions]
+
+    def _list(self, epoch: int) -> npt.NDArray[np.int64]:
+        if hasattr(self._sampler, "set_epoch"):
+            self._sampler.set_epoch(epoch)
+        listed = _checked_indices(self._sampler, self._num_records)
+        if len(listed) != self.num_positions:
+            raise ValueError(
+                f"sampler gave {len(listed)} indices in epoch {epoch}, its len() is {self.num_positions}"
+            )
+        return listed
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
 
 
 def sampling_of(
@@ -112,7 +126,7 @@ def sampling_of(
 
     Args:
         num_records: records of the store.
-        sampler: a PyTorch ``Sampler``, or a sequence or array of record indices.
+        sampler: a PyTorch ``Sampler`` (see ``Sampled``), or a sequence, array or tensor of record indices.
         weights: one for each record.
         shuffle: for all records or a sequence; None means ``default_shuffle`` for the first, ``"none"`` for the
             second.
@@ -124,13 +138,19 @@ def sampling_of(
         raise ValueError("sampler and weights are both given; choose one")
     if sampler is None and weights is None:
         return AllRecords(num_records, seed=seed, shuffle=shuffle or default_shuffle)
-    if isinstance(sampler, (Sequence, np.ndarray)):
+    if sampler is not None and _is_listed(sampler):
         indices = _checked_indices(sampler, num_records)
+        if len(indices) == 0:
+            raise ValueError("sampler is empty, expected at least one record index")
         return Listed(indices, seed=seed, shuffle=shuffle or "none")
     if shuffle is not None:
         given = "sampler" if weights is None else "weights"
         raise ValueError(f"shuffle is {shuffle!r}, but {given} decides the order; leave shuffle out")
     if weights is None:
+        if not hasattr(sampler, "__len__"):
+            raise ValueError(
+                f"sampler is {sampler!r}, which has no len(); give a list of record indices, or a Sampler that has"
+            )
         return Sampled(sampler, num_records=num_records)
     array = np.asarray(weights, dtype=np.float64)
     if array.shape != (num_records,) or not (np.isfinite(array).all() and (array >= 0).all() and array.sum() > 0):
@@ -140,8 +160,13 @@ def sampling_of(
     return Weighted(array, seed=seed)
 
 
+def _is_listed(indices: Iterable[int]) -> bool:
+    """Whether they are a sequence, or what numpy takes for an array, as torch's tensors."""
+    return isinstance(indices, Sequence) or hasattr(indices, "__array__")
+
+
 def _checked_indices(indices: Iterable[int], num_records: int) -> npt.NDArray[np.int64]:
-    array = np.asarray(indices if isinstance(indices, (Sequence, np.ndarray)) else list(indices))
+    array = np.asarray(indices if _is_listed(indices) else list(indices))
     if array.ndim != 1 or (len(array) and array.dtype.kind not in "iu"):
         raise ValueError(f"sampler gives {array.dtype} of shape {array.shape}, expected integers of shape (n,)")
     array = array.astype(np.int64)
