@@ -8,9 +8,11 @@ import shutil
 import threading
 import warnings
 
+import msgpack
 import numpy as np
 import pytest
 import torch
+from classic_databases import make_classic
 from damage import DAMAGE, ZEROED_SCAN, grey_image, noise_image, store_with, write_store
 from image_sets import record_of, size_of
 
@@ -489,6 +491,25 @@ def test_files_of_an_image_folder_that_do_not_decode_or_vanish_are_named(image_f
     assert (first.name, first.cause) == ("ant/001.jpg", "not an image that Pillow knows")
     assert second.name == "ant/006.jpg"
     assert "cannot be read: No such file" in second.cause
+
+
+# --- classic databases
+
+
+@pytest.mark.parametrize("on_bad", ["raise", "substitute"])
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_record_of_a_classic_database_without_a_label_is_an_error_in_one_line(tmp_path, num_workers, on_bad):
+    records = [(grey_image(record), record) for record in range(12)]
+    cut = msgpack.packb(records[5])[:-100]
+    path = make_classic(tmp_path / "x.lmdb", records, values={5: cut})
+    with TorchLoader(
+        path, transform=EVAL, batch_size=4, num_workers=num_workers, on_bad=on_bad, return_index=True
+    ) as loader:
+        steps = walk(loader)
+    assert len(steps) == 3  # labels are looked up in all records at once
+    for error in steps:
+        assert f"{path}: record 5 (key '5'): damaged msgpack" in str(error)
+        assert "\n" not in str(error)
 
 
 # --- the long run

@@ -206,6 +206,13 @@ def test_an_epoch_can_be_set_at_any_time(make):
         assert epoch_of(loader) == planned(epoch=epoch, batch_size=4)
 
 
+def test_an_epoch_below_zero_is_a_value_error(make):
+    loader = make()
+    with pytest.raises(ValueError, match="epoch is -1"):
+        loader.set_epoch(-1)
+    assert epoch_of(loader) == planned(batch_size=4)
+
+
 def test_setting_each_epoch_as_usual_changes_nothing(make):
     loader = make()
     for epoch in range(3):

@@ -189,8 +189,13 @@ class Loader(ABC):
 
         Right after ``load_state_dict``, the epoch of the state goes on where it was: the usual loop, which sets
         each epoch, needs no special case for a resumed one.
+
+        Raises:
+            ValueError: ``epoch`` is below 0.
         """
         epoch = operator.index(epoch)
+        if epoch < 0:
+            raise ValueError(f"epoch is {epoch}, expected at least 0")
         if epoch != self.epoch or self._under_way:
             self._go_to(epoch, 0)
 

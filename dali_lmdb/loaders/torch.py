@@ -116,6 +116,7 @@ class _Decoded(NamedTuple):
     images: torch.Tensor | None
     """None if there is no batch to show."""
     labels: torch.Tensor
+    """Empty if there is an error."""
     records: torch.Tensor
     failed: dict[int, str]
     """Causes by record index, in the batch's order."""
@@ -141,9 +142,10 @@ class _PlannedImages(Dataset[_Decoded]):
                 if not causes or self.on_bad == "raise":
                     break
                 shown = substituted(plan, failed, self.planner)
+            labels = torch.from_numpy(self.planner.labels(shown))
         except DaliLmdbError as raised:
-            error = raised
-        labels, records = torch.from_numpy(self.planner.labels(shown)), torch.from_numpy(shown.records)
+            error, labels = raised, torch.empty(0, dtype=torch.int64)
+        records = torch.from_numpy(shown.records)
         if error is not None or not images.keys() >= set(shown.records.tolist()):
             return _Decoded(None, labels, records, failed, error)
         stacked = torch.stack([images[record] for record in shown.records.tolist()])
