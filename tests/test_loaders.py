@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from image_sets import make_image_folder, record_of, save_grey, save_noise
+from nvidia.dali import Pipeline
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
@@ -676,6 +677,25 @@ def test_a_state_of_an_interrupted_step_resumes_in_the_loader_itself(make):
         assert interrupted(lambda iterator=iterator: next(iterator), at_line=line)
         loader.load_state_dict(loader.state_dict())
         assert epoch_of(loader) == planned(batch_size=4)[2:]
+
+
+def test_an_error_that_is_kept_keeps_no_pipeline(store_path):
+    """One that waited for the collector might be collected in a forked worker, and hang there."""
+    sampler = Shrinking()
+    gc.collect()
+    before = sum(type(thing) is Pipeline for thing in gc.get_objects())
+    gc.disable()
+    try:
+        with dali_on_the_cpu(store_path, transform=TRAIN, batch_size=4, sampler=sampler) as loader:
+            loader.set_epoch(1)
+            with pytest.raises(ValueError, match="23 indices"):
+                next(iter(loader))
+            sampler.mended = True
+            assert len(list(loader)) == 6
+        del loader
+        assert sum(type(thing) is Pipeline for thing in gc.get_objects()) == before
+    finally:
+        gc.enable()
 
 
 def test_a_worker_that_dies_is_an_error_and_then_replaced(store_path):

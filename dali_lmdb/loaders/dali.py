@@ -6,6 +6,7 @@ import os
 import weakref
 from collections.abc import Iterable, Sequence
 from functools import partial
+from traceback import clear_frames
 from typing import Literal
 
 import numpy as np
@@ -225,6 +226,11 @@ class DaliLoader(Loader):
                 raise RuntimeError("DALI's pipeline ended, though its source never does") from error
             except RuntimeError as error:
                 self._recover(error)
+            except BaseException as error:
+                # Who keeps the error, or leaves it to the collector, would keep the pipeline. One that is
+                # collected in a forked worker hangs there, waiting for its threads.
+                clear_frames(error.__traceback__)
+                raise
         plan, _ = self._source.in_flight.popleft()
         self.bad.num_substituted += self._num_replaced.pop((plan.epoch, plan.start), 0)
         images = outputs["images"]

@@ -94,8 +94,9 @@ class Source:
             try:
                 batch = repair(*reader.next())
             except Exception as error:
-                self.error = error
-                self._stand_in = self.in_flight[-1][1] if self.in_flight else None
+                if not self.in_flight:
+                    raise
+                self.error, self._stand_in = error, self.in_flight[-1][1]
             else:
                 self.in_flight.append(batch)
                 return batch[1]
@@ -106,6 +107,8 @@ class Source:
     def stop(self) -> None:
         """Give no more batches; those in flight stay, for a pipeline that may be at work on them."""
         self._batches = None
+        # Its traceback leads back to here, and so would keep the pipeline until the collector comes by.
+        self.error = None
 
     def close(self) -> None:
         """Let go of the data. DALI's operators refer to one another and to this, until the collector comes by."""
