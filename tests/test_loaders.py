@@ -1,3 +1,4 @@
+import copy
 import gc
 import io
 import itertools
@@ -964,9 +965,65 @@ def test_stats_count_what_was_handed_out(make):
     next(iter(loader))
     stats = loader.stats()
     assert stats["images"] == 28
+    sizes = loader.store.gather("num_bytes", np.arange(NUM_RECORDS))
+    seen = [record for batch in planned(batch_size=4) + planned(batch_size=4, epoch=1)[:1] for record in batch]
+    assert stats["bytes_read"] == sizes[seen].sum()
+    assert stats["queue_fill"] >= 0
     assert stats["images_per_s"] > 0
     assert stats["wait_s"] >= 0
     assert 0 <= stats["wait_fraction"] <= 1
+
+
+def use_in_a_fork(loader):
+    """What a forked process says that uses a loader."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            next(iter(loader))
+            os.write(writing, b"a batch")
+        except BaseException as error:
+            os.write(writing, str(error).encode())
+        os._exit(0)
+    os.close(writing)
+    with open(reading) as file:
+        said = file.read()
+    os.waitpid(pid, 0)
+    return said
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of forking beside threads, which is the matter here
+@pytest.mark.parametrize("backend", [DALI, TORCH])
+def test_a_loader_that_was_used_says_in_a_forked_process_that_it_cannot_be(store_path, backend):
+    with backend(store_path, transform=TRAIN, batch_size=4) as loader:
+        assert use_in_a_fork(loader) == "a batch"
+        next(iter(loader))
+        assert "make a new loader here" in use_in_a_fork(loader)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_forgotten_pipeline_is_not_collected_in_a_forked_process(store_path):
+    gc.collect()
+    gc.disable()
+    try:
+        loader = dali_on_the_cpu(store_path, transform=TRAIN, batch_size=4)
+        next(iter(loader))
+        loader.itself = loader
+        del loader
+        pid = os.fork()
+        if pid == 0:
+            gc.collect()
+            os._exit(7)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+    finally:
+        gc.enable()
+        gc.collect()
+
+
+@pytest.mark.parametrize("use", [pickle.dumps, copy.deepcopy])
+def test_a_loader_cannot_be_pickled_and_says_so(make, use):
+    with pytest.raises(TypeError, match="make one in each process"):
+        use(make())
 
 
 # --- records that do not decode

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from nvidia.dali import types
 
-from dali_lmdb.loaders.pipeline import GraphSettings, build_pipeline, define_pipeline
+from dali_lmdb.loaders.pipeline import GraphSettings, Probe, build_pipeline, define_pipeline
 from dali_lmdb.plan.augment import IMAGENET_MEAN, IMAGENET_STD, EvalTransform, TrainTransform
 
 JITTER = TrainTransform(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, grayscale=0.2, erase=0.25)
@@ -252,3 +252,8 @@ def test_the_cpu_pipeline_has_no_device():
 @pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
 def test_the_gpu_pipeline_builds(transform, dtype, layout):
     build_pipeline(lambda info: None, settings("cuda", transform, dtype=dtype, layout=layout))
+
+
+def test_a_record_is_probed_on_both_ways_through_the_gpu():
+    assert [one.hw_decoder_load for one in Probe(settings("cuda")).settings] == [1.0, 0.0]
+    assert [one.batch_size for one in Probe(settings("cpu")).settings] == [1]

@@ -55,6 +55,8 @@ class Batch(NamedTuple):
     labels: torch.Tensor
     records: torch.Tensor
     end: int
+    num_bytes: int
+    """Of the image files."""
 
 
 class Loader(ABC):
@@ -145,6 +147,8 @@ class Loader(ABC):
         self._follows = False
         self._closed = False
         self._images = 0
+        self._bytes_read = 0
+        self._pid: int | None = None  # of the process that uses it; nothing of it works in a forked one
         self._wait_s = 0.0
         self._busy_s = 0.0
         self._handed_out_at: float | None = None
@@ -236,16 +240,21 @@ class Loader(ABC):
         """What this loader has done so far.
 
         Returns:
-            ``images``: handed out; ``images_per_s``: over the time inside epochs; ``wait_s``: seconds the
-            consumer waited for a batch; ``wait_fraction``: that time over the time inside epochs;
-            ``bad_records``: that were met; ``substituted``: how often another was shown in their place.
+            ``images``: handed out; ``images_per_s``: over the time inside epochs; ``bytes_read``: of the image
+            files that were handed out; ``wait_s``: seconds the consumer waited for a batch; ``wait_fraction``:
+            that time over the time inside epochs; ``queue_fill``: batches ready or under way for the next steps;
+            ``bad_records``: that were met; ``substituted``: how often another was shown in their place. And of
+            ``DaliLoader``, ``late_bytes``: those of ``bytes_read`` that were not in memory when they were due,
+            so that the reading thread waited for storage.
         """
         busy_s = max(self._busy_s, 1e-9)
         return {
             "images": self._images,
             "images_per_s": self._images / busy_s,
+            "bytes_read": self._bytes_read,
             "wait_s": self._wait_s,
             "wait_fraction": self._wait_s / busy_s,
+            "queue_fill": self._queue_fill(),
             "bad_records": len(self.bad.met),
             "substituted": self.bad.num_substituted,
         }
@@ -268,6 +277,7 @@ class Loader(ABC):
             self._busy_s += begin - self._handed_out_at
         self._handed_out_at = None
         if first:
+            self._check_process()
             place = (self.epoch + 1, 0) if self._under_way else (self.epoch, self._position)
             # In one line, between whose parts no signal comes: an epoch that was left early is over, once.
             (self.epoch, self._position), self._under_way, self._begun, self._follows = place, True, True, False
@@ -282,6 +292,7 @@ class Loader(ABC):
             self._begin(self.epoch, self._position)
         batch = self._next()
         self._images += len(batch.labels)
+        self._bytes_read += batch.num_bytes
         self._handed_out_at = time.perf_counter()
         self._wait_s += self._handed_out_at - begin
         self._busy_s += self._handed_out_at - begin
@@ -292,6 +303,25 @@ class Loader(ABC):
     def _advance_to(self, position: int) -> None:
         """The step that ends at ``position`` is done with."""
         self._position, self._follows, self._settled = position, True, True
+
+    def _check_process(self) -> None:
+        if self._pid is None:
+            self._pid = os.getpid()
+        if self._pid != os.getpid():
+            raise RuntimeError(
+                f"this {type(self).__name__} was used in process {self._pid}, of which this one is a fork without "
+                "its threads; make a new loader here"
+            )
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            f"a {type(self).__name__} holds threads and memory maps and cannot be pickled or copied; make one in "
+            "each process"
+        )
+
+    @abstractmethod
+    def _queue_fill(self) -> int:
+        """Batches ready or under way for the next steps."""
 
     @abstractmethod
     def _drop(self) -> None:

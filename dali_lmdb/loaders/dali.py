@@ -52,7 +52,7 @@ class DaliLoader(Loader):
 
     Images are (n, 3, size, size) on the device, normalised, of ``dtype``; with ``layout="NHWC"`` the same
     shape on channels-last memory. ``dtype="uint8"`` gives pixels from 0 to 255, not normalised. Labels are
-    int64 (n,) on the device. A batch is DALI's memory until you drop it: copy what you keep.
+    int64 (n,) on the device. A batch is DALI's memory until you drop it: ``clone()`` what you keep for long.
 
     Args:
         store: a store or its path.
@@ -236,7 +236,8 @@ class DaliLoader(Loader):
         images = outputs["images"]
         if self.layout == "NHWC":
             images = images.permute(0, 3, 1, 2)
-        return Batch(images, outputs["labels"], outputs["records"], plan.end)
+        num_bytes = int(self.store.gather("num_bytes", plan.records).sum(dtype=np.int64))
+        return Batch(images, outputs["labels"], outputs["records"], plan.end, num_bytes)
 
     def _recover(self, error: RuntimeError) -> None:
         """After a failed batch: find its bad records, to go on with it repaired, or after it."""
@@ -299,8 +300,10 @@ class DaliLoader(Loader):
 
     def stats(self) -> dict[str, float]:
         readahead = self._reader.readahead
-        cold_bytes = readahead.bytes_read if readahead is not None else 0
-        return super().stats() | {"cold_bytes": cold_bytes, "queue_fill": self._reader.fill}
+        return super().stats() | {"late_bytes": readahead.bytes_read if readahead is not None else 0}
+
+    def _queue_fill(self) -> int:
+        return len(self._source.in_flight) + self._reader.fill
 
     def close(self) -> None:
         """Free the threads and the pipeline, its GPU memory too, then the hold on the store's map."""

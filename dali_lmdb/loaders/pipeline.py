@@ -14,6 +14,8 @@ erase     erase             gpu                      cpu          if the transfo
 
 from __future__ import annotations
 
+import gc
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -57,6 +59,11 @@ _SOURCE_DTYPES = {
 # DALI's own defaults, in bytes for each thread: nvJPEG's buffers grow, and stop the GPU, only past these.
 _DEVICE_MEMORY_PADDING = 16 << 20
 _HOST_MEMORY_PADDING = 8 << 20  # twice, for double buffering
+
+
+# What a process forgot and its collector did not yet find, a forked one would find: a pipeline that is collected
+# there waits for threads that it does not have, for ever. Frozen, it is left alone.
+os.register_at_fork(after_in_child=gc.freeze)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,15 +230,20 @@ def release_unused_memory() -> None:
 
 
 class Probe:
-    """Decodes one record at a time with a graph of its own, to find the one that spoils a batch.
+    """Decodes one record at a time with graphs of its own, to find the one that spoils a batch.
+
+    On a GPU there are two: in a batch any record may go to the hardware JPEG engine or past it, and it is bad if
+    it fails on either way.
 
     Args:
         settings: of the graph whose batch failed.
     """
 
     def __init__(self, settings: GraphSettings) -> None:
-        self._settings = replace(settings, batch_size=1, num_threads=1, prefetch_queue_depth=1)
-        self._pipeline: Pipeline | None = None
+        alone = replace(settings, batch_size=1, num_threads=1, prefetch_queue_depth=1)
+        loads = (1.0, 0.0) if settings.device == "cuda" else (settings.hw_decoder_load,)
+        self.settings = [replace(alone, hw_decoder_load=load) for load in loads]
+        self._pipelines: dict[GraphSettings, Pipeline] = {}
         self._sample: Any = None
 
     def cause(self, feed: Sequence[Any], place: int) -> str | None:
@@ -241,18 +253,20 @@ class Probe:
             feed: what the source gave for the batch.
         """
         self._sample = tuple(values[place : place + 1] for values in feed)
-        if self._pipeline is None:
-            self._pipeline = build_pipeline(lambda info: self._sample, self._settings)
-        try:
-            self._pipeline.run()  # with a queue of one, nothing was fetched before
-        except RuntimeError as error:
-            self._pipeline = None
-            return _cause(error)
+        for settings in self.settings:
+            if settings not in self._pipelines:
+                self._pipelines[settings] = build_pipeline(lambda info: self._sample, settings)
+            try:
+                self._pipelines[settings].run()  # with a queue of one, nothing was fetched before
+            except RuntimeError as error:
+                del self._pipelines[settings]
+                return _cause(error)
         return None
 
     def close(self) -> None:
-        """Free the graph."""
-        self._pipeline = self._sample = None
+        """Free the graphs."""
+        self._pipelines.clear()
+        self._sample = None
 
 
 # nvimgcodecStatus_t, nvimgcodec.h. Only those that say something of the image.

@@ -120,6 +120,8 @@ class _Decoded(NamedTuple):
     records: torch.Tensor
     failed: dict[int, str]
     """Causes by record index, in the batch's order."""
+    num_bytes: int
+    """Of the files that were read."""
     error: DaliLmdbError | None
     """Why there is no batch, if not for ``failed`` alone; a value, since what a worker raises would come back as
     its whole traceback."""
@@ -133,12 +135,15 @@ class _PlannedImages(Dataset[_Decoded]):
 
     def __getitem__(self, plan: BatchPlan) -> _Decoded:
         images, failed = dict[int, torch.Tensor](), dict[int, str]()
-        shown, error = plan, None
+        shown, error, num_bytes = plan, None, 0
         try:
             while True:
-                found, causes = self._images(plan.epoch, [r for r in shown.records.tolist() if r not in images])
+                found, causes, read_bytes = self._images(
+                    plan.epoch, [r for r in shown.records.tolist() if r not in images]
+                )
                 images |= found
                 failed |= causes
+                num_bytes += read_bytes
                 if not causes or self.on_bad == "raise":
                     break
                 shown = substituted(plan, failed, self.planner)
@@ -147,19 +152,22 @@ class _PlannedImages(Dataset[_Decoded]):
             error, labels = raised, torch.empty(0, dtype=torch.int64)
         records = torch.from_numpy(shown.records)
         if error is not None or not images.keys() >= set(shown.records.tolist()):
-            return _Decoded(None, labels, records, failed, error)
+            return _Decoded(None, labels, records, failed, num_bytes, error)
         stacked = torch.stack([images[record] for record in shown.records.tolist()])
         if self.layout == "NHWC":
             stacked = stacked.contiguous(memory_format=torch.channels_last)
-        return _Decoded(stacked, labels, records, failed, error)
+        return _Decoded(stacked, labels, records, failed, num_bytes, error)
 
-    def _images(self, epoch: int, wanted: list[int]) -> tuple[dict[int, torch.Tensor], dict[int, str]]:
-        """Images by record index, and causes of those that failed, in the order asked for."""
+    def _images(self, epoch: int, wanted: list[int]) -> tuple[dict[int, torch.Tensor], dict[int, str], int]:
+        """Images by record index; causes of those that failed, in the order asked for; bytes that were read."""
         store, transform = self.planner.store, self.planner.transform
         images, failed, files = dict[int, torch.Tensor](), dict[int, str](), dict[int, Image.Image]()
+        num_bytes = 0
         for record in wanted:
             try:
-                files[record] = open_image(store.read(record))
+                raw = store.read(record)
+                num_bytes += len(raw)
+                files[record] = open_image(raw)
             except (PillowError, RecordError) as error:
                 failed[record] = str(error)
         # Opening reads the header only: the sizes, which an image folder has no index of.
@@ -174,7 +182,7 @@ class _PlannedImages(Dataset[_Decoded]):
             else:
                 cropped = _crop(image, transform, augmentation, position)
                 images[record] = self._to_tensor(cropped, augmentation, position)
-        return images, {record: failed[record] for record in wanted if record in failed}
+        return images, {record: failed[record] for record in wanted if record in failed}, num_bytes
 
     def _to_tensor(self, image: Image.Image, augmentation: Augmentation, position: int) -> torch.Tensor:
         transform = self.planner.transform
@@ -347,7 +355,10 @@ class TorchLoader(Loader):
         self.bad.num_substituted += int((decoded.records.numpy() != plan.records).sum())
         images = decoded.images.to(self.device, non_blocking=True)
         labels = decoded.labels.to(self.device, non_blocking=True)
-        return Batch(images, labels, decoded.records, plan.end)
+        return Batch(images, labels, decoded.records, plan.end, decoded.num_bytes)
+
+    def _queue_fill(self) -> int:
+        return len(self._steps.in_flight)
 
     def close(self) -> None:
         """Stop the workers."""
