@@ -60,7 +60,14 @@ class PlansOnly(Loader):
             torch.from_numpy(self.planner.labels(plan)),
             torch.from_numpy(plan.records),
             plan.end,
+            num_bytes=0,
         )
+
+    def _drop(self):
+        pass
+
+    def _queue_fill(self):
+        return 0
 
 
 def choices(augmentation):
