@@ -66,19 +66,24 @@ def test_a_store_that_is_gone_is_an_error_that_says_so(store, tmp_path):
     readahead.close()
 
 
-def test_a_store_that_is_gone_for_a_while_costs_no_batch(cold, tmp_path):
-    path = tmp_path / "moved.lmdb"
-    path.write_bytes(cold.read_bytes())
-    page_cache.drop(path)
-    with DaliLoader(
-        path,
+def loader_of(store, *, batch_size):
+    """A loader that reads ahead no further than it must."""
+    return DaliLoader(
+        store,
         transform=TrainTransform(size=8),
-        batch_size=8,
+        batch_size=batch_size,
         device="cpu",
         num_threads=1,
         readahead_bytes=1,
         return_index=True,
-    ) as loader:
+    )
+
+
+def test_a_store_that_is_gone_for_a_while_costs_no_batch(cold, tmp_path):
+    path = tmp_path / "moved.lmdb"
+    path.write_bytes(cold.read_bytes())
+    page_cache.drop(path)
+    with loader_of(path, batch_size=8) as loader:
         path.rename(tmp_path / "elsewhere.lmdb")
         iterator = iter(loader)
         with pytest.raises(StoreError, match="cannot be read ahead: No such file or directory"):
@@ -100,16 +105,7 @@ def test_an_error_of_storage_is_told_when_its_batch_is_due_and_costs_none(store)
                 raise OSError(5, "Input/output error")
             return super().byte_ranges(records)
 
-    opened = Failing(store)
-    with DaliLoader(
-        opened,
-        transform=TrainTransform(size=8),
-        batch_size=4,
-        device="cpu",
-        num_threads=1,
-        readahead_bytes=1,
-        return_index=True,
-    ) as loader:
+    with loader_of(Failing(store), batch_size=4) as loader:
         iterator = iter(loader)
         seen = [next(iterator)[2].tolist() for _ in range(3)]
         with pytest.raises(OSError, match="Input/output error"):
