@@ -620,7 +620,7 @@ def test_states_of_one_backend_continue_in_the_other(store_path):
 # --- after an exception
 
 
-# Not the reader's: an interrupt before a ``with`` gives a lock back is Python's own trouble (its issue 73983).
+# Not the reader's: an interrupt before a ``with`` gives a lock back is Python's own trouble.
 LOADERS_CODE = ("/loaders/base.py", "/loaders/dali.py", "/loaders/torch.py", "/nvidia/dali/plugin/")
 
 
@@ -974,13 +974,13 @@ def test_stats_count_what_was_handed_out(make):
     assert 0 <= stats["wait_fraction"] <= 1
 
 
-def use_in_a_fork(loader):
-    """What a forked process says that uses a loader."""
+def use_in_a_fork(iterator):
+    """What a forked process says that uses an iterator of a loader."""
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
         try:
-            next(iter(loader))
+            next(iterator)
             os.write(writing, b"a batch")
         except BaseException as error:
             os.write(writing, str(error).encode())
@@ -996,9 +996,11 @@ def use_in_a_fork(loader):
 @pytest.mark.parametrize("backend", [DALI, TORCH])
 def test_a_loader_that_was_used_says_in_a_forked_process_that_it_cannot_be(store_path, backend):
     with backend(store_path, transform=TRAIN, batch_size=4) as loader:
-        assert use_in_a_fork(loader) == "a batch"
-        next(iter(loader))
-        assert "make a new loader here" in use_in_a_fork(loader)
+        assert use_in_a_fork(iter(loader)) == "a batch"
+        iterator = iter(loader)
+        next(iterator)
+        assert "make a new loader here" in use_in_a_fork(iterator)
+        assert "make a new loader here" in use_in_a_fork(iter(loader))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

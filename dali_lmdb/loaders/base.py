@@ -244,8 +244,8 @@ class Loader(ABC):
             files that were handed out; ``wait_s``: seconds the consumer waited for a batch; ``wait_fraction``:
             that time over the time inside epochs; ``queue_fill``: batches ready or under way for the next steps;
             ``bad_records``: that were met; ``substituted``: how often another was shown in their place. And of
-            ``DaliLoader``, ``late_bytes``: those of ``bytes_read`` that were not in memory when they were due,
-            so that the reading thread waited for storage.
+            ``DaliLoader``, ``late_bytes``: that were read when their batch was due, since they were not in memory
+            by then: what the reading thread waited for.
         """
         busy_s = max(self._busy_s, 1e-9)
         return {
@@ -276,8 +276,8 @@ class Loader(ABC):
         if self._handed_out_at is not None and not first:  # between epochs nobody waits for data
             self._busy_s += begin - self._handed_out_at
         self._handed_out_at = None
+        self._check_process()
         if first:
-            self._check_process()
             place = (self.epoch + 1, 0) if self._under_way else (self.epoch, self._position)
             # In one line, between whose parts no signal comes: an epoch that was left early is over, once.
             (self.epoch, self._position), self._under_way, self._begun, self._follows = place, True, True, False
@@ -305,6 +305,7 @@ class Loader(ABC):
         self._position, self._follows, self._settled = position, True, True
 
     def _check_process(self) -> None:
+        """Refuse to go on in a forked process, where it would wait for threads that are not there."""
         if self._pid is None:
             self._pid = os.getpid()
         if self._pid != os.getpid():
