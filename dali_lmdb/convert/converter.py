@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
@@ -32,6 +33,8 @@ from dali_lmdb.store.reader import FileStore
 from dali_lmdb.store.shards import shard_files
 
 __all__ = ["convert"]
+
+T = TypeVar("T")
 
 _OTHER_DESCRIPTORS = 256  # besides the journals
 MAX_NAME_BYTES = 255  # of a file in most file systems of Linux (NAME_MAX)
@@ -86,15 +89,14 @@ def convert(
     bounds = [len(paths) * rank // ranks.world_size for rank in range(ranks.world_size + 1)]
     mine = range(bounds[ranks.rank], bounds[ranks.rank + 1])
     with contextlib.ExitStack() as stack:
-        failure: BaseException | None = None
         jobs: list[Job] = []
-        written = _Written()
-        try:
+
+        def write() -> _Written:
             parts = _parts(source, settings, target, shards)
             published = _all_published(everything)
             journals = _open_journals(stack, [everything[index] for index in mine])
-            jobs = [
-                Job(
+            for index, journal in zip(mine, journals, strict=True):
+                job = Job(
                     source,
                     parts[index],
                     settings,
@@ -103,33 +105,37 @@ def convert(
                     num_threads=num_threads or max(2, len(os.sched_getaffinity(0))),
                     progress=progress,
                 )
-                for index, journal in zip(mine, journals, strict=True)
-            ]
+                jobs.append(job)
             items = islice(source.items(), sum(part.num_items for part in parts[: mine.start]), None)
             with _pixel_limit(settings.max_pixels):
-                written = _write(jobs, items, target=target, restart=restart, published=published)
-        except DaliLmdbError as error:
-            failure = error
-        all_written = ranks.agree(failure, written)
-        _check_bad(all_written, settings, target)
-        failure = None
-        try:
+                return _write(jobs, items, target=target, restart=restart, published=published)
+
+        def finish() -> None:
             set_name = _set_name(source, settings, all_written)
             for job in jobs:
                 job.finish(set_name)
-        except DaliLmdbError as error:
-            failure = error
-        ranks.agree(failure, None)
-        failure = None
-        if ranks.rank == 0:
-            try:
+
+        def publish() -> None:
+            if ranks.rank == 0:
                 _publish(everything)
-            except DaliLmdbError as error:
-                failure = error
-        ranks.agree(failure, None)
+
+        all_written = _together(ranks, write)
+        _check_bad(all_written, settings, target)
+        _together(ranks, finish)
+        _together(ranks, publish)
         for index in mine:
             everything[index].journal.unlink(missing_ok=True)
     return _summarise(target, everything, time.perf_counter() - begin)
+
+
+def _together(ranks: Ranks, work: Callable[[], T]) -> list[T]:
+    """What ``work`` returns on each rank, when all have done it; if it fails on one, it fails on all."""
+    try:
+        result = work()
+    except DaliLmdbError as error:
+        ranks.agree(error, None)
+        raise
+    return ranks.agree(None, result)
 
 
 @dataclass

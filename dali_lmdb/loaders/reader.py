@@ -15,7 +15,7 @@ from dali_lmdb.store.readahead import Readahead
 __all__ = ["READAHEAD_BYTES", "BatchReader", "Feed"]
 
 Feed = tuple[Any, ...]
-"""What DALI is given for one batch, see ``source.FIELDS``."""
+"""What DALI is given for one batch, see ``source.fields_of``."""
 
 READAHEAD_BYTES = 128 << 20
 """Keeps a device of 1 GB/s busy through 100 ms of waiting, which is more than disks and most network file systems
