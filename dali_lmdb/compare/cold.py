@@ -19,7 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ import numpy.typing as npt
 
 from dali_lmdb.compare import page_cache
 from dali_lmdb.compare.part import ReadingSettings, shuffled_part
-from dali_lmdb.compare.report import machine, spread, versions
+from dali_lmdb.compare.report import Measured, machine, spread, versions
 from dali_lmdb.loaders.reader import READAHEAD_BYTES, BatchReader
 from dali_lmdb.loaders.source import feed_of
 from dali_lmdb.plan.augment import TrainTransform
@@ -89,18 +89,11 @@ class ColdRound:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ColdComparison:
+class ColdComparison(Measured):
     """The result of ``compare_cold``."""
 
-    store: str
-    num_records: int
-    image_bytes: int
-    """Of all records together."""
     settings: ReadingSettings
-    """As used: they fit the store."""
     rounds: list[ColdRound]
-    versions: dict[str, str]
-    machine: dict[str, Any]
 
     @property
     def is_cold(self) -> bool:
@@ -128,17 +121,11 @@ class ColdComparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for JSON."""
-        return {
-            "store": self.store,
-            "num_records": self.num_records,
-            "image_bytes": self.image_bytes,
-            "settings": asdict(self.settings),
-            "is_cold": self.is_cold,
-            "warm_before": self.warm_before,
-            "ways": {way: self._way(way) for way in COLD_WAYS},
-            "versions": self.versions,
-            "machine": self.machine,
-        }
+        return self._described(
+            is_cold=self.is_cold,
+            warm_before=self.warm_before,
+            ways={way: self._way(way) for way in COLD_WAYS},
+        )
 
     def _way(self, way: str) -> dict[str, Any]:
         return {

@@ -13,14 +13,14 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from dali_lmdb.compare.part import ReadingSettings, shuffled_part
-from dali_lmdb.compare.report import machine, spread, versions
+from dali_lmdb.compare.report import Measured, machine, spread, versions
 from dali_lmdb.loaders.pipeline import define_handover, feed_without_copy
 from dali_lmdb.loaders.reader import READAHEAD_BYTES, BatchReader
 from dali_lmdb.loaders.source import Source
@@ -56,34 +56,21 @@ class HandoverRound:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Handover:
+class Handover(Measured):
     """The result of ``measure_handover``."""
 
-    store: str
-    num_records: int
-    image_bytes: int
-    """Of all records together."""
     settings: ReadingSettings
-    """As used: they fit the store."""
     rounds: list[HandoverRound]
     cold: float
     """Part of the bytes that was not in memory when it was due; 0 if all is well."""
-    versions: dict[str, str]
-    machine: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for JSON."""
-        return {
-            "store": self.store,
-            "num_records": self.num_records,
-            "image_bytes": self.image_bytes,
-            "settings": asdict(self.settings),
-            "records_per_s": spread([one.records_per_s for one in self.rounds]),
-            "records_per_cpu_s": spread([one.records_per_cpu_s for one in self.rounds]),
-            "cold": self.cold,
-            "versions": self.versions,
-            "machine": self.machine,
-        }
+        return self._described(
+            records_per_s=spread([one.records_per_s for one in self.rounds]),
+            records_per_cpu_s=spread([one.records_per_cpu_s for one in self.rounds]),
+            cold=self.cold,
+        )
 
 
 def measure_handover(

@@ -5,12 +5,39 @@ from __future__ import annotations
 import os
 import platform
 import statistics
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
 
 import torch
 
-__all__ = ["machine", "spread", "versions"]
+__all__ = ["Measured", "machine", "spread", "versions"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What was measured, how and where; results add what was found."""
+
+    store: str
+    num_records: int
+    image_bytes: int
+    """Of all records together."""
+    settings: Any
+    """As used: they fit the store."""
+    versions: dict[str, str]
+    machine: dict[str, Any]
+
+    def _described(self, **found: Any) -> dict[str, Any]:
+        """Plain types, for JSON: what was found between what was measured and where."""
+        return {
+            "store": self.store,
+            "num_records": self.num_records,
+            "image_bytes": self.image_bytes,
+            "settings": asdict(self.settings),
+            **found,
+            "versions": self.versions,
+            "machine": self.machine,
+        }
 
 
 def versions() -> dict[str, str]:

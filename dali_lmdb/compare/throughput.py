@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from dali_lmdb.compare.repeat import RepeatedStore
-from dali_lmdb.compare.report import machine, versions
+from dali_lmdb.compare.report import Measured, machine, versions
 from dali_lmdb.errors import DeviceError, SourceError, StoreError
 from dali_lmdb.loaders.base import Loader, default_num_threads
 from dali_lmdb.loaders.dali import DaliLoader
@@ -133,30 +133,18 @@ class Measurement:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
+class Comparison(Measured):
     """The result of ``compare_throughput``."""
 
-    store: str
-    num_records: int
-    image_bytes: int
-    """Of all records together."""
     settings: CompareSettings
     """As used: nothing is None or ``"auto"``, ``batch_size`` fits the store."""
     measurements: list[Measurement]
-    versions: dict[str, str]
-    machine: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for JSON."""
-        return {
-            "store": self.store,
-            "num_records": self.num_records,
-            "image_bytes": self.image_bytes,
-            "settings": asdict(self.settings),
-            "backends": {found.backend: found.to_dict() for found in self.measurements},
-            "versions": self.versions,
-            "machine": self.machine,
-        }
+        return self._described(
+            backends={found.backend: found.to_dict() for found in self.measurements},
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
