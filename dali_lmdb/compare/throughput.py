@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from dali_lmdb.compare.repeat import RepeatedStore
-from dali_lmdb.compare.report import Measured, machine, versions
+from dali_lmdb.compare.report import Measured, machine, spread, versions
 from dali_lmdb.errors import DeviceError, SourceError, StoreError
 from dali_lmdb.loaders.base import Loader, default_num_threads
 from dali_lmdb.loaders.dali import DaliLoader
@@ -120,12 +120,7 @@ class Measurement:
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for JSON."""
         return {
-            "images_per_s": {
-                "median": self.images_per_s,
-                "min": min(self.rounds),
-                "max": max(self.rounds),
-                "rounds": self.rounds,
-            },
+            "images_per_s": spread(self.rounds),
             "ratio": self.ratio,
             "ratio_min": min(self.ratios),
             "ratio_max": max(self.ratios),
