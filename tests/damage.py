@@ -8,7 +8,6 @@ import pyarrow as pa
 from image_sets import grey_of, size_of
 from PIL import Image
 
-from dali_lmdb.store.layout import index_to_ipc
 from dali_lmdb.store.writer import StoreWriter
 
 
@@ -78,7 +77,7 @@ def write_store(path, values, *, sizes=None):
     heights, widths = np.array(sizes or [size_of(record) for record in range(count)], np.int32).reshape(-1, 2).T
     with StoreWriter(path) as writer:
         writer.commit(values)
-        offsets, lengths = writer.record_extents()
+        offsets, lengths = writer.record_extents(0, count)
         columns = {
             "label": np.arange(count, dtype=np.int32),
             "height": heights,
@@ -90,12 +89,8 @@ def write_store(path, values, *, sizes=None):
             "change": np.zeros(count, np.uint8),
         }
         names = pa.array([f"c{record:02}/{record:03}.jpg" for record in range(count)])
-        writer.finish(
-            index_to_ipc(columns),
-            lambda: [names],
-            classes=[f"c{record:02}" for record in range(count)],
-            made={"by": "test"},
-        )
+        writer.add_index(columns, names)
+        writer.finish(classes=[f"c{record:02}" for record in range(count)], made={"by": "test"})
     return path
 
 

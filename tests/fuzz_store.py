@@ -33,7 +33,8 @@ def structure_bytes(path):
     tree = [n for n in range(2, pages.last_page + 1) if data[n * pages.page_size + 10] & 3]
     places = [base + i for base in (0, pages.page_size) for i in range(152)]
     places += [n * pages.page_size + i for n in tree for i in range(pages.page_size)]
-    for key in (layout.META_KEY, layout.INDEX_KEY, layout.NAMES_KEY):
+    pieces = range(len(open_store(path).meta.pieces()))
+    for key in (layout.META_KEY, *map(layout.index_key, pieces), *map(layout.names_key, pieces)):
         offset, length = pages.find(key)
         places += range(offset - 16, offset + length)
     return places

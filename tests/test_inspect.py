@@ -42,8 +42,8 @@ def write_store(path, names, *, values=None, classes=("ant", "bee"), **columns):
     with StoreWriter(path) as writer:
         if values:
             writer.commit(values)
-        offsets, lengths = writer.record_extents()
         number = len(names)
+        offsets, lengths = writer.record_extents(0, number)
         defaults = {
             "label": np.arange(number, dtype=np.int32) % len(classes),
             "height": np.zeros(number, np.int32),
@@ -54,8 +54,8 @@ def write_store(path, names, *, values=None, classes=("ant", "bee"), **columns):
             "kind": np.zeros(number, np.uint8),
             "change": np.zeros(number, np.uint8),
         }
-        index = layout.index_to_ipc({**defaults, **columns})
-        writer.finish(index, lambda: [pa.array(names, pa.string())], classes=list(classes), made={})
+        writer.add_index({**defaults, **columns}, pa.array(names, pa.string()))
+        writer.finish(classes=list(classes), made={})
     return path
 
 
@@ -226,8 +226,8 @@ def test_verify_goes_on_after_the_first_damage(copy):
 @pytest.mark.parametrize(
     ("key", "expected"),
     [
-        (layout.INDEX_KEY, "__index__ has a wrong checksum"),
-        (layout.NAMES_KEY, "__names__ is not readable"),
+        (layout.index_key(0), "__index__ has a wrong checksum"),
+        (layout.names_key(0), "__names__ is not readable"),
     ],
 )
 def test_verify_names_the_damaged_part(copy, key, expected):
@@ -243,7 +243,7 @@ def test_verify_names_damaged_metadata(copy):
 
 
 def test_verify_checks_records_without_names(copy):
-    flip(copy, offset_of(copy, layout.NAMES_KEY), offset_of(copy, layout.record_key(9)))
+    flip(copy, offset_of(copy, layout.names_key(0)), offset_of(copy, layout.record_key(9)))
     assert f"{copy}: record 9: wrong checksum" in verify(copy).damage
 
 
@@ -371,7 +371,7 @@ def test_verify_checks_every_shard(image_folder, tmp_path):
     convert(image_folder, tmp_path / "set.lmdb", shards=3)
     shards = sorted(tmp_path.glob("set-*.lmdb"))
     assert verify(tmp_path / "set.lmdb").records == 24
-    flip(shards[0], offset_of(shards[0], layout.INDEX_KEY))
+    flip(shards[0], offset_of(shards[0], layout.index_key(0)))
     flip(shards[2], offset_of(shards[2], layout.record_key(7)))
     first, second = verify(tmp_path / "set.lmdb").damage
     assert first.startswith(f"{shards[0]}: damaged: __index__")
@@ -696,7 +696,9 @@ def test_limits_of_tars_without_tars_are_refused(store_path, tmp_path):
 # damage of any kind
 
 
-def test_a_damaged_store_never_crashes_the_process(tmp_path):
+@pytest.mark.parametrize("piece_records", [layout.PIECE_RECORDS, 5])
+def test_a_damaged_store_never_crashes_the_process(tmp_path, monkeypatch, piece_records):
+    monkeypatch.setattr(layout, "PIECE_RECORDS", piece_records)
     folder = make_image_folder(tmp_path / "images", num_records=9)
     for seed in range(3):
         save_noise(folder / "bee" / f"noise{seed}.jpg", seed=seed)  # large enough for pages of its own

@@ -1,4 +1,5 @@
 import shutil
+import struct
 
 import lmdb
 import numpy as np
@@ -143,8 +144,8 @@ def test_an_lmdb_file_without_keys_has_none(tmp_path):
     pages = PageFile(write(tmp_path / "x.lmdb", []))
     assert pages.entries == 0
     assert pages.find(b"k") is None
-    assert pages.last_leaf() == (0, 0)
-    offsets, lengths = pages.record_extents(0)
+    assert pages.leaf_of(b"x") == (0, 0)
+    offsets, lengths = pages.record_extents(0, 0)
     assert len(offsets) == len(lengths) == 0
 
 
@@ -163,7 +164,7 @@ def test_record_extents_are_where_the_values_lie(tmp_path, sizes):
     records = pairs(0, SIZES[sizes])
     path = write(tmp_path / "x.lmdb", records, [(b"__index__", b"i" * 5000), (b"__meta__", b"m")])
     pages = PageFile(path)
-    offsets, lengths = pages.record_extents(len(records))
+    offsets, lengths = pages.record_extents(0, len(records))
     raw = path.read_bytes()
     assert offsets.dtype == np.uint64
     assert lengths.dtype == np.uint32
@@ -171,35 +172,56 @@ def test_record_extents_are_where_the_values_lie(tmp_path, sizes):
         assert raw[offset : offset + length] == value
 
 
-def test_record_extents_of_the_first_records_only(tmp_path):
-    pages = PageFile(write(tmp_path / "x.lmdb", pairs(0, [50] * 300)))
-    every, first = pages.record_extents(300), pages.record_extents(120)
-    assert np.array_equal(every[0][:120], first[0])
-    assert np.array_equal(every[1][:120], first[1])
+@pytest.mark.parametrize("sizes", SIZES)
+def test_record_extents_of_some_records_are_a_part_of_all(tmp_path, sizes):
+    count = len(SIZES[sizes])
+    pages = PageFile(write(tmp_path / "x.lmdb", pairs(0, SIZES[sizes]), [(b"__meta__", b"m")]))
+    offsets, lengths = pages.record_extents(0, count)
+    for start in range(0, count, max(1, count // 7)):
+        for stop in (start, start + 1, (start + count + 1) // 2, count):
+            some_offsets, some_lengths = pages.record_extents(start, stop)
+            assert np.array_equal(some_offsets, offsets[start:stop])
+            assert np.array_equal(some_lengths, lengths[start:stop])
+
+
+def test_a_tree_that_leads_in_circles_is_damage(tmp_path):
+    path = write(tmp_path / "x.lmdb", pairs(0, [500] * 3_000))
+    raw, pages = bytearray(path.read_bytes()), PageFile(path)
+    (root,) = struct.unpack_from("<Q", raw, pages.page_size * (pages.txnid % 2) + 128)
+    base = root * pages.page_size
+    assert raw[base + 10] & 1  # a branch page
+    (pointer,) = struct.unpack_from("<H", raw, base + 16)
+    struct.pack_into("<Q", raw, base + pointer, root)  # the page number takes six bytes
+    path.write_bytes(raw)
+    with pytest.raises(StoreDamagedError, match=r"deeper than LMDB makes|more tree pages"):
+        PageFile(path).record_extents(0, 3_000)
 
 
 @pytest.mark.parametrize("missing", [0, 77, 299])
 def test_a_missing_record_is_damage(tmp_path, missing):
     path = write(tmp_path / "x.lmdb", pairs(0, [50] * 300), [(key_of(missing), None)])
     with pytest.raises(StoreDamagedError, match=rf"{missing} records in order, expected 300"):
-        PageFile(path).record_extents(300)
+        PageFile(path).record_extents(0, 300)
 
 
 def test_more_records_than_there_are_is_damage(tmp_path):
     path = write(tmp_path / "x.lmdb", pairs(0, [50] * 30), [(b"__meta__", b"m")])
     with pytest.raises(StoreDamagedError, match="30 records in order, expected 31"):
-        PageFile(path).record_extents(31)
+        PageFile(path).record_extents(0, 31)
 
 
-def test_the_last_leaf_holds_the_greatest_keys(tmp_path):
-    path = write(tmp_path / "x.lmdb", pairs(0, [50] * 3_000))
+def test_the_leaf_of_a_key_holds_it_and_its_neighbours(tmp_path):
+    path = write(tmp_path / "x.lmdb", pairs(0, [50] * 3_000), [(b"__meta__", b"m")])
     pages = PageFile(path)
-    start, end = pages.last_leaf()
-    offsets, _ = pages.record_extents(3_000)
-    inside = (offsets >= start) & (offsets < end)
-    assert inside[-1]
-    assert not inside[0]
-    assert np.array_equal(np.flatnonzero(inside), np.arange(3_000 - inside.sum(), 3_000))
+    offsets, _ = pages.record_extents(0, 3_000)
+    for record in (0, 1, 1_700, 2_999):
+        start, length = pages.leaf_of(key_of(record))
+        inside = np.flatnonzero((offsets >= start) & (offsets < start + length))
+        assert record in inside
+        assert 10 < len(inside) < 100
+        assert np.array_equal(inside, np.arange(inside[0], inside[-1] + 1))
+    leaf = pages.leaf_of(b"__meta__")
+    assert leaf.offset < pages.find(b"__meta__").offset < leaf.offset + leaf.length
 
 
 def test_values_outlive_the_file_object_and_the_file(tmp_path):
@@ -221,8 +243,8 @@ def use(path):
         extent = pages.find(key)
         if extent is not None:
             assert len(bytes(pages.view(extent))) == extent.length
-    pages.last_leaf()
-    offsets, lengths = pages.record_extents(NUM_FUZZED)
+    pages.leaf_of(key_of(NUM_FUZZED // 2))
+    offsets, lengths = pages.record_extents(0, NUM_FUZZED)
     for offset, length in zip(offsets.tolist(), lengths.tolist(), strict=True):
         assert len(pages.data[offset : offset + length]) == length
     return True
@@ -335,7 +357,7 @@ def test_a_record_outside_the_file_or_its_page_is_damage(tmp_path, size, where, 
     path = write(tmp_path / "x.lmdb", pairs(0, [size] * 5))
     spoilt(path, key_of(3), where, value)
     with pytest.raises(StoreDamagedError, match="damaged: page"):
-        PageFile(path).record_extents(5)
+        PageFile(path).record_extents(0, 5)
 
 
 def test_pages_that_point_in_a_circle_end_in_a_store_error(tmp_path, fuzzed):
@@ -412,5 +434,5 @@ def test_a_file_that_grew_behind_its_last_page_is_read(tmp_path):
     shutil.copy(path, tmp_path / "y.lmdb")
     with open(tmp_path / "y.lmdb", "ab") as file:
         file.write(b"\xaa" * 10_000)
-    assert_same = PageFile(tmp_path / "y.lmdb").record_extents(3)
-    assert np.array_equal(assert_same, PageFile(path).record_extents(3))
+    assert_same = PageFile(tmp_path / "y.lmdb").record_extents(0, 3)
+    assert np.array_equal(assert_same, PageFile(path).record_extents(0, 3))

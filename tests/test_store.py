@@ -2,6 +2,7 @@ import io
 import json
 import multiprocessing
 import pickle
+import re
 import subprocess
 import sys
 import zlib
@@ -15,16 +16,13 @@ from image_sets import grey_of, size_of
 from PIL import Image
 
 from dali_lmdb.errors import RecordError, StoreDamagedError, StoreError, StoreFormatError, StoreNotFoundError
-from dali_lmdb.store import Kind, open_store
+from dali_lmdb.inspect import verify
+from dali_lmdb.store import Kind, layout, open_store
 from dali_lmdb.store.layout import (
     INDEX_SCHEMA,
     fingerprint,
-    index_checksums,
-    index_to_ipc,
-    names_from_ipc,
-    names_to_ipc,
-    new_index,
 )
+from dali_lmdb.store.pages import PageFile
 from dali_lmdb.store.writer import StoreWriter
 
 
@@ -41,11 +39,12 @@ def make_store(path, values, *, commits=1, classes=("even", "odd"), spoil=None):
         columns["label"] = labels
         columns["num_bytes"] = np.array([len(value) for value in values], dtype=np.uint32)
         columns["crc32"] = np.array([zlib.crc32(value) for value in values], dtype=np.uint32)
-        columns["file_offset"] = writer.record_extents()[0]
+        columns["file_offset"] = writer.record_extents(0, len(values))[0]
         if spoil is not None:
             spoil(columns)
         names = pa.array([f"{classes[label]}/{i}" for i, label in enumerate(labels)])
-        writer.finish(index_to_ipc(columns), lambda: [names], classes=list(classes), made={"by": "test"})
+        writer.add_index(columns, names)
+        writer.finish(classes=list(classes), made={"by": "test"})
     return path
 
 
@@ -141,7 +140,7 @@ def test_a_converted_store_describes_its_images(store_path, image_folder):
         assert store.classes == ["ant", "bee", "cat"]
         assert store.labels.dtype == np.int32
         assert not store.labels.flags.writeable
-        assert store.fingerprint == fingerprint((store.labels, store.column("crc32")))
+        assert store.fingerprint == fingerprint([(store.labels, store.column("crc32"))])
         for i in range(len(store)):
             raw = (image_folder / store.name(i)).read_bytes()
             assert bytes(store.read(i)) == raw
@@ -287,7 +286,7 @@ def test_an_unfinished_store_is_refused(tmp_path, values):
 
 def test_a_newer_format_is_refused_with_both_versions(small):
     change_meta(small, format=7, something_new=[1, 2])
-    with pytest.raises(StoreFormatError, match=r"format 7, this version reads 2;") as info:
+    with pytest.raises(StoreFormatError, match=r"format 7, this version reads 3;") as info:
         open_store(small)
     one_line(info)
 
@@ -302,7 +301,7 @@ def test_a_newer_format_is_refused_with_both_versions(small):
         b'"format"',
         b"\xff\xfe",
         b"[" * 100_000,
-        b'{"format": 2}',
+        b'{"format": 3}',
         b'{"num_records": 3}',
     ],
     ids=lambda raw: repr(raw[:12]),
@@ -329,6 +328,12 @@ def test_a_damaged_meta_is_refused(small, meta):
         {"fingerprint": 5},
         {"index_crc32": [1]},
         {"index_crc32": None},
+        {"index_crc32": []},
+        {"names_crc32": [1, 2]},
+        {"names_crc32": ["1"]},
+        {"piece_records": 0},
+        {"piece_records": 100},
+        {"piece_records": None},
         {"made": []},
         {"unknown": 1},
     ],
@@ -359,50 +364,10 @@ def test_a_flipped_bit_in_the_index_is_refused(small, position):
         open_store(small)
 
 
-@pytest.mark.parametrize("num_records", [0, 1, 7, 1000])
-def test_what_is_written_into_a_new_index_is_in_its_stream(num_records):
-    stream, columns = new_index(num_records)
-    random = np.random.default_rng(num_records)
-    for column in columns.values():
-        column[:] = random.integers(200, size=num_records)
-    expected = {name: column.copy() for name, column in columns.items()}
-    assert stream.equals(index_to_ipc(expected))
-    assert [field.name for field in INDEX_SCHEMA] == list(columns)
-
-
-NAMES = pa.array(["ant/1.jpg", "", "bee/ü 雪.jpg", "cat/" + 300 * "x"], pa.large_string())
-
-
-@pytest.mark.parametrize(
-    "chunks",
-    [
-        [],
-        [NAMES],
-        [NAMES[:0], NAMES[1:3], NAMES[3:], NAMES[:1]],
-        [NAMES.cast(pa.string())[2:], pa.array(["", ""])],
-        [pa.array([""] * 5)],
-    ],
-    ids=["none", "one", "slices", "short strings", "empty names"],
-)
-def test_names_are_those_of_all_chunks_in_order(chunks):
-    stream = names_to_ipc(lambda: iter(chunks))
-    names = [name for chunk in chunks for name in chunk.to_pylist()]
-    found = names_from_ipc(memoryview(stream), num_records=len(names), crc32=zlib.crc32(stream), path="x")
-    found.validate(full=True)
-    assert found.to_pylist() == names
-
-
-def test_every_part_of_a_large_index_has_its_checksum():
-    index = np.random.default_rng(0).bytes((9 << 20) + 5)
-    parts = [index[start : start + (4 << 20)] for start in (0, 4 << 20, 8 << 20)]
-    assert index_checksums(index) == [zlib.crc32(part) for part in parts]
-    assert index_checksums(b"") == []
-
-
 @pytest.mark.parametrize("index", [b"", b"not arrow", b"\xff\xff\xff\xff\x10\0\0\0", b"\0" * 5000])
 def test_an_index_that_is_not_arrow_is_refused_even_with_its_checksum(small, index):
     change(small, b"__index__", index)
-    change_meta(small, index_crc32=index_checksums(index))
+    change_meta(small, index_crc32=[zlib.crc32(index)])
     with pytest.raises(StoreDamagedError, match="__index__"):
         open_store(small)
 
@@ -414,7 +379,7 @@ def test_an_index_with_other_columns_is_refused_even_with_its_checksum(small):
         stream.write_batch(batch)
     index = sink.getvalue().to_pybytes()
     change(small, b"__index__", index)
-    change_meta(small, index_crc32=index_checksums(index))
+    change_meta(small, index_crc32=[zlib.crc32(index)])
     with pytest.raises(StoreDamagedError, match="__index__"):
         open_store(small)
 
@@ -429,7 +394,7 @@ def test_random_damage_behind_a_right_checksum_never_leaves_the_file(small):
         for _ in range(random.integers(1, 8)):
             damaged[random.integers(len(damaged))] = random.integers(256)
         change(small, b"__index__", bytes(damaged))
-        change_meta(small, index_crc32=index_checksums(damaged))
+        change_meta(small, index_crc32=[zlib.crc32(damaged)])
         message = ""
         try:
             with open_store(small) as store:
@@ -590,3 +555,142 @@ def test_greys_are_what_the_other_tests_build_on(store_path):
 def test_records_that_do_not_exist_are_not_read(small, records):
     with open_store(small) as store, pytest.raises(IndexError, match="expected 0 to"):
         store.arrays(np.array(records))
+
+
+@pytest.fixture
+def short_pieces(monkeypatch):
+    """Index and names in pieces of seven records."""
+    monkeypatch.setattr(layout, "PIECE_RECORDS", 7)
+
+
+def make_store_in_pieces(path, values):
+    """``make_store`` with an index in several pieces; what goes into it is known piece by piece."""
+    with StoreWriter(path) as writer:
+        writer.commit(values)
+        for piece in writer.pieces():
+            writer.add_index(*columns_of(writer, values, piece))
+        writer.finish(classes=["even", "odd"], made={"by": "test"})
+    return path
+
+
+def columns_of(writer, values, piece):
+    """(columns, names) of a piece, no two values alike in a column, as far as its type allows."""
+    offsets, lengths = writer.record_extents(piece.start, piece.stop)
+    records = np.arange(piece.start, piece.stop)
+    columns = {
+        "label": records % 2,
+        "height": records + 1,
+        "width": 2 * records + 1,
+        "num_bytes": lengths,
+        "crc32": [zlib.crc32(values[i]) for i in records],
+        "file_offset": offsets,
+        "kind": records % 13,
+        "change": records % 4,
+    }
+    columns = {field.name: np.array(columns[field.name], field.type.to_pandas_dtype()) for field in INDEX_SCHEMA}
+    return columns, pa.array([f"{('even', 'odd')[i % 2]}/{i}" for i in records])
+
+
+def damage_of(path):
+    """What `verify` finds, but for that the records are no images."""
+    return [line for line in verify(path).damage if not re.search(r"the index says \w+, \d+ x", line)]
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_a_store_in_pieces_reads_as_one_in_one_piece(tmp_path, sizes, monkeypatch):
+    values = values_of(SIZES[sizes])
+    whole = open_store(make_store_in_pieces(tmp_path / "whole.lmdb", values))
+    monkeypatch.setattr(layout, "PIECE_RECORDS", 7)
+    path = make_store_in_pieces(tmp_path / "pieces.lmdb", values)
+    raw = path.read_bytes()
+    store = open_store(path)
+    every = np.random.default_rng(0).permutation(len(values))
+    assert len(store.meta.index_crc32) == -(-len(values) // 7)
+    for field in set(INDEX_SCHEMA.names) - {"file_offset"}:
+        expected = whole.column(field)
+        for found in (store.column(field), np.concatenate(list(store.column_parts(field)))):
+            np.testing.assert_array_equal(found, expected)
+            assert found.dtype == expected.dtype
+        np.testing.assert_array_equal(store.gather(field, every), expected[every])
+        assert store.gather(field, every).dtype == expected.dtype
+        assert store.gather(field, every[:0]).shape == (0,)
+    assert [array.tobytes() for array in store.arrays(every)] == [values[i] for i in every]
+    assert store.names().to_pylist() == whole.names().to_pylist()
+    assert [store.name(int(i)) for i in every] == [whole.name(int(i)) for i in every]
+    assert store.fingerprint == whole.fingerprint
+    offsets = store.column("file_offset").tolist()
+    assert all(not at or raw[at : at + len(value)] == value for at, value in zip(offsets, values, strict=True))
+    assert damage_of(path) == []
+
+
+@pytest.mark.parametrize("count", [17, 20, 32, 40])
+def test_offsets_of_small_records_are_right_where_names_lie_on_a_page_behind(short_pieces, tmp_path, count):
+    """The page of the last records is then not the last page, and is still copied for each piece of the index."""
+    values = values_of([9] * count)
+    with StoreWriter(tmp_path / "x.lmdb") as writer:
+        writer.commit(values)
+        for piece in writer.pieces():
+            columns, names = columns_of(writer, values, piece)
+            writer.add_index(columns, pa.array([name + 50 * "x" for name in names.to_pylist()]))
+        writer.finish(classes=["even", "odd"], made={})
+    written = open_store(tmp_path / "x.lmdb").column("file_offset")
+    found, _ = PageFile(tmp_path / "x.lmdb").record_extents(0, count)
+    assert all(offset in (0, at) for offset, at in zip(written.tolist(), found.tolist(), strict=True))
+
+
+def test_there_is_no_record_before_or_after_those_of_a_store_in_pieces(short_pieces, tmp_path):
+    store = open_store(make_store_in_pieces(tmp_path / "x.lmdb", [b"x"] * 20))
+    for record in (-1, 20, 21):
+        with pytest.raises(IndexError, match=str(record)):
+            store.gather("label", np.array([3, record]))
+        with pytest.raises(IndexError, match=str(record)):
+            store.arrays(np.array([3, record]))
+
+
+def test_a_compacted_copy_of_a_store_in_pieces_reads_right(short_pieces, tmp_path):
+    values = values_of(SIZES["mixed"])
+    make_store_in_pieces(tmp_path / "one.lmdb", values)
+    with (
+        lmdb.open(str(tmp_path / "one.lmdb"), subdir=False, lock=False, readonly=True) as env,
+        open(tmp_path / "two.lmdb", "wb") as file,
+    ):
+        env.copyfd(file.fileno(), compact=True)
+    store = open_store(tmp_path / "two.lmdb")
+    assert [array.tobytes() for array in store.arrays(np.arange(300))] == values
+    assert damage_of(tmp_path / "two.lmdb") == []
+
+
+@pytest.mark.parametrize("key", [b"__index__/00000001", b"__names__/00000002"])
+@pytest.mark.parametrize("how", ["missing", "a bit flipped", "another piece"])
+def test_a_damaged_piece_is_refused_and_named(short_pieces, tmp_path, key, how):
+    path = make_store_in_pieces(tmp_path / "x.lmdb", [b"x"] * 20)
+    with lmdb.open(str(path), subdir=False, lock=False) as env, env.begin(write=True) as transaction:
+        before = transaction.get(key)
+        damaged = {
+            "missing": None,
+            "a bit flipped": before[:-9] + bytes([before[-9] ^ 4]) + before[-8:],
+            "another piece": transaction.get(key[:-1] + b"2" if key.endswith(b"1") else key[:9]),
+        }[how]
+        assert transaction.delete(key) if damaged is None else transaction.put(key, damaged)
+    with pytest.raises(StoreDamagedError, match=key[:9].decode()) as info:
+        open_store(path).names()
+    one_line(info)
+    assert any(key[:9].decode() in line for line in verify(path).damage)
+
+
+def test_an_interrupted_index_is_made_anew(short_pieces, tmp_path):
+    values = values_of([10, 3_000, 9_000, 10] * 10)
+    path = tmp_path / "x.lmdb"
+    with StoreWriter(path) as writer:
+        writer.commit(values)
+    for num_pieces in (0, 1, 3, 6, 2):
+        with StoreWriter(path) as writer:
+            assert (writer.num_records, writer.finished) == (40, False)
+            for piece in writer.pieces()[:num_pieces]:
+                writer.add_index(*columns_of(writer, values, piece))
+    with StoreWriter(path) as writer:
+        for piece in writer.pieces():
+            writer.add_index(*columns_of(writer, values, piece))
+        writer.finish(classes=["even", "odd"], made={})
+    assert [array.tobytes() for array in open_store(path).arrays(np.arange(40))] == values
+    assert damage_of(path) == []

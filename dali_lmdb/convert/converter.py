@@ -312,14 +312,16 @@ def _summarise(target: Path, everything: Sequence[Files], seconds: float) -> Sum
     num_records = num_bytes = skipped = left_out = gpu = cpu = none = transcoded = resized = 0
     for files in everything:
         store = FileStore(files.target)
-        decoders, changes = Decoders.of(store.column("kind")), store.column("change")
         num_records += len(store)
-        num_bytes += int(store.column("num_bytes").sum(dtype=np.int64))
         skipped += store.meta.made.get("skipped", 0)
         left_out += store.meta.made.get("left_out", 0)
-        gpu, cpu, none = gpu + decoders.gpu, cpu + decoders.cpu, none + decoders.none
-        transcoded += int(((changes & Change.TRANSCODED) != 0).sum())
-        resized += int(((changes & Change.RESIZED) != 0).sum())
+        num_bytes += sum(int(lengths.sum(dtype=np.int64)) for lengths in store.column_parts("num_bytes"))
+        for kinds in store.column_parts("kind"):
+            decoders = Decoders.of(kinds)
+            gpu, cpu, none = gpu + decoders.gpu, cpu + decoders.cpu, none + decoders.none
+        for changes in store.column_parts("change"):
+            transcoded += int(((changes & Change.TRANSCODED) != 0).sum())
+            resized += int(((changes & Change.RESIZED) != 0).sum())
     return Summary(
         store=str(target),
         records=num_records,

@@ -31,7 +31,7 @@ from dali_lmdb.convert.journal import INDEX_ROW_COLUMNS, ROW_SCHEMA, Journal
 from dali_lmdb.convert.settings import ConvertSettings, Progress
 from dali_lmdb.convert.sources.base import AT_ONCE_BYTES, AT_ONCE_ITEMS, Item, Source
 from dali_lmdb.errors import ConversionError
-from dali_lmdb.store.layout import Change, Kind, fingerprint, new_index
+from dali_lmdb.store.layout import Change, Kind, fingerprint
 from dali_lmdb.store.reader import FileStore
 from dali_lmdb.store.writer import StoreWriter
 
@@ -198,7 +198,7 @@ class Job:
         if self.files.target.exists():
             return FileStore(self.files.target).fingerprint
         records = _records(self.journal)
-        return fingerprint(*((one.column("label").to_numpy(), one.column("crc32").to_numpy()) for one in records))
+        return fingerprint((one.column("label").to_numpy(), one.column("crc32").to_numpy()) for one in records)
 
     def finish(self, set_name: str) -> None:
         """Make the partial file, with all records in it, a whole store: verify it and add the index.
@@ -341,11 +341,13 @@ class Job:
         self._report_progress("writing", self.done)
 
     def _finish(self, shard: dict[str, Any] | None) -> None:
-        index, columns = new_index(self.writer.num_records)
-        _fill(columns, self.journal)
-        columns["file_offset"][:], lengths = self.writer.record_extents()
-        self._verify(columns, lengths)
-        del lengths
+        rows = _Rows(_records(self.journal))
+        for piece in self.writer.pieces():
+            table = rows.take(len(piece))
+            columns = {name: table.column(name).to_numpy() for name in INDEX_ROW_COLUMNS}
+            columns["file_offset"], lengths = self.writer.record_extents(piece.start, piece.stop)
+            self._verify(piece, columns, lengths)
+            self.writer.add_index(columns, table.column("name").combine_chunks())
         made = {
             "by": f"dali_lmdb {version('dali-lmdb')}",
             "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -354,31 +356,25 @@ class Job:
             "skipped": self.journal.num_bad(),
             "left_out": len(self._left_out()),
         }
-        self.writer.finish(
-            index,
-            lambda: (records.column("name") for records in _records(self.journal)),
-            classes=self.source.classes,
-            made=made,
-            shard=shard,
-        )
+        self.writer.finish(classes=self.source.classes, made=made, shard=shard)
 
-    def _verify(self, columns: dict[str, npt.NDArray[Any]], lengths: npt.NDArray[np.uint32]) -> None:
-        """Read every record back and compare it with the checksum taken from the source's bytes."""
+    def _verify(self, piece: range, columns: dict[str, npt.NDArray[Any]], lengths: npt.NDArray[np.uint32]) -> None:
+        """Read records back and compare them with the checksums taken from the source's bytes."""
         if (lengths != columns["num_bytes"]).any():
             raise ConversionError(f"{self.files.partial}: reads back with wrong lengths; use --restart")
-        starts = range(0, len(lengths), _VERIFY_RECORDS)
+        runs = [range(start, min(start + _VERIFY_RECORDS, piece.stop)) for start in piece[::_VERIFY_RECORDS]]
         with ThreadPoolExecutor(self.num_threads) as pool:
-            futures = [pool.submit(self.writer.checksums, at, at + _VERIFY_RECORDS) for at in starts]
-            for at, future in zip(starts, futures, strict=True):
-                found = future.result()
-                wrong = np.flatnonzero(found != columns["crc32"][at : at + len(found)])
+            futures = [pool.submit(self.writer.checksums, run.start, run.stop) for run in runs]
+            for run, future in zip(runs, futures, strict=True):
+                expected = columns["crc32"][run.start - piece.start : run.stop - piece.start]
+                wrong = np.flatnonzero(future.result() != expected)
                 if len(wrong):
                     pool.shutdown(cancel_futures=True)
                     raise ConversionError(
-                        f"{self.files.partial}: record {at + wrong[0]} reads back with a wrong checksum; "
+                        f"{self.files.partial}: record {run.start + wrong[0]} reads back with a wrong checksum; "
                         "check the disk, then use --restart"
                     )
-                self._report_progress("verifying", at + len(found))
+                self._report_progress("verifying", run.stop)
 
     def _report_progress(self, phase: Literal["writing", "verifying"], done: int) -> None:
         if self.progress is not None:
@@ -436,13 +432,20 @@ def _records(journal: Journal) -> Iterator[pa.RecordBatch]:
         yield batch.filter(batch.column("reason").is_null())
 
 
-def _fill(columns: dict[str, npt.NDArray[Any]], journal: Journal) -> None:
-    """Write what the journal knows into index columns."""
-    start = 0
-    for records in _records(journal):
-        for name in INDEX_ROW_COLUMNS:
-            columns[name][start : start + records.num_rows] = records.column(name).to_numpy()
-        start += records.num_rows
+class _Rows:
+    """Rows that come in batches, taken as many at a time as is wanted."""
+
+    def __init__(self, batches: Iterator[pa.RecordBatch]) -> None:
+        self._batches = batches
+        self._waiting: list[pa.RecordBatch] = []
+
+    def take(self, count: int) -> pa.Table:
+        """The next rows."""
+        while sum(batch.num_rows for batch in self._waiting) < count:
+            self._waiting.append(next(self._batches))
+        table = pa.Table.from_batches(self._waiting, ROW_SCHEMA)
+        self._waiting = table[count:].to_batches()
+        return table[:count]
 
 
 def _write_report(journal: Journal, path: Path, *, left_out: list[tuple[str, str]]) -> int:

@@ -14,6 +14,7 @@ from dali_lmdb.convert.audit import BadImageError, check_decodes, read_header
 from dali_lmdb.errors import DaliLmdbError, StoreDamagedError
 from dali_lmdb.inspect.records import Progress, Values, in_order, printable, read_one, repeated, runs
 from dali_lmdb.store import FileStore, Kind, Store, layout
+from dali_lmdb.store.index import Index, Names
 from dali_lmdb.store.pages import Extent, PageFile
 from dali_lmdb.store.structure import check_structure
 
@@ -23,7 +24,6 @@ MAX_LISTED = 10_000
 """Damage beyond so many lines is counted, not listed."""
 
 _NO_LIMIT = 1 << 62  # of pixels: what was stored passed the converter's limit
-_SPECIAL_KEYS = 3  # __index__, __names__, __meta__
 
 Show = Callable[[Progress], None]
 
@@ -49,7 +49,7 @@ class FileCheck:
 
     def __init__(self, path: Path, findings: Findings, *, decode: bool, threads: int, show: Show | None) -> None:
         self.path, self.findings, self.decode, self.threads, self.show = path, findings, decode, threads, show
-        self.names: pa.Array | None = None
+        self.names: pa.ChunkedArray | None = None
         self.num_before = findings.num_damage
 
     def run(self) -> None:
@@ -75,36 +75,23 @@ class FileCheck:
         if extent is None:
             raise StoreDamagedError(f"{self.path}: damaged: no __meta__; convert it again")
         self.meta = layout.Meta.from_bytes(bytes(self.pages.view(extent)), path=self.path)
-        extent = self.pages.find(layout.INDEX_KEY)
-        if extent is None:
-            raise StoreDamagedError(f"{self.path}: damaged: no __index__; convert it again")
-        index = self.pages.view(extent)
-        if layout.index_checksums(index) != self.meta.index_crc32:
-            raise StoreDamagedError(f"{self.path}: damaged: __index__ has a wrong checksum; convert it again")
-        self.columns = layout.index_from_ipc(index, num_records=self.meta.num_records, path=self.path)
+        index = Index(self.pages, self.meta, check=True)
+        self.columns = {name: index.column(name) for name in layout.INDEX_SCHEMA.names}
 
     def _check_meta(self) -> None:
         labels, meta = self.columns["label"], self.meta
-        found = layout.fingerprint((labels, self.columns["crc32"]))
+        found = layout.fingerprint([(labels, self.columns["crc32"])])
         if found != meta.fingerprint:
             self._damaged(f"fingerprint {meta.fingerprint}, the index gives {found}")
         if len(set(meta.classes)) < len(meta.classes):
             self._damaged("class names that occur twice")
-        if self.pages.entries != meta.num_records + _SPECIAL_KEYS:
-            self._damaged(f"{self.pages.entries} keys, expected {meta.num_records + _SPECIAL_KEYS}")
+        expected = meta.num_records + 2 * len(meta.pieces()) + 1  # index, names and meta
+        if self.pages.entries != expected:
+            self._damaged(f"{self.pages.entries} keys, expected {expected}")
 
     def _check_names(self) -> None:
         try:
-            extent = self.pages.find(layout.NAMES_KEY)
-            if extent is None:
-                self._damaged("no __names__")
-                return
-            self.names = layout.names_from_ipc(
-                self.pages.view(extent),
-                num_records=self.meta.num_records,
-                crc32=self.meta.names_crc32,
-                path=self.path,
-            )
+            self.names = Names(self.pages, self.meta).all()
         except StoreDamagedError as error:
             self.findings.add(str(error))
             return
@@ -121,7 +108,7 @@ class FileCheck:
         """Check keys, lengths, offsets, labels; offset of each record's value, 0 where there is none to read."""
         num_records = self.meta.num_records
         try:
-            offsets, lengths = self.pages.record_extents(num_records)
+            offsets, lengths = self.pages.record_extents(0, num_records)
         except StoreDamagedError as error:
             self.findings.add(str(error))
             offsets, lengths = self._find_one_by_one()

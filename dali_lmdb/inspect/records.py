@@ -73,16 +73,17 @@ def names_of(store: Store) -> pa.ChunkedArray:
     Raises:
         StoreDamagedError: the names were altered.
     """
-    chunks = []
+    chunks: list[pa.Array] = []
     for _, part in parts_of(store):
-        if isinstance(part, FileStore):
-            chunks.append(part.names())
-        else:
+        if not isinstance(part, FileStore):
             chunks.append(pa.array([part.name(index) for index in range(len(part))], pa.large_string()))
+            continue
+        names = part.names()
         try:
-            chunks[-1].validate(full=True)
+            names.validate(full=True)
         except pa.ArrowInvalid as error:
             raise StoreDamagedError(f"{part.path}: damaged: __names__: {error}; convert it again") from error
+        chunks += names.chunks
     return pa.chunked_array(chunks, pa.large_string())
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import zlib
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,14 @@ class Store(ABC):
 
     @abstractmethod
     def column(self, name: str) -> npt.NDArray[Any]:
-        """A whole index column, read-only, of shape (len,): see ``layout.INDEX_SCHEMA``."""
+        """A whole index column, read-only, of shape (len,): see ``layout.INDEX_SCHEMA``.
+
+        A copy of it where the column lies in pieces; ``gather`` and ``column_parts`` copy nothing of that size.
+        """
+
+    def column_parts(self, name: str) -> Iterator[npt.NDArray[Any]]:
+        """An index column in parts, in order."""
+        yield self.column(name)
 
     @abstractmethod
     def gather(self, name: str, records: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
@@ -71,7 +80,7 @@ class Store(ABC):
         """
         return []
 
-    @property
+    @cached_property
     def labels(self) -> npt.NDArray[np.int32]:
         """Label of every record, int32 of shape (len,)."""
         return self.column("label")

@@ -109,7 +109,7 @@ class ClassicStore(Store):
 
     @cached_property
     def fingerprint(self) -> str:
-        return layout.fingerprint((self.column("label"), self.column("crc32")))
+        return layout.fingerprint([(self.column("label"), self.column("crc32"))])
 
     def column(self, name: str) -> npt.NDArray[Any]:
         return self._index()[name]

@@ -8,6 +8,10 @@ key                 value
 ``__names__``       Arrow IPC stream, one string per record: the path inside the source
 ``__meta__``        JSON, see ``Meta``
 ==================  ==========================================================================
+
+Index and names hold the first ``PIECE_RECORDS`` records; further ones follow in pieces of as many,
+``__index__/00000001``, ``__names__/00000001`` and so on, since LMDB holds a whole value in memory
+until it is written.
 """
 
 from __future__ import annotations
@@ -15,10 +19,8 @@ from __future__ import annotations
 import enum
 import hashlib
 import json
-import os
 import zlib
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,28 +33,32 @@ from dali_lmdb.errors import StoreDamagedError, StoreFormatError
 
 __all__ = [
     "FORMAT_VERSION",
-    "INDEX_KEY",
     "INDEX_SCHEMA",
     "MAX_SHARDS",
     "META_KEY",
-    "NAMES_KEY",
+    "PIECE_RECORDS",
+    "RESERVED_KEY",
     "Change",
     "Decoders",
+    "Fingerprint",
     "Kind",
     "Meta",
     "fingerprint",
-    "index_checksums",
+    "index_key",
+    "names_key",
+    "pieces_of",
     "record_key",
     "shard_path",
 ]
 
-FORMAT_VERSION = 2  # 1 had one checksum for the whole index
-_CHECKSUM_BYTES = 4 << 20
+FORMAT_VERSION = 3  # in 1 and 2, index and names were one value each
+PIECE_RECORDS = 1 << 17
+"""Records in one value of index (3.4 MB) and names (some 5 MB)."""
 _FINGERPRINT_RECORDS = 1 << 20  # hashed at a time, to need little memory
 MAX_SHARDS = 99_999  # five digits in a name
-INDEX_KEY = b"__index__"
-NAMES_KEY = b"__names__"
 META_KEY = b"__meta__"
+RESERVED_KEY = b"__"
+"""Keys that are not a record's begin so; they come after all records'."""
 
 
 class Kind(enum.IntEnum):
@@ -143,21 +149,47 @@ def record_key(index: int) -> bytes:
     return index.to_bytes(8, "big")
 
 
-def fingerprint(*parts: tuple[npt.NDArray[np.int32], npt.NDArray[np.uint32]]) -> str:
-    """Identity of a data set: SHA-256 (first 32 hex digits) over labels and CRCs in record order.
+def index_key(piece: int) -> bytes:
+    """The key of a piece of the index."""
+    return b"__index__" if piece == 0 else b"__index__/%08d" % piece
 
-    Args:
-        parts: (labels, crc32) of the records in order, int32 and uint32 of shape (n,) each; how they are cut into
-            parts makes no difference.
-    """
-    digest = hashlib.sha256()
-    for labels, crc32 in parts:
+
+def names_key(piece: int) -> bytes:
+    """The key of a piece of the names."""
+    return b"__names__" if piece == 0 else b"__names__/%08d" % piece
+
+
+def pieces_of(num_records: int, piece_records: int) -> list[range]:
+    """All records, so many at a time; an empty store has one piece, without records."""
+    starts = range(0, max(1, num_records), piece_records)
+    return [range(start, min(start + piece_records, num_records)) for start in starts]
+
+
+class Fingerprint:
+    """Identity of a data set: SHA-256 (first 32 hex digits) over labels and CRCs in record order."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def add(self, labels: npt.NDArray[np.int32], crc32: npt.NDArray[np.uint32]) -> None:
+        """Take the next records, int32 and uint32 of shape (n,); how they are cut makes no difference."""
         for start in range(0, len(labels), _FINGERPRINT_RECORDS):
             run = slice(start, start + _FINGERPRINT_RECORDS)
             pairs = np.empty(len(labels[run]), dtype=[("label", "<i4"), ("crc32", "<u4")])
             pairs["label"], pairs["crc32"] = labels[run], crc32[run]
-            digest.update(pairs.data)
-    return digest.hexdigest()[:32]
+            self._digest.update(pairs.data)
+
+    def hexdigest(self) -> str:
+        """Of all records taken so far."""
+        return self._digest.hexdigest()[:32]
+
+
+def fingerprint(parts: Iterable[tuple[npt.NDArray[np.int32], npt.NDArray[np.uint32]]]) -> str:
+    """The ``Fingerprint`` of (labels, crc32) of all records in order."""
+    found = Fingerprint()
+    for labels, crc32 in parts:
+        found.add(labels, crc32)
+    return found.hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,14 +202,21 @@ class Meta:
     txnid: int
     """LMDB's number of the transaction that wrote it. A rewritten copy has another one, and file
     offsets in the index then say nothing."""
+    piece_records: int
+    """Records in each piece of index and names but the last."""
     index_crc32: list[int]
-    """``index_checksums`` of ``__index__``."""
-    names_crc32: int
+    """``zlib.crc32`` of each piece of the index."""
+    names_crc32: list[int]
+    """``zlib.crc32`` of each piece of the names."""
     made: dict[str, Any] = field(default_factory=dict)
     """Version of the package, time, source and options."""
     shard: dict[str, Any] | None = None
     """``{"index", "count", "set"}`` in one shard of several: its place, how many, the set's name."""
     format: int = FORMAT_VERSION
+
+    def pieces(self) -> list[range]:
+        """The records of each piece of index and names."""
+        return pieces_of(self.num_records, self.piece_records)
 
     def to_bytes(self) -> bytes:
         """JSON, ASCII; ``crc32`` is that of the JSON without it."""
@@ -212,25 +251,22 @@ class Meta:
         return meta
 
 
-def index_checksums(stream: memoryview | pa.Buffer) -> list[int]:
-    """CRC-32 of each ``_CHECKSUM_BYTES`` of ``__index__``, taken on all cores."""
-    view = memoryview(stream)
-    parts = [view[start : start + _CHECKSUM_BYTES] for start in range(0, len(view), _CHECKSUM_BYTES)]
-    if len(parts) <= 1:
-        return [zlib.crc32(part) for part in parts]
-    with ThreadPoolExecutor(min(len(parts), len(os.sched_getaffinity(0)))) as pool:
-        return list(pool.map(zlib.crc32, parts))
-
-
 def _json(values: dict[str, Any]) -> bytes:
     return json.dumps(values).encode()
 
 
 def _well_formed(meta: Meta) -> bool:
-    integers = (meta.num_records, meta.txnid, meta.names_crc32)
+    integers = (meta.num_records, meta.txnid, meta.piece_records)
+    if not all(type(value) is int and value >= 0 for value in integers) or meta.piece_records == 0:
+        return False
+    num_pieces = max(1, -(-meta.num_records // meta.piece_records))
     return (
-        all(type(value) is int and value >= 0 for value in integers)
-        and isinstance(meta.index_crc32, list)
+        all(
+            isinstance(checksums, list)
+            and len(checksums) == num_pieces
+            and all(type(value) is int for value in checksums)
+            for checksums in (meta.index_crc32, meta.names_crc32)
+        )
         and isinstance(meta.fingerprint, str)
         and isinstance(meta.classes, list)
         and all(isinstance(name, str) for name in meta.classes)
@@ -240,30 +276,16 @@ def _well_formed(meta: Meta) -> bool:
 
 
 def _to_ipc(batch: pa.RecordBatch) -> pa.Buffer:
-    """A stream of one batch, in a buffer of just its size that may be written to."""
-    counter = pa.MockOutputStream()
-    _write_ipc(batch, counter)
-    # Of numpy, not of Arrow's pool, which keeps what is freed for later.
-    buffer = pa.py_buffer(np.empty(counter.size(), dtype=np.uint8))
-    _write_ipc(batch, pa.FixedSizeBufferWriter(buffer))
-    return buffer
-
-
-def _write_ipc(batch: pa.RecordBatch, sink: pa.NativeFile) -> None:
+    sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, batch.schema) as stream:
         stream.write_batch(batch)
+    return sink.getvalue()
 
 
-def _inside(stream: pa.Buffer, part: pa.Buffer) -> npt.NDArray[np.uint8]:
-    """A buffer of a stream's batch as bytes on the stream's memory, that can be written to if the stream can."""
-    start = part.address - stream.address
-    return np.frombuffer(stream, dtype=np.uint8)[start : start + part.size]
-
-
-def _from_ipc(buffer: pa.Buffer, schema: pa.Schema, num_records: int) -> pa.RecordBatch | None:
+def _from_ipc(view: memoryview, schema: pa.Schema, num_records: int) -> pa.RecordBatch | None:
     """The one batch of a stream, without a copy; None if it is anything else."""
     try:
-        batch = pa.ipc.open_stream(buffer).read_next_batch()
+        batch = pa.ipc.open_stream(pa.py_buffer(view)).read_next_batch()
         batch.validate(full=False)
     except (pa.ArrowException, StopIteration, OSError, EOFError):
         return None
@@ -273,75 +295,25 @@ def _from_ipc(buffer: pa.Buffer, schema: pa.Schema, num_records: int) -> pa.Reco
 
 
 def index_to_ipc(columns: dict[str, npt.NDArray[Any]]) -> pa.Buffer:
-    """``__index__`` from columns named as in ``INDEX_SCHEMA``, each of shape (n,)."""
+    """A piece of the index from columns named as in ``INDEX_SCHEMA``, each of shape (n,)."""
     arrays = [pa.array(columns[field.name], type=field.type) for field in INDEX_SCHEMA]
     return _to_ipc(pa.RecordBatch.from_arrays(arrays, schema=INDEX_SCHEMA))
 
 
-def new_index(num_records: int) -> tuple[pa.Buffer, dict[str, npt.NDArray[Any]]]:
-    """``__index__`` of zeros, and its columns, each of shape (num_records,), to write into: nothing is copied."""
-    columns = {field.name: np.zeros(num_records, field.type.to_pandas_dtype()) for field in INDEX_SCHEMA}
-    stream = index_to_ipc(columns)
-    batch = pa.ipc.open_stream(stream).read_next_batch()
-    views = {name: _inside(stream, batch.column(name).buffers()[1]) for name in columns}
-    return stream, {name: views[name].view(column.dtype)[:num_records] for name, column in columns.items()}
-
-
-def index_from_ipc(view: memoryview, *, num_records: int, path: object) -> dict[str, npt.NDArray[Any]]:
-    """Columns of ``__index__`` as arrays on the same memory.
-
-    Raises:
-        StoreDamagedError: not a stream of ``INDEX_SCHEMA`` with ``num_records`` rows.
-    """
-    batch = _from_ipc(pa.py_buffer(view), INDEX_SCHEMA, num_records)
+def index_from_ipc(view: memoryview, *, num_records: int) -> dict[str, npt.NDArray[Any]] | None:
+    """Columns of a piece of the index as arrays on the same memory; None if it is not one of ``num_records``."""
+    batch = _from_ipc(view, INDEX_SCHEMA, num_records)
     if batch is None:
-        raise StoreDamagedError(f"{path}: damaged: __index__ is not readable; convert it again")
+        return None
     return {name: batch.column(name).to_numpy(zero_copy_only=True) for name in batch.schema.names}
 
 
-def names_to_ipc(chunks: Callable[[], Iterable[pa.Array]]) -> pa.Buffer:
-    """``__names__`` from strings, with no more memory than it takes.
-
-    Args:
-        chunks: gives Arrow arrays of strings, in order; called twice, to count and to copy.
-    """
-    num_names = num_bytes = 0
-    for starts, data in map(_text, chunks()):
-        num_names, num_bytes = num_names + len(starts) - 1, num_bytes + len(data)
-    ends = np.zeros(num_names + 1, dtype=np.int64)
-    ends[-1] = num_bytes  # so that room is made for all of the text
-    empty = [None, pa.py_buffer(ends), pa.py_buffer(np.zeros(num_bytes, dtype=np.uint8))]
-    column = pa.Array.from_buffers(pa.large_string(), num_names, empty)
-    stream = _to_ipc(pa.RecordBatch.from_arrays([column], schema=_NAMES_SCHEMA))
-    _, offset_buffer, text_buffer = pa.ipc.open_stream(stream).read_next_batch().column(0).buffers()
-    offsets, text = _inside(stream, offset_buffer).view(np.int64), _inside(stream, text_buffer)
-    name = byte = 0
-    for starts, data in map(_text, chunks()):
-        offsets[name : name + len(starts)] = starts - starts[0] + byte
-        text[byte : byte + len(data)] = data
-        name, byte = name + len(starts) - 1, byte + len(data)
-    return stream
+def names_to_ipc(names: pa.Array) -> pa.Buffer:
+    """A piece of the names from strings."""
+    return _to_ipc(pa.RecordBatch.from_arrays([names.cast(pa.large_string())], schema=_NAMES_SCHEMA))
 
 
-def _text(strings: pa.Array) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]:
-    """(n + 1 offsets, the bytes from the first to the last of them) of n strings."""
-    strings = strings.cast(pa.large_string())
-    _, offset_buffer, text_buffer = strings.buffers()
-    if len(strings) == 0 or text_buffer is None:
-        return np.zeros(len(strings) + 1, dtype=np.int64), np.empty(0, dtype=np.uint8)
-    offsets = np.frombuffer(offset_buffer, dtype=np.int64)[strings.offset :][: len(strings) + 1]
-    return offsets, np.frombuffer(text_buffer, dtype=np.uint8)[offsets[0] : offsets[-1]]
-
-
-def names_from_ipc(view: memoryview, *, num_records: int, crc32: int, path: object) -> pa.Array:
-    """Names of all records, an Arrow array of strings on the same memory.
-
-    Raises:
-        StoreDamagedError: not the bytes that were written.
-    """
-    batch = None
-    if zlib.crc32(view) == crc32:
-        batch = _from_ipc(pa.py_buffer(view), _NAMES_SCHEMA, num_records)
-    if batch is None:
-        raise StoreDamagedError(f"{path}: damaged: __names__ is not readable; convert it again")
-    return batch.column(0)
+def names_from_ipc(view: memoryview, *, num_records: int) -> pa.Array | None:
+    """Strings of a piece of the names on the same memory; None if it is not one of ``num_records``."""
+    batch = _from_ipc(view, _NAMES_SCHEMA, num_records)
+    return None if batch is None else batch.column(0)

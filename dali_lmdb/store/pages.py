@@ -138,38 +138,33 @@ class PageFile:
                 return None
             if not pointers:
                 raise self._damaged(page, "an empty branch page")
-            # The child left of the first greater key; the first node's key is not used by LMDB.
-            position = self._bisect(base, pointers, key, first=1)
-            if position == len(pointers) or self._key(base, pointers[position]) != key:
-                position -= 1
-            page = self._child(base, pointers[position])
+            page = self._child(base, pointers[self._child_position(base, pointers, key)])
         raise self._damaged(page, "a tree deeper than LMDB makes")
 
-    def record_extents(self, num_records: int) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint32]]:
-        """Where the values of the 8-byte big-endian keys 0 .. num_records - 1 lie.
+    def record_extents(self, start: int, stop: int) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint32]]:
+        """Where the values of the 8-byte big-endian keys start .. stop - 1 lie.
 
         Reads the leaf pages only (about 30 bytes a record), never the values.
 
         Returns:
-            (offsets, lengths): uint64 and uint32 of shape (num_records,), in bytes.
+            (offsets, lengths): uint64 and uint32 of shape (stop - start,), in bytes.
 
         Raises:
             StoreDamagedError: a key is missing or out of order, or a page is damaged.
         """
-        offsets = np.zeros(num_records, dtype=np.uint64)
-        lengths = np.zeros(num_records, dtype=np.uint32)
+        offsets = np.zeros(stop - start, dtype=np.uint64)
+        lengths = np.zeros(stop - start, dtype=np.uint32)
+        first = start.to_bytes(8, "big")
         done = 0
-        for number, page in enumerate(self._leaf_pages(), start=1):
-            if done == num_records:
+        for page, base, pointers in self._leaves(first):
+            if done == stop - start:
                 break
-            if number % _LEAVES_MAPPED == 0 and _MADV_DONTNEED is not None:
-                # Every touch maps the pages around it too; without this they would count as this process's memory.
-                self._map.madvise(_MADV_DONTNEED)
-            base, _, pointers = self._page(page)
-            done += self._leaf_extents(page, base, pointers, done, offsets, lengths)
-        if done != num_records:
+            if done == 0:
+                pointers = pointers[self._bisect(base, pointers, first, first=0) :]
+            done += self._leaf_extents(page, base, pointers, start + done, offsets[done:], lengths[done:])
+        if done != stop - start:
             raise StoreDamagedError(
-                f"{self.path}: {done} records in order, expected {num_records}; convert it again"
+                f"{self.path}: {start + done} records in order, expected {stop}; convert it again"
             )
         return offsets, lengths
 
@@ -182,28 +177,25 @@ class PageFile:
         Raises:
             StoreDamagedError: a page is damaged.
         """
-        for page in self._leaf_pages():
-            base, _, pointers = self._page(page)
+        for _, base, pointers in self._leaves():
             for pointer in pointers:
                 yield self._key(base, pointer), self._value(base, pointer, look=False)
 
-    def last_leaf(self) -> tuple[int, int]:
-        """First and one-past-last byte of the rightmost leaf page; (0, 0) in an empty file."""
-        if self._root == _NO_PAGE:
-            return 0, 0
-        page = self._root
-        for _ in range(_MAX_DEPTH):
-            base, flags, pointers = self._page(page)
-            if flags == _P_LEAF:
-                return base, base + self.page_size
-            if not pointers:
-                break
-            page = self._child(base, pointers[-1])
-        raise self._damaged(page, "no rightmost leaf")
+    def leaf_of(self, key: bytes) -> Extent:
+        """The leaf page in which a key is or would be; (0, 0) in an empty file."""
+        for _, base, _ in self._leaves(key):
+            return Extent(base, self.page_size)
+        return Extent(0, 0)
 
     def view(self, extent: Extent) -> memoryview:
         """The bytes of an extent that ``find`` returned; a read-only view of the map."""
         return self._view[extent.offset : extent.offset + extent.length]
+
+    def let_go(self) -> None:
+        """Unmap what was read until it is read again: each touch maps the pages around it too, and all of them
+        count as this process's memory."""
+        if _MADV_DONTNEED is not None:
+            self._map.madvise(_MADV_DONTNEED)
 
     def _newest_meta(self) -> _Meta:
         """The valid meta page with the greater transaction number, as mdb_env_pick_meta chooses it."""
@@ -299,42 +291,61 @@ class PageFile:
             raise self._damaged(page, "a value longer than its pages")
         return Extent(offset, length)
 
-    def _leaf_pages(self) -> list[int]:
-        """Numbers of all leaf pages in key order."""
-        level = [] if self._root == _NO_PAGE else [self._root]
-        for _ in range(_MAX_DEPTH):
-            below: list[int] = []
-            for page in level:
-                base, kind, pointers = self._page(page)
-                if kind == _P_LEAF:
-                    return level
-                below.extend(self._child(base, pointer) for pointer in pointers)
-                if len(below) > self.last_page:
-                    raise self._damaged(page, "more children than the file has pages")
-            level = below
-            if not level:
-                return level
-        raise self._damaged(self._root, "a tree deeper than LMDB makes")
+    def _leaves(self, first: bytes = b"") -> Iterator[tuple[int, int, tuple[int, ...]]]:
+        """(page number, first byte, node offsets) of each leaf page in key order, from where ``first`` belongs."""
+        # Of each level of the tree, the pages that are still to come, the next one last.
+        levels = [[] if self._root == _NO_PAGE else [self._root]]
+        num_pages = num_leaves = 0
+        while levels:
+            if not levels[-1]:
+                levels.pop()
+                continue
+            page = levels[-1].pop()
+            base, kind, pointers = self._page(page)
+            num_pages += 1
+            if num_pages > self.last_page + 1:
+                raise self._damaged(page, "more tree pages than the file has pages")
+            if kind == _P_LEAF:
+                yield page, base, pointers
+                num_leaves += 1
+                if num_leaves % _LEAVES_MAPPED == 0:
+                    self.let_go()
+                continue
+            if len(levels) == _MAX_DEPTH:
+                raise self._damaged(page, "a tree deeper than LMDB makes")
+            if not pointers:
+                raise self._damaged(page, "an empty branch page")
+            # Only on the way to the first leaf; the pages right of it hold greater keys.
+            position = self._child_position(base, pointers, first) if num_leaves == 0 else 0
+            levels.append([self._child(base, pointer) for pointer in reversed(pointers[position:])])
+
+    def _child_position(self, base: int, pointers: tuple[int, ...], key: bytes) -> int:
+        """Which child of a branch page may hold a key: the one left of the first greater key."""
+        # The first node's key is not used by LMDB.
+        position = self._bisect(base, pointers, key, first=1)
+        if position == len(pointers) or self._key(base, pointers[position]) != key:
+            position -= 1
+        return position
 
     def _leaf_extents(
         self,
         page: int,
         base: int,
         pointers: tuple[int, ...],
-        done: int,
+        record: int,
         offsets: npt.NDArray[np.uint64],
         lengths: npt.NDArray[np.uint32],
     ) -> int:
-        """Fill offsets and lengths from record ``done`` on with one leaf page; the number of records in it."""
-        nodes = np.asarray(pointers[: len(offsets) - done], dtype=np.int64)
+        """Fill offsets and lengths from ``record`` on with one leaf page; the number of records taken from it."""
+        nodes = np.asarray(pointers[: len(offsets)], dtype=np.int64)
         if len(nodes) == 0 or nodes.max() + 24 > self.page_size:
             # A node of ours is at least 8 + 8 bytes; 24 is needed to read an overflow page's number.
-            return self._leaf_extents_one_by_one(base, pointers, done, offsets, lengths)
+            return self._leaf_extents_one_by_one(base, pointers, record, offsets, lengths)
         body = self.data[base : base + self.page_size]
         head = body[nodes[:, None] + np.arange(24)]  # node header, key, and 8 bytes of value
         fields = head[:, :8].view("<u2").astype(np.uint64)
         keys = np.ascontiguousarray(head[:, 8:16]).view(">u8")[:, 0].astype(np.uint64)
-        expected = np.arange(done, done + len(nodes), dtype=np.uint64)
+        expected = np.arange(record, record + len(nodes), dtype=np.uint64)
         good = (fields[:, 3] == 8) & (keys == expected)
         count = int(len(nodes) if good.all() else np.argmin(good))
         size = fields[:, 0] | fields[:, 1] << np.uint64(16)
@@ -347,23 +358,23 @@ class PageFile:
         limit = np.where(big, len(self._view), base + self.page_size).astype(np.uint64)
         if (where[:count] + size[:count] > limit[:count]).any():
             raise self._damaged(page, "a value outside the file")
-        offsets[done : done + count] = where[:count]
-        lengths[done : done + count] = size[:count]
+        offsets[:count] = where[:count]
+        lengths[:count] = size[:count]
         return count
 
     def _leaf_extents_one_by_one(
         self,
         base: int,
         pointers: tuple[int, ...],
-        done: int,
+        record: int,
         offsets: npt.NDArray[np.uint64],
         lengths: npt.NDArray[np.uint32],
     ) -> int:
         count = 0
-        for pointer in pointers[: len(offsets) - done]:
-            if self._key(base, pointer) != (done + count).to_bytes(8, "big"):
+        for pointer in pointers[: len(offsets)]:
+            if self._key(base, pointer) != (record + count).to_bytes(8, "big"):
                 break
-            offsets[done + count], lengths[done + count] = self._value(base, pointer)
+            offsets[count], lengths[count] = self._value(base, pointer)
             count += 1
         return count
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,6 @@ class ShardedStore(Store):
         self.shards = [FileStore(file) for file in files]
         _check_set(self.path, self.shards)
         self._starts = np.cumsum([0, *(len(shard) for shard in self.shards)])
-        self._labels: npt.NDArray[np.int32] | None = None
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -87,18 +86,18 @@ class ShardedStore(Store):
     @cached_property
     def _fingerprint(self) -> str:
         # That of the same records in one file: a set may be split differently between two parts of a run.
-        return layout.fingerprint(*((shard.labels, shard.column("crc32")) for shard in self.shards))
+        return layout.fingerprint(zip(self.column_parts("label"), self.column_parts("crc32"), strict=True))
 
     def column(self, name: str) -> npt.NDArray[Any]:
         """A whole index column, copied together from the shards."""
-        if name != "label":
-            return np.concatenate([shard.column(name) for shard in self.shards])
-        if self._labels is None:
-            self._labels = np.concatenate([shard.labels for shard in self.shards])
-        return self._labels
+        return np.concatenate(list(self.column_parts(name)))
+
+    def column_parts(self, name: str) -> Iterator[npt.NDArray[Any]]:
+        for shard in self.shards:
+            yield from shard.column_parts(name)
 
     def gather(self, name: str, records: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-        result = np.empty(len(records), dtype=self.shards[0].column(name).dtype)
+        result = np.empty(len(records), dtype=layout.INDEX_SCHEMA.field(name).type.to_pandas_dtype())
         for shard, places, inside in self.split(records):
             result[places] = shard.gather(name, inside)
         return result

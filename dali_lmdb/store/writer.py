@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,8 @@ _PAGE_BYTES = 4096
 _TRANSACTION_BYTES = 2 << 20
 # After so much the disk begins to write, while images are read; what is left for the end takes 0.02 s, not 0.3 s.
 _FLUSH_BYTES = 64 << 20
+_META_BYTES = 1 << 20  # of meta without its class names
+_CHARACTER_BYTES = 12  # of a class name at most, as JSON spells it
 _VALUE_BYTES = 128  # counted for a value besides its own, so that tiny ones fill a transaction too
 
 
@@ -43,6 +44,7 @@ class StoreWriter:
 
     Attributes:
         num_records: records committed so far.
+        finished: whether the file is a complete store.
 
     Raises:
         ConversionError: not a file this class left behind, or the disk refuses.
@@ -50,7 +52,7 @@ class StoreWriter:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        _check_partial(self.path)
+        self.num_records, self.finished = _what_is_there(self.path)
         try:
             # The converter holds a lock of its own; LMDB's would leave a second file behind.
             self._env = lmdb.open(
@@ -64,16 +66,16 @@ class StoreWriter:
             )
         except (lmdb.Error, OSError) as error:
             raise self._refused(error) from error
-        self._extents: tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint32]] | None = None
         self._need_bytes = os.path.getsize(path)
         # Not the environment's sync: that reads the map, which may be mapped afresh meanwhile.
         self._descriptor = os.open(path, os.O_RDONLY)
         self._flusher = ThreadPoolExecutor(1)
         self._flush: Future[None] | None = None
         self._unflushed_bytes = 0
-        with self._env.begin() as transaction:
-            self.finished = transaction.get(layout.META_KEY) is not None
-        self.num_records = 0 if self.finished else self._env.stat()["entries"]
+        self._indexed = 0
+        self._fingerprint = layout.Fingerprint()
+        self._index_crc32: list[int] = []
+        self._names_crc32: list[int] = []
 
     def commit(self, values: list[bytes]) -> None:
         """Write values as the next records, in transactions of about ``_TRANSACTION_BYTES``.
@@ -106,74 +108,89 @@ class StoreWriter:
         except (lmdb.Error, OSError) as error:
             raise self._refused(error) from error
 
-    def record_extents(self) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint32]]:
-        """Offsets and lengths of the committed records, as ``PageFile.record_extents``.
+    def record_extents(self, start: int, stop: int) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint32]]:
+        """Offsets and lengths of committed records, as ``PageFile.record_extents``.
 
-        An offset is 0 where writing the index will move the value: small values lie in leaf pages,
-        and the rightmost leaf is copied when keys are added behind it.
+        An offset is 0 where adding to the index may move the value: small values lie in leaf pages,
+        and the leaf of the last record is copied when keys are added behind it.
         """
-        pages = PageFile(self.path)
-        offsets, lengths = self._extents = pages.record_extents(self.num_records)
-        start, end = pages.last_leaf()
+        pages = PageFile(self.path)  # anew, since each transaction may reuse pages of the tree before
+        offsets, lengths = pages.record_extents(start, stop)
+        self._extents = start, offsets, lengths
+        leaf = pages.leaf_of(layout.record_key(max(0, self.num_records - 1)))
         offsets = offsets.copy()
-        offsets[(offsets >= start) & (offsets < end)] = 0
+        offsets[(offsets >= leaf.offset) & (offsets < leaf.offset + leaf.length)] = 0
         return offsets, lengths
 
     def checksums(self, start: int, stop: int) -> npt.NDArray[np.uint32]:
         """CRC-32 of the records start .. stop - 1, read back from the file; may be called in any thread.
 
+        They are among those that ``record_extents`` was last asked for.
+
         Returns:
-            uint32 of shape (n,), n being fewer than asked for at the end.
+            uint32 of shape (stop - start,).
         """
-        assert self._extents is not None, "record_extents comes first"
-        offsets, lengths = self._extents
+        first, offsets, lengths = self._extents
+        run = slice(start - first, stop - first)
         # pread, not the map: pages that are touched in a map count as this process's memory.
         with open(self.path, "rb", buffering=0) as file:
             values = (
                 os.pread(file.fileno(), length, offset)
-                for offset, length in zip(offsets[start:stop].tolist(), lengths[start:stop].tolist(), strict=True)
+                for offset, length in zip(offsets[run].tolist(), lengths[run].tolist(), strict=True)
             )
             return np.array([zlib.crc32(value) for value in values], dtype=np.uint32)
 
-    def finish(
-        self,
-        index: pa.Buffer,
-        names: Callable[[], Iterable[pa.Array]],
-        *,
-        classes: list[str],
-        made: dict[str, Any],
-        shard: dict[str, Any] | None = None,
-    ) -> layout.Meta:
-        """Add index, names and meta; the file is then a complete store.
+    def pieces(self) -> list[range]:
+        """The records of each piece of index and names, for ``add_index``."""
+        return layout.pieces_of(self.num_records, layout.PIECE_RECORDS)
+
+    def add_index(self, columns: dict[str, npt.NDArray[Any]], names: pa.Array) -> None:
+        """Add index and names of the next piece, after all records; those of an interrupted writer are replaced.
 
         Args:
-            index: of num_records rows, as ``layout.new_index`` or ``layout.index_to_ipc`` makes it.
-            names: gives num_records strings, in arrays of any length; called twice.
+            columns: named as in ``layout.INDEX_SCHEMA``, each of shape (n,).
+            names: n strings.
+
+        Raises:
+            ConversionError: the disk refuses.
+        """
+        index, name_stream = layout.index_to_ipc(columns), layout.names_to_ipc(names)
+        piece = len(self._index_crc32)
+        self._reserve(index.size + name_stream.size + 16 * _PAGE_BYTES)
+        with self._writing() as transaction:
+            transaction.put(layout.index_key(piece), index)
+            transaction.put(layout.names_key(piece), name_stream)
+        self._flush_sometimes(index.size + name_stream.size)
+        self._index_crc32.append(zlib.crc32(index))
+        self._names_crc32.append(zlib.crc32(name_stream))
+        self._fingerprint.add(columns["label"], columns["crc32"])
+        self._indexed += len(names)
+
+    def finish(
+        self, *, classes: list[str], made: dict[str, Any], shard: dict[str, Any] | None = None
+    ) -> layout.Meta:
+        """Add meta, after index and names of all records; the file is then a complete store.
+
+        Args:
             classes, made, shard: see ``layout.Meta``.
 
         Raises:
             ConversionError: the disk refuses.
         """
-        self._extents = None
-        name_stream = layout.names_to_ipc(names)
-        names_crc32 = zlib.crc32(name_stream)
-        columns = layout.index_from_ipc(memoryview(index), num_records=self.num_records, path=self.path)
-        self._reserve(index.size + name_stream.size + 16 * _PAGE_BYTES)
+        assert self._indexed == self.num_records, "add_index for all pieces comes first"
+        self._reserve(_META_BYTES + _CHARACTER_BYTES * sum(map(len, classes)))
         with self._writing() as transaction:
             meta = layout.Meta(
                 num_records=self.num_records,
                 classes=classes,
-                fingerprint=layout.fingerprint((columns["label"], columns["crc32"])),
+                fingerprint=self._fingerprint.hexdigest(),
                 txnid=transaction.id(),
-                index_crc32=layout.index_checksums(index),
-                names_crc32=names_crc32,
+                piece_records=layout.PIECE_RECORDS,
+                index_crc32=self._index_crc32,
+                names_crc32=self._names_crc32,
                 made=made,
                 shard=shard,
             )
-            # LMDB keeps what is put on the heap until the transaction ends.
-            transaction.put(layout.NAMES_KEY, name_stream)
-            del name_stream
-            transaction.put(layout.INDEX_KEY, index)
             transaction.put(layout.META_KEY, meta.to_bytes())
         self.sync()
         self.finished = True
@@ -244,13 +261,29 @@ class _Transaction:
             raise self._writer._refused(error) from error
 
 
-def _check_partial(path: Path) -> None:
-    """Refuse a partial file whose tree is damaged, as after a power cut: liblmdb would trust it."""
+def _what_is_there(path: Path) -> tuple[int, bool]:
+    """Number of records in a partial file, and whether it is finished.
+
+    Refuses a file whose tree is damaged, as after a power cut: liblmdb would trust it.
+    """
     if not path.exists() or path.stat().st_size == 0:
-        return
+        return 0, False
     try:
         pages = PageFile(path)
-        finished = pages.find(layout.META_KEY) is not None
-        pages.record_extents(pages.entries - 3 * finished)  # all but index, names and meta
+        num_records = pages.entries - _num_reserved(pages)
+        for piece in layout.pieces_of(num_records, layout.PIECE_RECORDS):
+            pages.record_extents(piece.start, piece.stop)
+        return num_records, pages.find(layout.META_KEY) is not None
     except StoreError as error:
         raise ConversionError(f"{path}: the interrupted conversion is damaged ({error}); use --restart") from error
+
+
+def _num_reserved(pages: PageFile) -> int:
+    """How many keys are not a record's."""
+    found = int(pages.find(layout.META_KEY) is not None)
+    for key in (layout.index_key, layout.names_key):
+        piece = 0
+        while pages.find(key(piece)) is not None:
+            piece += 1
+        found += piece
+    return found
