@@ -47,6 +47,7 @@ class Index:
             if piece is None:
                 raise StoreDamagedError(f"{pages.path}: damaged: __index__ is not readable; convert it again")
             self._pieces.append(piece)
+        pages.let_go()
         start = _address(pages.data)
         # Where each column of each piece begins in the file, in bytes.
         self._starts = {
