@@ -10,11 +10,10 @@ from typing import Any
 
 from dali_lmdb.convert.sources.archive import Archive, Member
 from dali_lmdb.convert.sources.base import Item, Source, is_image_name, no_stamp
+from dali_lmdb.convert.sources.digest import NameDigest, digest_of_distinct
 from dali_lmdb.convert.sources.files import identity_of_files, image_files, read_file, stamp_of_file
 from dali_lmdb.convert.sources.names import (
-    NameDigest,
     classes_of,
-    digest_of,
     integer,
     printable,
     record_name,
@@ -37,7 +36,8 @@ class FlatSource(Source):
 
     If all labels are integers, they are used as they are; otherwise the classes are the different labels,
     sorted, as they are for class folders. Records are named ``class/file`` and ordered by class, then name:
-    those of ``FolderSource`` after the images were moved into class folders.
+    those of ``FolderSource`` after the images were moved into class folders. Names and labels of all images are
+    held in memory, about 500 bytes for each: this is for validation sets.
 
     Args:
         path: a folder or an uncompressed tar.
@@ -84,15 +84,15 @@ class FlatSource(Source):
                 yield Item(name, label, partial(read_file, file), partial(stamp_of_file, file))
 
     def count(self) -> int:
-        return len(self._names)
+        return self._names.num_names
 
     def identity(self) -> dict[str, Any]:
-        listed = {"images": len(self._names), "names": self._names.hexdigest()}
+        listed = {"images": self._names.num_names, "names": self._names.hexdigest}
         return {**identity_of_files(self.path, self._watched), **listed}
 
     @cached_property
     def _names(self) -> NameDigest:
-        return digest_of(lambda: (item.name for item in self.items()), where=self.path)
+        return digest_of_distinct(lambda: (item.name for item in self.items()), where=self.path)
 
     @cached_property
     def _labelled(self) -> tuple[list[str], list[int], list[Member]]:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dali_lmdb.convert.sources.base import Item, Source
+from dali_lmdb.convert.sources.digest import NameDigest, digest_of_distinct
 from dali_lmdb.convert.sources.files import check_inside, identity_of_files, read_file, stamp_of_file
-from dali_lmdb.convert.sources.names import NameDigest, classes_of, digest_of, printable, record_name
+from dali_lmdb.convert.sources.names import classes_of, printable, record_name
 from dali_lmdb.errors import SourceError
 
 __all__ = ["ManifestSource"]
@@ -69,11 +70,11 @@ class ManifestSource(Source):
             yield Item(name, labels[row.label], partial(self._read, file), partial(stamp_of_file, file))
 
     def count(self) -> int:
-        return len(self._names)
+        return self._names.num_names
 
     def identity(self) -> dict[str, Any]:
         files = identity_of_files(self.path, [(self.path, self._size, self._mtime_ns)])
-        return {**files, "images": len(self._names), "names": self._names.hexdigest()}
+        return {**files, "images": self._names.num_names, "names": self._names.hexdigest}
 
     @cached_property
     def _classes(self) -> list[str]:
@@ -81,8 +82,8 @@ class ManifestSource(Source):
 
     @cached_property
     def _names(self) -> NameDigest:
-        digest_of(lambda: (printable(row.path) for row in self._rows()), where=self.path)
-        return digest_of(lambda: (item.name for item in self.items()), where=self.path)
+        digest_of_distinct(lambda: (printable(row.path) for row in self._rows()), where=self.path)
+        return digest_of_distinct(lambda: (item.name for item in self.items()), where=self.path)
 
     def _read(self, file: str) -> bytes:
         check_inside(file, root=self._root, follow_links=self._follow_links)

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-from array import array
-from collections.abc import Callable, Iterable
-
-import numpy as np
+from collections.abc import Iterable
 
 from dali_lmdb.errors import SourceError
 
 __all__ = [
-    "NameDigest",
     "check_classes",
     "classes_of",
-    "digest_of",
     "integer",
     "numbered_classes",
     "printable",
@@ -113,50 +107,6 @@ def numbered_classes(labels: Iterable[int], *, where: object) -> list[str]:
             )
         count = max(count, label + 1)
     return [str(label) for label in range(count)]
-
-
-class NameDigest:
-    """Number and hash of names in order, and whether one comes twice, in 8 bytes a name."""
-
-    def __init__(self) -> None:
-        self._total = hashlib.sha256()
-        self._each = array("Q")
-
-    def add(self, name: str) -> None:
-        """Take one more name."""
-        raw = name.encode(errors="surrogateescape")
-        self._total.update(raw + b"\n")
-        self._each.append(int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little"))
-
-    def __len__(self) -> int:
-        return len(self._each)
-
-    def hexdigest(self) -> str:
-        """32 hex digits over all names in order."""
-        return self._total.hexdigest()[:32]
-
-    def any_repeated(self) -> bool:
-        """Whether a name came twice; a chance of n^2 / 2^65 to say so wrongly."""
-        hashes = np.sort(np.frombuffer(self._each, np.uint64)) if self._each else np.empty(0, np.uint64)
-        return bool((hashes[1:] == hashes[:-1]).any())
-
-
-def digest_of(names: Callable[[], Iterable[str]], *, where: object) -> NameDigest:
-    """Number and hash of all records' names.
-
-    Args:
-        names: called again to find the name that comes twice, if one does.
-
-    Raises:
-        SourceError: a name comes twice.
-    """
-    digest = NameDigest()
-    for name in names():
-        digest.add(name)
-    twice = repeated_name(names()) if digest.any_repeated() else None
-    if twice is not None:
-        raise SourceError(f"{where}: two images are named {twice!r}; leave one of them out")
-    return digest
 
 
 def repeated_name(names: Iterable[str]) -> str | None:

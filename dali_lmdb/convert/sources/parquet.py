@@ -16,9 +16,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dali_lmdb.convert.sources.base import AT_ONCE_BYTES, AT_ONCE_ITEMS, Item, Source, no_stamp
+from dali_lmdb.convert.sources.digest import NameDigest, digest_of
 from dali_lmdb.convert.sources.files import identity_of_files
 from dali_lmdb.convert.sources.names import (
-    NameDigest,
     check_classes,
     numbered_classes,
     record_name,
@@ -99,7 +99,7 @@ class ParquetSource(Source):
         return self._classes
 
     def items(self) -> Iterator[Item]:
-        by_row = self._names.any_repeated()
+        by_row = self._names.repeated is not None
         images: _Images | None = None
         for row in self._rows():
             if images is None or images.file is not row.file or images.group != row.group:
@@ -112,7 +112,7 @@ class ParquetSource(Source):
 
     def identity(self) -> dict[str, Any]:
         files = [(file.path, file.size, file.mtime_ns) for file in self._files]
-        listed = {"images": self.count(), "names": self._names.hexdigest()}
+        listed = {"images": self.count(), "names": self._names.hexdigest}
         return {**identity_of_files(self._path, files), **listed}
 
     @cached_property
@@ -130,10 +130,7 @@ class ParquetSource(Source):
 
     @cached_property
     def _names(self) -> NameDigest:
-        digest = NameDigest()
-        for row in self._rows():
-            digest.add(_name(row, self._classes[row.label], by_row=False))
-        return digest
+        return digest_of(lambda: (_name(row, self._classes[row.label], by_row=False) for row in self._rows()))
 
     def _rows(self) -> Iterator[_Row]:
         for file, stem in zip(self._files, self._stems, strict=True):

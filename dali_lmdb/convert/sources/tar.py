@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 from dali_lmdb.convert.sources.archive import Archive, MemberTable
 from dali_lmdb.convert.sources.base import Item, Source, is_image_name, no_stamp
+from dali_lmdb.convert.sources.digest import NameDigest, digest_of_distinct
 from dali_lmdb.convert.sources.files import identity_of_files
-from dali_lmdb.convert.sources.names import NameDigest, check_classes, digest_of, printable
+from dali_lmdb.convert.sources.names import check_classes, printable
 from dali_lmdb.convert.sources.patterns import files_of
 from dali_lmdb.errors import SourceError
 
@@ -68,16 +69,16 @@ class _ClassFolders(Source):
                     yield Item(name, label, partial(archive.read, name, offset, size), no_stamp)
 
     def count(self) -> int:
-        return len(self._names)
+        return self._names.num_names
 
     def identity(self) -> dict[str, Any]:
         files = [(archive.path, archive.size, archive.mtime_ns) for archive in self._archives]
-        listed = {"images": len(self._names), "names": self._names.hexdigest()}
+        listed = {"images": self._names.num_names, "names": self._names.hexdigest}
         return {**identity_of_files(self._path, files), **listed}
 
     @cached_property
     def _names(self) -> NameDigest:
-        return digest_of(lambda: (item.name for item in self.items()), where=self._path)
+        return digest_of_distinct(lambda: (item.name for item in self.items()), where=self._path)
 
 
 class TarSource(_ClassFolders):

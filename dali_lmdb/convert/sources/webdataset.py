@@ -13,11 +13,10 @@ import numpy as np
 
 from dali_lmdb.convert.sources.archive import Archive, Member, MemberTable
 from dali_lmdb.convert.sources.base import IMAGE_EXTENSIONS, Item, Source, no_stamp
+from dali_lmdb.convert.sources.digest import NameDigest, digest_of, digest_of_distinct
 from dali_lmdb.convert.sources.files import identity_of_files
 from dali_lmdb.convert.sources.names import (
-    NameDigest,
     check_classes,
-    digest_of,
     numbered_classes,
     printable,
     record_name,
@@ -73,11 +72,11 @@ class WebDatasetSource(Source):
                 yield Item(name, label, partial(shard.archive.read, name, offset, size), no_stamp)
 
     def count(self) -> int:
-        return len(self._names)
+        return self._names.num_names
 
     def identity(self) -> dict[str, Any]:
         files = [(archive.path, archive.size, archive.mtime_ns) for archive in self._archives]
-        listed = {"images": len(self._names), "names": self._names.hexdigest()}
+        listed = {"images": self._names.num_names, "names": self._names.hexdigest}
         return {**identity_of_files(self._path, files), **listed}
 
     @cached_property
@@ -108,16 +107,13 @@ class WebDatasetSource(Source):
 
     @cached_property
     def _names(self) -> NameDigest:
-        return digest_of(lambda: (item.name for item in self.items()), where=self._path)
+        return digest_of_distinct(lambda: (item.name for item in self.items()), where=self._path)
 
     @cached_property
     def _repeats(self) -> bool:
         """Whether shards have members of the same name."""
-        digest = NameDigest()
-        for shard in self._shards:
-            for name in shard.images.names():
-                digest.add(name)
-        return digest.any_repeated()
+        digest = digest_of(lambda: (name for shard in self._shards for name in shard.images.names()))
+        return digest.repeated is not None
 
 
 def _read_shard(archive: Archive) -> _Shard:

@@ -1,0 +1,138 @@
+"""Sources whose lists are too large for memory, which lowered limits make of small ones."""
+
+import os
+import resource
+import tempfile
+
+import numpy as np
+import pytest
+
+from dali_lmdb.convert.sources import digest, scratch
+from dali_lmdb.errors import SourceError
+
+NAMES = [f"ant/{number}.jpg" for number in range(50)]
+
+
+@pytest.fixture
+def temporary_folder(tmp_path, monkeypatch):
+    """An empty folder that temporary files go to."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+def open_files_in(folder):
+    """How many files this process has open there, with and without a name."""
+    links = []
+    for number in os.listdir("/proc/self/fd"):
+        try:
+            links.append(os.readlink(f"/proc/self/fd/{number}"))
+        except FileNotFoundError:  # the listing's own
+            continue
+    return sum(link.startswith(f"{folder}/") for link in links)
+
+
+# Names.
+
+
+@pytest.mark.parametrize("kept", [1, 7, 25, 49, 50, 51])
+def test_names_beyond_what_memory_keeps_have_the_same_digest(kept, monkeypatch, temporary_folder):
+    expected = digest.digest_of(lambda: NAMES)
+    assert (expected.num_names, expected.repeated) == (50, None)
+    monkeypatch.setattr(digest, "_KEPT_HASHES", kept)
+    assert digest.digest_of(lambda: NAMES) == expected
+    assert digest.digest_of(lambda: NAMES[::-1]).hexdigest != expected.hexdigest
+
+
+@pytest.mark.parametrize("kept", [1, 7, 25, 50, 53, 54, 1000])
+def test_the_first_name_to_come_again_is_found_wherever_it_is(kept, monkeypatch, temporary_folder):
+    monkeypatch.setattr(digest, "_KEPT_HASHES", kept)
+    for first in (0, 24, 49):
+        names = [*NAMES, "last.jpg", NAMES[first], "last.jpg", NAMES[3]]
+        assert digest.digest_of(lambda names=names: names).repeated == NAMES[first]
+        with pytest.raises(SourceError, match=f"HERE: two images are named '{NAMES[first]}'; leave one"):
+            digest.digest_of_distinct(lambda names=names: names, where="HERE")
+
+
+@pytest.mark.parametrize("kept", [3, 1000])
+def test_different_names_of_the_same_hash_are_not_a_repetition(kept, monkeypatch, temporary_folder):
+    monkeypatch.setattr(digest, "_KEPT_HASHES", kept)
+    monkeypatch.setattr(digest, "_hash", len)
+    assert digest.digest_of(lambda: NAMES).repeated is None
+    assert digest.digest_of(lambda: [*NAMES, NAMES[7], NAMES[2]]).repeated == NAMES[7]
+
+
+def test_when_very_many_names_repeat_one_of_them_is_named(monkeypatch, temporary_folder):
+    monkeypatch.setattr(digest, "_KEPT_HASHES", 16)
+    monkeypatch.setattr(digest, "_MAX_SUSPECTS", 3)
+    assert digest.digest_of(lambda: NAMES * 2).repeated in NAMES
+
+
+def test_hashes_in_a_file_are_compared_a_part_at_a_time(monkeypatch, temporary_folder):
+    monkeypatch.setattr(digest, "_KEPT_HASHES", 10)
+    hashes = digest._Hashes()
+    values = [number * 0x9E3779B97F4A7C15 % 2**64 for number in range(1, 1001)]
+    for value in values:
+        hashes.add(value)
+    parts = [part.tolist() for part in hashes._parts()]
+    assert sorted(value for part in parts for value in part) == sorted(values)
+    assert max(map(len, parts)) < 20
+
+
+# Temporary files.
+
+
+def test_a_scratch_file_gives_back_what_was_written(temporary_folder):
+    file = scratch.ScratchFile()
+    starts = [file.append(data) for data in (b"", b"one", bytearray(b"two"), np.arange(3, dtype="<u2"))]
+    assert [file.read(start, size) for start, size in zip(starts, (0, 3, 3, 6), strict=True)] == [
+        b"",
+        b"one",
+        b"two",
+        bytes([0, 0, 1, 0, 2, 0]),
+    ]
+
+
+def test_a_scratch_file_has_no_name_and_is_closed_with_its_owner(temporary_folder):
+    file = scratch.ScratchFile()
+    assert open_files_in(temporary_folder) == 0
+    file.append(b"data")
+    assert open_files_in(temporary_folder) == 1
+    assert list(temporary_folder.iterdir()) == []
+    del file
+    assert open_files_in(temporary_folder) == 0
+
+
+def test_few_names_need_no_temporary_file(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nothing"))
+    assert digest.digest_of(lambda: NAMES).num_names == 50
+
+
+def refused(work):
+    """The message with which ``work`` is refused, in one line."""
+    with pytest.raises(SourceError) as caught:
+        work()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_full_temporary_folder_is_named_with_what_to_do(monkeypatch, temporary_folder):
+    monkeypatch.setattr(digest, "_KEPT_HASHES", 20)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, hard))  # bytes; a run takes 160
+    try:
+        message = refused(lambda: digest.digest_of(lambda: NAMES[:40]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert message.startswith(f"{temporary_folder}: the list of images, 200 bytes so far, cannot be written: ")
+    assert message.endswith("; make room there, or set TMPDIR to a folder on another disk")
+
+
+def test_a_missing_temporary_folder_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(digest, "_KEPT_HASHES", 20)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nothing"))
+    message = refused(lambda: digest.digest_of(lambda: NAMES))
+    assert message.startswith(
+        f"{tmp_path / 'nothing'}: the list of images, 0 bytes so far, cannot be written: No such"
+    )
