@@ -7,7 +7,7 @@ import tempfile
 import numpy as np
 import pytest
 
-from dali_lmdb.convert.sources import digest, scratch
+from dali_lmdb.convert.sources import digest, members, scratch
 from dali_lmdb.errors import SourceError
 
 NAMES = [f"ant/{number}.jpg" for number in range(50)]
@@ -78,6 +78,43 @@ def test_hashes_in_a_file_are_compared_a_part_at_a_time(monkeypatch, temporary_f
     parts = [part.tolist() for part in hashes._parts()]
     assert sorted(value for part in parts for value in part) == sorted(values)
     assert max(map(len, parts)) < 20
+
+
+# Members of archives.
+
+ODD_NAMES = ["", "a", "two\nlines", "caf\udce9.jpg", "é" * 300, "1", " "]
+
+
+@pytest.mark.parametrize("kept", [0, 40, 1000, 10**9], ids=lambda kept: f"kept {kept}")
+@pytest.mark.parametrize("piece", [1, 2, 50, 10**9], ids=lambda piece: f"piece {piece}")
+def test_tables_that_share_a_spool_give_back_their_own_rows(kept, piece, monkeypatch, temporary_folder):
+    monkeypatch.setattr(members, "_KEPT_BYTES", kept)
+    monkeypatch.setattr(members, "_PIECE_BYTES", piece)
+    spool = members.Spool()
+    tables = [members.MemberTable(spool) for _ in range(5)]
+    expected = [[] for _ in tables]
+    for number in range(60):
+        at = number * number % 4  # two tables take no row
+        row = (ODD_NAMES[number % 7], number, 2**62 - number, 2**31 - number)
+        tables[at].add(*row)
+        expected[at].append(row)
+    assert [list(table.rows()) for table in tables] == expected
+    assert [len(table) for table in tables] == [30, 30, 0, 0, 0]
+    assert list(zip(tables[0].rows(), tables[1].rows(), strict=True)) == list(zip(*expected[:2], strict=True))
+    assert open_files_in(temporary_folder) == (1 if kept < 10**9 else 0)
+
+
+def test_what_all_tables_together_hold_in_memory_is_limited(monkeypatch, temporary_folder):
+    monkeypatch.setattr(members, "_KEPT_BYTES", 500)
+    spool = members.Spool()
+    tables = [members.MemberTable(spool) for _ in range(100)]
+    held = []
+    for number in range(1000):
+        tables[number * 37 % 100].add(f"{number}.jpg", number, 1)
+        held.append(sum(map(len, spool._kept)))
+    assert max(held) <= 500
+    assert max(held[-100:]) > 400  # and used, each time
+    assert sum(len(list(table.rows())) for table in tables) == 1000
 
 
 # Temporary files.

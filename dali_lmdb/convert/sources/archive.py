@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import tarfile
-from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +12,7 @@ from typing import NamedTuple
 from dali_lmdb.convert.sources.names import printable, safe_path
 from dali_lmdb.errors import SourceError
 
-__all__ = ["COMPRESSED", "Archive", "Member", "MemberTable"]
+__all__ = ["COMPRESSED", "Archive", "Member"]
 
 _BLOCK_BYTES = tarfile.BLOCKSIZE
 _MAX_HEADER_BYTES = 1 << 20  # more than real names and PAX headers have; a damaged length must not take gigabytes
@@ -120,32 +119,6 @@ class Archive:
                 "writes to it"
             )
         return data
-
-
-class MemberTable:
-    """Names and places of many members, in some 16 bytes each beside the name."""
-
-    def __init__(self) -> None:
-        self._names = bytearray()
-        self._offsets = array("q")
-        self._sizes = array("q")
-
-    def add(self, name: str, offset: int, size: int) -> None:
-        """Take one more; a name has no NUL."""
-        self._names += name.encode(errors="surrogateescape") + b"\0"
-        self._offsets.append(offset)
-        self._sizes.append(size)
-
-    def __len__(self) -> int:
-        return len(self._offsets)
-
-    def names(self) -> list[str]:
-        """All names, in the order they came."""
-        return self._names.decode(errors="surrogateescape").split("\0")[:-1]
-
-    def rows(self) -> Iterator[tuple[str, int, int]]:
-        """(name, offset, size) of each, in the order they came."""
-        return zip(self.names(), self._offsets, self._sizes, strict=True)
 
 
 class _Window(io.RawIOBase):

@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 import os
 from abc import abstractmethod
+from collections import defaultdict
 from collections.abc import Iterator
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
-from dali_lmdb.convert.sources.archive import Archive, MemberTable
+from dali_lmdb.convert.sources.archive import Archive
 from dali_lmdb.convert.sources.base import Item, Source, is_image_name, no_stamp
 from dali_lmdb.convert.sources.digest import NameDigest, digest_of_distinct
 from dali_lmdb.convert.sources.files import identity_of_files
+from dali_lmdb.convert.sources.members import MemberTable, Spool
 from dali_lmdb.convert.sources.names import check_classes, printable
 from dali_lmdb.convert.sources.patterns import files_of
 from dali_lmdb.errors import SourceError
@@ -33,7 +35,10 @@ class _Folder(NamedTuple):
 
 
 class _ClassFolders(Source):
-    """Archives as the class folders that they unpack to, in ``ImageFolder``'s order."""
+    """Archives as the class folders that they unpack to, in ``ImageFolder``'s order.
+
+    The file names of one folder are held in memory at a time.
+    """
 
     def __init__(self, path: str | os.PathLike[str], archives: list[Archive]) -> None:
         self._path, self._archives = path, archives
@@ -64,7 +69,7 @@ class _ClassFolders(Source):
     def items(self) -> Iterator[Item]:
         for label, folders in enumerate(self._folders.values()):
             for path, archive, images in folders:
-                for file, offset, size in sorted(images.rows()):
+                for file, offset, size, _ in sorted(images.rows()):
                     name = printable(f"{path}/{file}")
                     yield Item(name, label, partial(archive.read, name, offset, size), no_stamp)
 
@@ -101,17 +106,18 @@ class TarSource(_ClassFolders):
 
     def _find(self) -> dict[str, list[_Folder]]:
         (archive,) = self._archives
-        tables: dict[str, MemberTable] = {}
+        spool = Spool()
+        tables = defaultdict[str, MemberTable](lambda: MemberTable(spool))
         for member in archive.members(is_image_name):
+            folder, _, name = member.path.rpartition("/")
             if member.is_folder:
-                tables.setdefault(member.path, MemberTable())
+                _ = tables[member.path]  # makes one, so that an empty class is noticed
             else:
-                folder, _, name = member.path.rpartition("/")
-                tables.setdefault(folder, MemberTable()).add(name, member.offset, member.size)
-        loose = tables.pop("", MemberTable())  # ImageFolder ignores images beside the class folders, too
-        if not any(map(len, tables.values())) and len(loose):
+                tables[folder].add(name, member.offset, member.size)
+        num_loose = len(tables.pop("", ()))  # ImageFolder ignores images beside the class folders, too
+        if num_loose and not any(map(len, tables.values())):
             raise SourceError(
-                f"{archive.path}: {len(loose)} images outside class folders; give their labels with "
+                f"{archive.path}: {num_loose} images outside class folders; give their labels with "
                 "--val-labels FILE"
             )
         top = _common_top(tables)
@@ -155,9 +161,10 @@ class ImageNetTarSource(_ClassFolders):
 
     def _find(self) -> dict[str, list[_Folder]]:
         classes: dict[str, list[_Folder]] = {}
+        spool = Spool()
         if self._unpacked:
             for archive in self._archives:
-                classes[archive.path.stem] = _class_tar(archive, archive.path.stem)
+                classes[archive.path.stem] = _class_tar(archive, archive.path.stem, spool)
             return classes
         (archive,) = self._archives
         for member in archive.members(lambda name: name.endswith(".tar")):
@@ -169,18 +176,19 @@ class ImageNetTarSource(_ClassFolders):
                     f"{archive.path}: {printable(class_name)}.tar is in it twice; pack it again with one"
                 )
             classes[class_name] = _class_tar(
-                archive, class_name, offset=member.offset, size=member.size, name=printable(member.path)
+                archive, class_name, spool, offset=member.offset, size=member.size, name=printable(member.path)
             )
         return classes
 
 
 def _class_tar(
-    archive: Archive, class_name: str, *, offset: int = 0, size: int | None = None, name: str = ""
+    archive: Archive, class_name: str, spool: Spool, *, offset: int = 0, size: int | None = None, name: str = ""
 ) -> list[_Folder]:
     """The folders in one class's tar: an archive, or one in it (see ``Archive.members``)."""
-    tables: dict[str, MemberTable] = {class_name: MemberTable()}
+    tables = defaultdict[str, MemberTable](lambda: MemberTable(spool))
+    _ = tables[class_name]  # makes one, so that an empty class is noticed
     for member in archive.members(is_image_name, offset=offset, size=size, name=name):
         if not member.is_folder:
             folder, _, file = f"{class_name}/{member.path}".rpartition("/")
-            tables.setdefault(folder, MemberTable()).add(file, member.offset, member.size)
+            tables[folder].add(file, member.offset, member.size)
     return [_Folder(path, archive, table) for path, table in tables.items()]

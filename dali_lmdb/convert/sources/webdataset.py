@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-from array import array
 from collections.abc import Iterator
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from dali_lmdb.convert.sources.archive import Archive, Member, MemberTable
+from dali_lmdb.convert.sources.archive import Archive, Member
 from dali_lmdb.convert.sources.base import IMAGE_EXTENSIONS, Item, Source, no_stamp
 from dali_lmdb.convert.sources.digest import NameDigest, digest_of, digest_of_distinct
 from dali_lmdb.convert.sources.files import identity_of_files
+from dali_lmdb.convert.sources.members import MemberTable, Spool
 from dali_lmdb.convert.sources.names import (
     check_classes,
     numbered_classes,
@@ -35,7 +35,7 @@ _LABEL_BYTES = 32  # a decimal integer, perhaps with a line end
 class _Shard(NamedTuple):
     archive: Archive
     images: MemberTable
-    labels: array[int]
+    max_label: int
 
 
 class WebDatasetSource(Source):
@@ -43,7 +43,8 @@ class WebDatasetSource(Source):
 
     Order: shards by name, records as they lie in the shard. Class names come from a file ``classes.txt``
     beside the shards, one a line, or are ``"0"``, ``"1"`` ... A record's name is ``class/member``; where
-    shards repeat names, ``class/shard/member``.
+    shards repeat names, ``class/shard/member``. Where image and label do not lie side by side, as they do in
+    shards that ``webdataset`` itself can read, the first of them is held in memory until the other comes.
 
     Args:
         path: a shard, a folder of shards, or a pattern: ``shards/train-*.tar``,
@@ -67,7 +68,7 @@ class WebDatasetSource(Source):
     def items(self) -> Iterator[Item]:
         for shard, stem in zip(self._shards, self._stems, strict=True):
             prefix = f"{stem}/" if self._repeats else ""
-            for (file, offset, size), label in zip(shard.images.rows(), shard.labels, strict=True):
+            for file, offset, size, label in shard.images.rows():
                 name = record_name(self._classes[label], prefix + file)
                 yield Item(name, label, partial(shard.archive.read, name, offset, size), no_stamp)
 
@@ -81,17 +82,16 @@ class WebDatasetSource(Source):
 
     @cached_property
     def _shards(self) -> list[_Shard]:
-        shards = []
+        shards, spool = [], Spool()
         for archive in self._archives:
             _log.info("%s: listing the archive", archive.path)
-            shards.append(_read_shard(archive))
+            shards.append(_read_shard(archive, spool))
         return shards
 
     @cached_property
     def _classes(self) -> list[str]:
         file = self._archives[0].path.with_name(_CLASSES_FILE)
-        labels = {label for shard in self._shards for label in set(shard.labels)}
-        numbered = numbered_classes(labels, where=self._path)
+        numbered = numbered_classes([shard.max_label for shard in self._shards], where=self._path)
         try:
             named = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
         except FileNotFoundError:
@@ -112,13 +112,13 @@ class WebDatasetSource(Source):
     @cached_property
     def _repeats(self) -> bool:
         """Whether shards have members of the same name."""
-        digest = digest_of(lambda: (name for shard in self._shards for name in shard.images.names()))
+        digest = digest_of(lambda: (name for shard in self._shards for name, *_ in shard.images.rows()))
         return digest.repeated is not None
 
 
-def _read_shard(archive: Archive) -> _Shard:
+def _read_shard(archive: Archive, spool: Spool) -> _Shard:
     """List one shard; labels are read, images are not."""
-    images, labels = MemberTable(), array("q")
+    images, max_label = MemberTable(spool), 0
     waiting: dict[str, Member | int] = {}  # the image or label of a record whose other half has not come yet
     for member in archive.members(lambda name: _extension(name) in (*IMAGE_EXTENSIONS, _LABEL)):
         if member.is_folder:
@@ -132,20 +132,20 @@ def _read_shard(archive: Archive) -> _Shard:
         if other is None:
             waiting[key] = half
         elif isinstance(half, Member) and isinstance(other, int):
-            images.add(*half)
-            labels.append(other)
+            images.add(*half, label=other)
+            max_label = max(max_label, other)
         elif isinstance(half, int) and isinstance(other, Member):
-            images.add(*other)
-            labels.append(half)
+            images.add(*other, label=half)
+            max_label = max(max_label, half)
         else:
             found = "labels" if isinstance(half, int) else "images"
             raise SourceError(f"{archive.path}: record {printable(key)!r}: two {found}, expected one")
     for key, half in waiting.items():
         missing = "image" if isinstance(half, int) else f"label (a {_LABEL} member)"
         raise SourceError(f"{archive.path}: record {printable(key)!r} has no {missing}; pack it again with one")
-    if not labels:
+    if len(images) == 0:
         raise SourceError(f"{archive.path}: no records in it; expected members KEY.jpg and KEY{_LABEL}")
-    return _Shard(archive, images, labels)
+    return _Shard(archive, images, max_label)
 
 
 def _extension(name: str) -> str:
