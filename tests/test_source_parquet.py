@@ -1,3 +1,7 @@
+import os
+import resource
+from pathlib import Path
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -6,6 +10,7 @@ from packing import items_of, write_parquet
 from dali_lmdb.convert import ConvertSettings, convert
 from dali_lmdb.convert.sources import open_source
 from dali_lmdb.convert.sources import parquet as parquet_module
+from dali_lmdb.convert.sources.parquet import ParquetSource
 from dali_lmdb.errors import SourceError
 
 NAMES = ["ant", "bee"]
@@ -46,9 +51,9 @@ def test_a_row_group_is_read_once_however_many_threads_ask(tmp_path, monkeypatch
     begun = []
     original = parquet_module._batches
 
-    def batches(file, group, columns, num_rows):
-        begun.append((group, columns))
-        return original(file, group, columns, num_rows)
+    def batches(group, columns, num_rows):
+        begun.append((group.number, columns))
+        return original(group, columns, num_rows)
 
     monkeypatch.setattr(parquet_module, "_batches", batches)
     path = write_parquet(tmp_path / "a.parquet", rows_of(1200), names=NAMES, row_group_size=600)
@@ -64,6 +69,26 @@ def test_rows_that_a_resumed_conversion_skips_do_not_fill_the_memory(tmp_path, m
     assert [item.read() for item in items] == [data for _, data, _ in rows_of(300)[250:]]
     images = items[0].read.func.__self__
     assert sum(len(kept.images) for kept in images._kept.values()) <= 40
+
+
+def test_what_files_say_of_their_row_groups_is_not_held_for_all_of_them(tmp_path):
+    path = write_parquet(tmp_path / "a-00.parquet", rows_of(3000), names=NAMES, row_group_size=1)
+    for number in range(1, 20):
+        os.link(path, tmp_path / f"a-{number:02}.parquet")
+    before = resident_bytes()
+    source = open_source(tmp_path)
+    assert source.count() == 60_000
+    assert resident_bytes() - before < 60_000 * 1000  # held for all, it was 2,500 a row group
+
+
+def resident_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def test_class_names_are_held_once_however_many_files_name_them(tmp_path):
+    for number in range(3):
+        write_parquet(tmp_path / f"{number}.parquet", [(f"{number}.jpg", b"x", 0)], names=NAMES)
+    assert len({id(file.columns.classes) for file in ParquetSource(tmp_path)._files}) == 1
 
 
 def test_without_metadata_classes_are_called_by_their_number(tmp_path):

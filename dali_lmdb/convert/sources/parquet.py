@@ -48,14 +48,26 @@ class _File(NamedTuple):
     path: Path
     size: int
     mtime_ns: int
-    metadata: pq.FileMetaData
+    num_rows: int
     columns: _Columns
 
 
-class _Row(NamedTuple):
+class _Group(NamedTuple):
+    """A row group."""
+
     file: _File
+    metadata: pq.FileMetaData
+    """Of the whole file."""
+    number: int
+
+    @property
+    def num_rows(self) -> int:
+        return self.metadata.row_group(self.number).num_rows
+
+
+class _Row(NamedTuple):
+    group: _Group
     stem: str
-    group: int
     row_in_group: int
     row: int
     """In the file."""
@@ -72,7 +84,7 @@ class ParquetSource(Source):
     none, and for all records where paths repeat.
 
     Order: files by name, rows as they lie in the file. Images are read a few megabytes at a time, whatever
-    the size of the row groups.
+    the size of the row groups; what a file says of its row groups is in memory for one file at a time.
 
     Args:
         path: a file, a folder of files, or a pattern: ``data/train-*.parquet``.
@@ -87,12 +99,13 @@ class ParquetSource(Source):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = path
         files = files_of(path, suffix=".parquet")
-        self._files = [_open(file) for file in files]
         self._stems = stems_of(files)
-        first = self._files[0]
-        for file in self._files:
+        first = _open(files[0])
+        self._files = [first]
+        for file in map(_open, files[1:]):
             if file.columns != first.columns:
                 raise SourceError(f"{file.path}: other columns or class names than {first.path}; convert it alone")
+            self._files.append(file._replace(columns=first.columns))  # the class names are held once
 
     @property
     def classes(self) -> list[str]:
@@ -102,13 +115,13 @@ class ParquetSource(Source):
         by_row = self._names.repeated is not None
         images: _Images | None = None
         for row in self._rows():
-            if images is None or images.file is not row.file or images.group != row.group:
-                images = _Images(row.file, row.group)
+            if images is None or images.group is not row.group:
+                images = _Images(row.group)
             name = _name(row, self._classes[row.label], by_row=by_row)
             yield Item(name, row.label, partial(images.read, row.row_in_group, row.row), no_stamp)
 
     def count(self) -> int:
-        return sum(file.metadata.num_rows for file in self._files)
+        return sum(file.num_rows for file in self._files)
 
     def identity(self) -> dict[str, Any]:
         files = [(file.path, file.size, file.mtime_ns) for file in self._files]
@@ -119,11 +132,11 @@ class ParquetSource(Source):
     def _classes(self) -> list[str]:
         named = self._files[0].columns.classes
         if named is None:
-            return numbered_classes({row.label for row in self._rows()}, where=self._path)
+            return numbered_classes((row.label for row in self._rows()), where=self._path)
         for row in self._rows():
             if not 0 <= row.label < len(named):
                 raise SourceError(
-                    f"{row.file.path}: row {row.row}: label {row.label}, expected 0 to {len(named) - 1}; "
+                    f"{row.group.file.path}: row {row.row}: label {row.label}, expected 0 to {len(named) - 1}; "
                     "-1 often means unlabelled"
                 )
         return named
@@ -134,16 +147,16 @@ class ParquetSource(Source):
 
     def _rows(self) -> Iterator[_Row]:
         for file, stem in zip(self._files, self._stems, strict=True):
-            first = 0
-            for group in range(file.metadata.num_row_groups):
-                labels_and_paths = _labels_and_paths(file, group, first)
-                for row_in_group, (label, path) in enumerate(labels_and_paths):
-                    yield _Row(file, stem, group, row_in_group, first + row_in_group, label, path)
-                first += file.metadata.row_group(group).num_rows
+            first, metadata = 0, _metadata(file)
+            for number in range(metadata.num_row_groups):
+                group = _Group(file, metadata, number)
+                for row_in_group, (label, path) in enumerate(_labels_and_paths(group, first)):
+                    yield _Row(group, stem, row_in_group, first + row_in_group, label, path)
+                first += group.num_rows
 
 
 def _name(row: _Row, class_name: str, *, by_row: bool) -> str:
-    path = "" if by_row or row.path is None else safe_path(row.path, where=f"{row.file.path}: row {row.row}")
+    path = "" if by_row or row.path is None else safe_path(row.path, where=f"{row.group.file.path}: row {row.row}")
     return record_name(class_name, path or f"{row.stem}/{row.row:08d}")
 
 
@@ -156,7 +169,7 @@ def _open(path: Path) -> _File:
         raise SourceError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (pa.ArrowException, ValueError) as error:
         raise SourceError(f"{path}: not a readable Parquet file: {_one_line(error)}") from error
-    return _File(path, found.st_size, found.st_mtime_ns, metadata, _columns(schema, path))
+    return _File(path, found.st_size, found.st_mtime_ns, metadata.num_rows, _columns(schema, path))
 
 
 def _columns(schema: pa.Schema, path: Path) -> _Columns:
@@ -210,28 +223,41 @@ def _is_text(kind: pa.DataType | None) -> bool:
     return kind is not None and (pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
-def _batches(file: _File, group: int, columns: list[str], num_rows: int) -> Iterator[pa.RecordBatch]:
-    """Some columns of a row group, a number of rows at a time."""
+def _metadata(file: _File) -> pq.FileMetaData:
     try:
-        found = os.stat(file.path)
-        if (found.st_size, found.st_mtime_ns) != (file.size, file.mtime_ns):
-            raise SourceError(f"{file.path}: changed meanwhile; convert again when nothing writes to it")
-        # By default a whole column chunk is read at once.
-        with pq.ParquetFile(file.path, metadata=file.metadata, pre_buffer=False, buffer_size=1 << 20) as parquet:
-            yield from parquet.iter_batches(num_rows, row_groups=[group], columns=columns, use_threads=False)
+        _check_unchanged(file)
+        return pq.read_metadata(file.path)
     except (OSError, pa.ArrowException) as error:
-        raise SourceError(f"{file.path}: row group {group} cannot be read: {_one_line(error)}") from error
+        raise SourceError(f"{file.path}: cannot be read: {_one_line(error)}") from error
 
 
-def _labels_and_paths(file: _File, group: int, first: int) -> Iterator[tuple[int, str | None]]:
+def _check_unchanged(file: _File) -> None:
+    found = os.stat(file.path)
+    if (found.st_size, found.st_mtime_ns) != (file.size, file.mtime_ns):
+        raise SourceError(f"{file.path}: changed meanwhile; convert again when nothing writes to it")
+
+
+def _batches(group: _Group, columns: list[str], num_rows: int) -> Iterator[pa.RecordBatch]:
+    """Some columns of a row group, a number of rows at a time."""
+    path, metadata, number = group.file.path, group.metadata, group.number
+    try:
+        _check_unchanged(group.file)
+        # By default a whole column chunk is read at once.
+        with pq.ParquetFile(path, metadata=metadata, pre_buffer=False, buffer_size=1 << 20) as parquet:
+            yield from parquet.iter_batches(num_rows, row_groups=[number], columns=columns, use_threads=False)
+    except (OSError, pa.ArrowException) as error:
+        raise SourceError(f"{path}: row group {number} cannot be read: {_one_line(error)}") from error
+
+
+def _labels_and_paths(group: _Group, first: int) -> Iterator[tuple[int, str | None]]:
     """Label and path of each row of a row group, which begins with the file's row ``first``."""
-    columns = file.columns
+    path, columns = group.file.path, group.file.columns
     wanted = [columns.label, *([f"{columns.image}.path"] if columns.has_path else [])]
-    for batch in _batches(file, group, wanted, _ROWS):
+    for batch in _batches(group, wanted, _ROWS):
         for name in batch.schema.names:
             if batch.column(name).null_count:
                 row = first + pc.index(batch.column(name).is_null(), True).as_py()
-                raise SourceError(f"{file.path}: row {row}: {name!r} is null; every row needs image and label")
+                raise SourceError(f"{path}: row {row}: {name!r} is null; every row needs image and label")
         labels = batch.column(columns.label).to_pylist()
         paths = [None] * len(labels)
         if columns.has_path:
@@ -252,9 +278,9 @@ class _Kept:
 class _Images:
     """The images of one row group, read front to back a batch at a time and shared by threads."""
 
-    def __init__(self, file: _File, group: int) -> None:
-        self.file, self.group = file, group
-        found = file.metadata.row_group(group)
+    def __init__(self, group: _Group) -> None:
+        self.group, self._path = group, group.file.path
+        found = group.metadata.row_group(group.number)
         mean_bytes = found.total_byte_size // max(1, found.num_rows)
         self._num_rows = found.num_rows
         self._batch_rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, mean_bytes)))
@@ -278,7 +304,7 @@ class _Images:
         data = kept.images[row_in_group - start].as_py()
         if data is None:
             raise SourceError(
-                f"{self.file.path}: row {row}: no image bytes, perhaps only a path; embed the images in the file"
+                f"{self._path}: row {row}: no image bytes, perhaps only a path; embed the images in the file"
             )
         return data
 
@@ -288,8 +314,8 @@ class _Images:
             if start <= row_in_group < start + len(kept.images):
                 return start
         if self._next is None or row_in_group < self._next:
-            columns = [f"{self.file.columns.image}.bytes"]
-            self._batches = _batches(self.file, self.group, columns, self._batch_rows)
+            columns = [f"{self.group.file.columns.image}.bytes"]
+            self._batches = _batches(self.group, columns, self._batch_rows)
             self._kept.clear()
             self._next = 0
         for batch in self._batches:
@@ -301,7 +327,7 @@ class _Images:
                 self._batches = iter(())  # the reader holds a page, which may be as large as the group
             if row_in_group < self._next:
                 return start
-        raise SourceError(f"{self.file.path}: row group {self.group} is cut off; download the file again")
+        raise SourceError(f"{self._path}: row group {self.group.number} is cut off; download the file again")
 
     def _forget_skipped(self) -> None:
         """Let go of batches that nobody asks for: a resumed conversion begins in the middle of a group."""
