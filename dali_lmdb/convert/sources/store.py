@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Iterator, Sequence
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,9 +18,11 @@ from dali_lmdb.store.classic import ClassicStore
 
 __all__ = ["StoreSource"]
 
+_AT_A_TIME = 1 << 16  # records whose labels are looked at together
+
 
 class StoreSource(Source):
-    """Records of a store, in its order, with its names.
+    """Records of a store, in its order, with its names. Which ones is told anew for every pass, not held.
 
     Args:
         store: a store or its path.
@@ -46,15 +48,20 @@ class StoreSource(Source):
             raise ValueError(f"per_class is {per_class}, expected at least 1")
         self._store = store if isinstance(store, Store) else open_store(store)
         self._per_class = per_class
-        wanted = set(self._store.classes if classes is None else classes)
-        unknown = sorted(wanted - set(self._store.classes))
+        there = self._store.classes
+        wanted = set(there if classes is None else classes)
+        unknown = sorted(wanted - set(there))
         if unknown:
             raise SourceError(
                 f"{self._store.path}: no class {', '.join(map(repr, unknown[:5]))} in it; it has "
-                f"{len(self._store.classes)}: {', '.join(self._store.classes[:5])}, ..."
+                f"{len(there)}: {', '.join(there[:5])}, ..."
             )
-        self._classes = [name for name in self._store.classes if name in wanted]
-        if len(self._records) == 0:
+        self._classes = [name for name in there if name in wanted]
+        self._takes_all_classes = len(self._classes) == len(there)
+        place = {name: label for label, name in enumerate(self._classes)}
+        self._new_labels = np.array([place.get(name, -1) for name in there], dtype=np.int32)
+        self._count = sum(len(records) for records, _ in self._taken())
+        if self._count == 0:
             raise SourceError(f"{self._store.path}: no records to take; choose other classes")
 
     @property
@@ -62,38 +69,37 @@ class StoreSource(Source):
         return self._classes
 
     def items(self) -> Iterator[Item]:
-        labels = self._new_labels[self._store.labels[self._records]]
-        for index, label in zip(self._records.tolist(), labels.tolist(), strict=True):
-            yield Item(self._store.name(index), label, partial(self._read, index), no_stamp)
+        for records, labels in self._taken():
+            for index, label in zip(records.tolist(), labels.tolist(), strict=True):
+                yield Item(self._store.name(index), label, partial(self._read, index), no_stamp)
 
     def count(self) -> int:
-        return len(self._records)
+        return self._count
 
     def identity(self) -> dict[str, Any]:
         return {
             "path": os.path.abspath(self._store.path),
-            "images": len(self._records),
+            "images": self._count,
             "fingerprint": self._store.fingerprint,
-            "classes": None if self._classes == self._store.classes else self._classes,
+            "classes": None if self._takes_all_classes else self._classes,
             "per_class": self._per_class,
         }
 
-    @cached_property
-    def _new_labels(self) -> npt.NDArray[np.int32]:
-        """The label here for each label of the store, -1 for a class that is not taken."""
-        place = {name: label for label, name in enumerate(self._classes)}
-        return np.array([place.get(name, -1) for name in self._store.classes], dtype=np.int32)
-
-    @cached_property
-    def _records(self) -> npt.NDArray[np.int64]:
-        """Indices of the records that are taken, ascending."""
-        labels = self._store.labels
-        if len(labels) and not 0 <= labels.min() <= labels.max() < len(self._store.classes):
-            raise StoreDamagedError(f"{self._store.path}: damaged: a label without a class; convert it again")
-        taken = self._new_labels[labels] >= 0
-        if self._per_class is not None:
-            taken &= _rank_in_class(labels) < self._per_class
-        return np.flatnonzero(taken)
+    def _taken(self) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]]:
+        """(indices, labels here) of the records that are taken, ascending, some at a time."""
+        num_classes = len(self._new_labels)
+        num_before = np.zeros(num_classes, dtype=np.int64)  # records of each class in earlier runs
+        for start in range(0, len(self._store), _AT_A_TIME):
+            records = np.arange(start, min(start + _AT_A_TIME, len(self._store)))
+            labels = self._store.gather("label", records)
+            if not 0 <= labels.min() <= labels.max() < num_classes:
+                raise StoreDamagedError(f"{self._store.path}: damaged: a label without a class; convert it again")
+            new_labels = self._new_labels[labels]
+            taken = new_labels >= 0
+            if self._per_class is not None:
+                taken &= num_before[labels] + _rank_in_class(labels) < self._per_class
+                num_before += np.bincount(labels, minlength=num_classes)
+            yield records[taken], new_labels[taken]
 
     def _read(self, index: int) -> bytes:
         try:
