@@ -8,6 +8,7 @@ import random
 import shutil
 import threading
 import zlib
+from itertools import islice
 
 import lmdb
 import numpy as np
@@ -403,6 +404,14 @@ def test_converting_makes_no_index_beside_the_database(database, tmp_path):
 
 def test_a_source_knows_its_classes_before_its_items_are_listed(database):
     assert ClassicSource(database).classes == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("num_listed", [0, 1, 20, 24])
+def test_classes_are_the_same_however_many_items_were_listed_before(num_listed, records, tmp_path):
+    source = ClassicSource(make_classic(tmp_path / "classic.lmdb", records[::-1]))
+    for _ in range(2):
+        assert len(list(islice(source.items(), num_listed))) == num_listed
+    assert source.classes == ["0", "1", "2"]
 
 
 def test_a_source_is_another_one_when_the_database_changed(database, records):

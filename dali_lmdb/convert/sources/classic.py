@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from dali_lmdb.convert.sources.base import Item, Source, no_stamp
 from dali_lmdb.errors import RecordError, SourceError, StoreError
 from dali_lmdb.store.classic import ClassicStore
@@ -30,13 +28,13 @@ class ClassicSource(Source):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._store = ClassicStore(path)
-        self._labels = np.full(len(self._store), -1, dtype=np.int32)
+        self._num_seen, self._max_label = 0, -1  # of the records from the first on
 
     @property
     def classes(self) -> list[str]:
-        for index in np.flatnonzero(self._labels < 0):  # none, once the items were listed
-            self._glance(int(index))
-        return [str(label) for label in range(int(self._labels.max(initial=-1)) + 1)]
+        for index in range(self._num_seen, len(self._store)):  # none, once the items were listed
+            self._glance(index)
+        return [str(label) for label in range(self._max_label + 1)]
 
     def items(self) -> Iterator[Item]:
         for index in range(len(self._store)):
@@ -58,7 +56,8 @@ class ClassicSource(Source):
     def _glance(self, index: int) -> tuple[int, str]:
         """Label and name of a record, from the ends of its value; the image between them is not read."""
         label, name = self._store.glance(index)
-        self._labels[index] = label
+        if index == self._num_seen:
+            self._num_seen, self._max_label = index + 1, max(self._max_label, label)
         return label, name
 
     def _read(self, index: int) -> bytes:
