@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -180,7 +180,8 @@ class Job:
                 self._check_unchanged(items)
                 self._write(items)
                 self.writer.sync()
-        bad = _write_report(self.journal, self.files.report, left_out=self._left_out())
+        _write_report(self._not_stored(), self.files.report)
+        bad = self.journal.num_bad()
         return self.part.num_items - bad, bad
 
     def skip(self, items: Iterator[Item]) -> tuple[int, int]:
@@ -222,8 +223,16 @@ class Job:
         """Whether the journal is of this conversion."""
         return self.journal.header == self._header()
 
-    def _left_out(self) -> list[tuple[str, str]]:
-        return self.source.left_out() if self.part.is_last else []
+    def _left_out(self) -> Iterator[tuple[str, str]]:
+        return self.source.left_out() if self.part.is_last else iter(())
+
+    def _not_stored(self) -> Iterator[tuple[str, str]]:
+        """(name, reason) of bad images, then of files that are none."""
+        for batch in self.journal.rows():
+            for row in batch.filter(batch.column("reason").is_valid()).to_pylist():
+                yield row["name"], row["reason"]
+        for name, reason in self._left_out():
+            yield name, f"left out: {reason}"
 
     def _header(self) -> dict[str, Any]:
         return {
@@ -354,7 +363,7 @@ class Job:
             "source": {"kind": self.source.kind, **self.source.identity()},
             "settings": self.settings.identity(),
             "skipped": self.journal.num_bad(),
-            "left_out": len(self._left_out()),
+            "left_out": sum(1 for _ in self._left_out()),
         }
         self.writer.finish(classes=self.source.classes, made=made, shard=shard)
 
@@ -448,26 +457,17 @@ class _Rows:
         return table[:count]
 
 
-def _write_report(journal: Journal, path: Path, *, left_out: list[tuple[str, str]]) -> int:
-    """List what is not stored, ``name TAB reason`` a line; no file if that is nothing.
-
-    Returns:
-        The number of bad images.
-    """
-    bad = [
-        (row["name"], row["reason"])
-        for batch in journal.rows()
-        for row in batch.filter(batch.column("reason").is_valid()).to_pylist()
-    ]
-    others = [(name, f"left out: {reason}") for name, reason in left_out]
-    lines = ["\t".join(" ".join(text.split()) for text in row) + "\n" for row in bad + others]
+def _write_report(rows: Iterator[tuple[str, str]], path: Path) -> None:
+    """List what is not stored, ``name TAB reason`` a line; no file if that is nothing."""
     try:
-        if lines:
-            path.write_text("name\treason\n" + "".join(lines), encoding="utf-8")
-        else:
+        first = next(rows, None)
+        if first is None:
             path.unlink(missing_ok=True)
+            return
+        with open(path, "w", encoding="utf-8") as file:
+            for row in chain([("name", "reason"), first], rows):
+                file.write("\t".join(" ".join(text.split()) for text in row) + "\n")
     except OSError as error:
         raise ConversionError(
             f"{path}: cannot be written: {error.strerror}; mend it, then run the same command again to go on"
         ) from error
-    return len(bad)

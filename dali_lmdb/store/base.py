@@ -118,6 +118,9 @@ class Store(ABC):
             raise IndexError(f"record {index} of {self.path}: expected 0 to {len(self) - 1}")
         return index
 
+    def let_go(self) -> None:  # noqa: B027  not every store is a map
+        """For a pass over everything: unmap what was read, which counts as this process's memory."""
+
     def close(self) -> None:  # noqa: B027  most stores have nothing to do
         """Nothing is buffered; memory maps go when the last view of them does."""
 

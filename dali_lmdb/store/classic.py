@@ -165,6 +165,9 @@ class ClassicStore(Store):
         value = self._copy_value(self._checked(index), self._extent(index))
         return bytes(self._bytes_at(index, memoryview(value), self._locate(index, memoryview(value))))
 
+    def let_go(self) -> None:
+        self._pages.let_go()
+
     def where(self, index: int) -> str:
         return f"{self.path}: record {index} (key {self._key(index).decode('latin-1')!a})"
 

@@ -121,6 +121,9 @@ class FileStore(Store):
         """
         return self._names.all()
 
+    def let_go(self) -> None:
+        self._pages.let_go()
+
     def _moved(self) -> bool:
         """Whether the first or last record is not where the index says."""
         ends = [0, len(self) - 1] if len(self) else []

@@ -114,6 +114,10 @@ class ShardedStore(Store):
     ) -> list[tuple[Path, npt.NDArray[np.uint64], npt.NDArray[np.uint32]]]:
         return [part for shard, _, inside in self.split(records) for part in shard.byte_ranges(inside)]
 
+    def let_go(self) -> None:
+        for shard in self.shards:
+            shard.let_go()
+
     def split(
         self, records: npt.NDArray[np.int64]
     ) -> list[tuple[FileStore, npt.NDArray[np.int64], npt.NDArray[np.int64]]]:

@@ -63,12 +63,12 @@ class Source(ABC):
     def identity(self) -> dict[str, Any]:
         """What must be the same when a conversion is resumed: plain JSON types."""
 
-    def left_out(self) -> list[tuple[str, str]]:
-        """Files that lie among the images and are not taken, as (name, reason), sorted; the report lists them.
+    def left_out(self) -> Iterator[tuple[str, str]]:
+        """Files that lie among the images and are not taken, as (name, reason); the report lists them.
 
         Known to class folders only; members of archives and rows of tables are meant to hold other things too.
         """
-        return []
+        return iter(())
 
     def count(self) -> int:
         """Number of items."""

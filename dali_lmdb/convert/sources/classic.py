@@ -13,6 +13,8 @@ from dali_lmdb.store.classic import ClassicStore
 
 __all__ = ["ClassicSource"]
 
+_AT_A_TIME = 1024  # records; looking at one maps up to 64 KB around each of its ends
+
 
 class ClassicSource(Source):
     """Records of a database made by a script of the folder2lmdb family, see ``ClassicStore``.
@@ -55,6 +57,8 @@ class ClassicSource(Source):
 
     def _glance(self, index: int) -> tuple[int, str]:
         """Label and name of a record, from the ends of its value; the image between them is not read."""
+        if index % _AT_A_TIME == 0:
+            self._store.let_go()
         label, name = self._store.glance(index)
         if index == self._num_seen:
             self._num_seen, self._max_label = index + 1, max(self._max_label, label)

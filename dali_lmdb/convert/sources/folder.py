@@ -83,10 +83,12 @@ class FolderSource(Source):
     def count(self) -> int:
         return self._list().num_images
 
-    def left_out(self) -> list[tuple[str, str]]:
-        found = [(name, "in no class folder") for name in _unpacked(self._beside)]
-        found += [(name, "its name does not end as an image's") for name in _unpacked(self._list().others)]
-        return [(printable(name), reason) for name, reason in sorted(found)]
+    def left_out(self) -> Iterator[tuple[str, str]]:
+        for others in self._list().others:
+            for name in _unpacked(others):
+                yield printable(name), "its name does not end as an image's"
+        for name in _unpacked(self._beside):
+            yield printable(name), "in no class folder"
 
     def identity(self) -> dict[str, Any]:
         return {
@@ -97,14 +99,16 @@ class FolderSource(Source):
 
     def _list(self) -> _Listing:
         if self._listing is None:
-            num_images, digest, classes = 0, hashlib.sha256(), []
-            others: list[str] = []
+            num_images, digest, classes, others = 0, hashlib.sha256(), [], []
             for folder in self._folders:
-                names = self._names(folder, others)
+                found: list[str] = []
+                names = self._names(folder, found)
                 num_images += len(names)
                 classes.append(_packed(names))
                 digest.update(classes[-1])
-            self._listing = _Listing(num_images, digest.hexdigest()[:32], classes, _packed(others))
+                if found:
+                    others.append(_packed(sorted(found)))
+            self._listing = _Listing(num_images, digest.hexdigest()[:32], classes, others)
         return self._listing
 
     def _names(self, folder: str, others: list[str] | None = None) -> list[str]:
@@ -149,8 +153,8 @@ class _Listing(NamedTuple):
     """Of all names."""
     classes: list[bytes]
     """Names of each class, compressed: ImageNet's 1.28 million take 4 MB."""
-    others: bytes
-    """Names of the files in class folders that are no images by their name, compressed."""
+    others: list[bytes]
+    """Of each class with some, names of the files that are no images by their name, compressed."""
 
 
 def _packed(names: list[str]) -> bytes:
