@@ -11,27 +11,25 @@ from __future__ import annotations
 
 import hashlib
 import time
-import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from dali_lmdb.convert.audit import BadImageError, Header, check_decodes, read_header
-from dali_lmdb.convert.change import change_image
 from dali_lmdb.convert.journal import INDEX_ROW_COLUMNS, ROW_SCHEMA, Journal
+from dali_lmdb.convert.look import Looked, look_at
 from dali_lmdb.convert.settings import ConvertSettings, Progress
-from dali_lmdb.convert.sources.base import AT_ONCE_BYTES, AT_ONCE_ITEMS, Item, Source
+from dali_lmdb.convert.sources.base import Item, Source
 from dali_lmdb.errors import ConversionError
-from dali_lmdb.store.layout import Change, Kind, fingerprint
+from dali_lmdb.store.layout import fingerprint
 from dali_lmdb.store.reader import FileStore
 from dali_lmdb.store.writer import StoreWriter
 
@@ -40,11 +38,6 @@ __all__ = ["Files", "Job", "NameBlocks", "Part"]
 # Images that are journalled together, then written.
 _COMMIT_BYTES = 16 << 20
 _COMMIT_RECORDS = 20_000
-# What one thread looks at in a row: images, and their bytes, but for the last one. One by one, handing over takes
-# longer than reading a warm file (10,000 of 105 kB, 2 cores: 1.7 s of processor time one by one, 1.0 s in blocks).
-_BLOCK_ITEMS = 32
-_BLOCK_BYTES = 4 << 20
-_SPARE_BLOCKS = 2  # ready for the writer, or for a thread that is done
 _VERIFY_RECORDS = 256  # records one thread checks at a time when reading back
 
 
@@ -104,13 +97,6 @@ class NameBlocks:
         self._hash, self._in_block = hashlib.blake2b(digest_size=8), 0
 
 
-class _Looked(NamedTuple):
-    """One image after it was read and looked at, in a thread."""
-
-    data: bytes
-    row: tuple[Any, ...]
-
-
 @dataclass
 class _Pending:
     """Images looked at but not yet committed."""
@@ -119,7 +105,7 @@ class _Pending:
     rows: list[tuple[Any, ...]] = field(default_factory=list)
     num_bytes: int = 0
 
-    def add(self, looked: _Looked) -> None:
+    def add(self, looked: Looked) -> None:
         self.rows.append(looked.row)
         if looked.row[-1] is None:
             self.values.append(looked.data)
@@ -294,7 +280,7 @@ class Job:
         with ThreadPoolExecutor(1) as committer:  # so that images are read while a commit waits for the disk
             last: Future[None] | None = None
             try:
-                for looked in self._looked(items):
+                for looked in look_at(items, self.settings, num_threads=self.num_threads):
                     pending.add(looked)
                     if pending.full():
                         if last is not None:
@@ -308,37 +294,6 @@ class Job:
                     last.result()
                 if pending.rows:
                     committer.submit(self._commit, pending).result()
-
-    def _looked(self, items: Iterable[Item]) -> Iterator[_Looked]:
-        """Images in order, read and looked at by threads a bounded way ahead."""
-        items = iter(items)
-        most_blocks = self.num_threads + _SPARE_BLOCKS
-        most_items = max(1, min(_BLOCK_ITEMS, AT_ONCE_ITEMS // most_blocks))
-        most_bytes = min(_BLOCK_BYTES, AT_ONCE_BYTES // most_blocks)
-        queue: deque[tuple[Future[list[_Looked]], list[Item]]] = deque()
-        mean_bytes = 1 << 20  # of an image; a guess at first, then a running mean
-        with ThreadPoolExecutor(self.num_threads) as pool:
-
-            def start(block: list[Item]) -> tuple[Future[list[_Looked]], list[Item]]:
-                return pool.submit(_look_at_block, block, self.settings, most_bytes), block
-
-            try:
-                while True:
-                    length = max(1, min(most_items, most_bytes // mean_bytes))
-                    while len(queue) < most_blocks and (block := list(islice(items, length))):
-                        queue.append(start(block))
-                    if not queue:
-                        return
-                    future, block = queue.popleft()
-                    done = future.result()
-                    if len(done) < len(block):
-                        queue.appendleft(start(block[len(done) :]))
-                    for looked in done:
-                        mean_bytes = max(1, (15 * mean_bytes + len(looked.data)) // 16)
-                        yield looked
-            finally:
-                for future, _ in queue:
-                    future.cancel()
 
     def _commit(self, pending: _Pending) -> None:
         columns = zip(*pending.rows, strict=True)
@@ -388,51 +343,6 @@ class Job:
     def _report_progress(self, phase: Literal["writing", "verifying"], done: int) -> None:
         if self.progress is not None:
             self.progress(Progress(str(self.files.target), phase, done, self.part.num_items, self.num_bytes))
-
-
-def _look_at_block(items: list[Item], settings: ConvertSettings, most_bytes: int) -> list[_Looked]:
-    """Read images and look at them, up to the one that makes it ``most_bytes``; runs in a thread."""
-    done: list[_Looked] = []
-    num_bytes = 0
-    for item in items:
-        done.append(_look(item, settings))
-        num_bytes += len(done[-1].data)
-        if num_bytes >= most_bytes:
-            break
-    return done
-
-
-def _look(item: Item, settings: ConvertSettings) -> _Looked:
-    """Read one image and look at it; runs in a thread."""
-    stamp = item.stamp()  # before reading: if it changes in between, a resumed conversion notices
-    data = item.read()
-    header, change, reason = Header(Kind.UNKNOWN, 0, 0), Change.NONE, None
-    if settings.check != "none":
-        try:
-            header = read_header(data, max_pixels=settings.max_pixels)
-            if settings.check == "decode":
-                check_decodes(data)
-            data, header, change = change_image(
-                data,
-                header,
-                transcode=settings.transcode,
-                resize=settings.resize,
-                quality=settings.quality,
-                max_pixels=settings.max_pixels,
-            )
-        except BadImageError as error:
-            reason = str(error)
-    index_row = {
-        "label": item.label,
-        "height": header.height,
-        "width": header.width,
-        "num_bytes": len(data),
-        "crc32": zlib.crc32(data),
-        "kind": int(header.kind),
-        "change": int(change),
-    }
-    values = [index_row[name] for name in INDEX_ROW_COLUMNS]
-    return _Looked(data, (item.name, *values, stamp, reason))
 
 
 def _records(journal: Journal) -> Iterator[pa.RecordBatch]:
