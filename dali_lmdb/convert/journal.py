@@ -15,7 +15,6 @@ import fcntl
 import json
 import os
 import struct
-import zlib
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -25,6 +24,7 @@ import numpy as np
 import pyarrow as pa
 
 from dali_lmdb.errors import ConversionError
+from dali_lmdb.store.checksum import crc32
 from dali_lmdb.store.layout import INDEX_SCHEMA
 
 __all__ = ["INDEX_ROW_COLUMNS", "ROW_SCHEMA", "Journal"]
@@ -177,14 +177,14 @@ class Journal:
                 return
             length, checksum = _FRAME.unpack(head)
             payload = self._file.read(length)
-            if len(payload) < length or zlib.crc32(payload) != checksum:
+            if len(payload) < length or crc32(payload) != checksum:
                 return
             position += _FRAME.size + length
             yield payload, position
 
     def _write(self, payload: Any) -> int:
         try:
-            frame = memoryview(_FRAME.pack(len(payload), zlib.crc32(payload)) + bytes(payload))
+            frame = memoryview(_FRAME.pack(len(payload), crc32(payload)) + bytes(payload))
             while frame:  # a write may be short
                 frame = frame[self._file.write(frame) :]
         except OSError as error:

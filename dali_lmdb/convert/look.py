@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +13,7 @@ from dali_lmdb.convert.change import change_image
 from dali_lmdb.convert.journal import INDEX_ROW_COLUMNS
 from dali_lmdb.convert.settings import ConvertSettings
 from dali_lmdb.convert.sources.base import AT_ONCE_BYTES, AT_ONCE_ITEMS, Item
+from dali_lmdb.store.checksum import crc32
 from dali_lmdb.store.layout import Change, Kind
 
 __all__ = ["Looked", "look_at"]
@@ -79,8 +79,8 @@ def _look_at_block(items: list[Item], settings: ConvertSettings, most_bytes: int
 
 def _look(item: Item, settings: ConvertSettings) -> Looked:
     """Read one image and look at it; runs in a thread."""
-    stamp = item.stamp()  # before reading: if it changes in between, a resumed conversion notices
     data = item.read()
+    stamp = item.stamp()
     header, change, reason = Header(Kind.UNKNOWN, 0, 0), Change.NONE, None
     if settings.check != "none":
         try:
@@ -102,7 +102,7 @@ def _look(item: Item, settings: ConvertSettings) -> Looked:
         "height": header.height,
         "width": header.width,
         "num_bytes": len(data),
-        "crc32": zlib.crc32(data),
+        "crc32": crc32(data),
         "kind": int(header.kind),
         "change": int(change),
     }

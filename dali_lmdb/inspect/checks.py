@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from dali_lmdb.convert.audit import BadImageError, check_decodes, read_header
 from dali_lmdb.errors import DaliLmdbError, StoreDamagedError
 from dali_lmdb.inspect.records import Progress, Values, in_order, printable, read_one, repeated, runs
 from dali_lmdb.store import FileStore, Kind, Store, layout
+from dali_lmdb.store.checksum import crc32
 from dali_lmdb.store.index import Index, Names
 from dali_lmdb.store.pages import Extent, PageFile
 from dali_lmdb.store.structure import check_structure
@@ -204,7 +204,7 @@ class FileCheck:
         columns = self.columns
         if len(data) != columns["num_bytes"][record]:
             return f"only {len(data):,} bytes could be read"
-        if zlib.crc32(data) != columns["crc32"][record]:
+        if crc32(data) != columns["crc32"][record]:
             return "wrong checksum"
         expected = tuple(int(columns[name][record]) for name in ("kind", "height", "width"))
         if expected == (Kind.UNKNOWN, 0, 0):

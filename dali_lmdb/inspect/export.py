@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import tarfile
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -29,6 +28,7 @@ from dali_lmdb.inspect.records import (
     values_of,
 )
 from dali_lmdb.store import Kind, Store, open_store
+from dali_lmdb.store.checksum import crc32
 
 __all__ = ["SHARD_SIZE_BYTES", "ExportSummary", "export"]
 
@@ -284,7 +284,7 @@ def _values(part: Part, run: range) -> Iterator[tuple[int, bytes]]:
     checksums = store.gather("crc32", np.arange(run.start, run.stop)).tolist()
     try:
         for record, checksum, data in zip(run, checksums, values_of(store, run), strict=True):
-            if zlib.crc32(data) != checksum:
+            if crc32(data) != checksum:
                 raise RecordError(
                     f"{store.where(record)}: wrong checksum; see what else is damaged with: "
                     f"dali-lmdb verify {store.path}"

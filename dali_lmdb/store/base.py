@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
@@ -13,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dali_lmdb.errors import RecordError, StoreError
+from dali_lmdb.store.checksum import crc32
 
 __all__ = ["Store"]
 
@@ -110,7 +110,7 @@ class Store(ABC):
         Raises:
             RecordError: the bytes are not those that were written.
         """
-        if zlib.crc32(self.read(index)) != int(self.gather("crc32", np.array([index]))[0]):
+        if crc32(self.read(index)) != int(self.gather("crc32", np.array([index]))[0]):
             raise RecordError(f"{self.where(index)}: wrong checksum; the file was damaged, convert it again")
 
     def _checked(self, index: int) -> int:

@@ -6,7 +6,6 @@ import logging
 import os
 import re
 import warnings
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +18,7 @@ from PIL import Image
 from dali_lmdb.errors import RecordError, StoreDamagedError, StoreFormatError
 from dali_lmdb.store import layout, sidecar
 from dali_lmdb.store.base import Store
+from dali_lmdb.store.checksum import crc32
 from dali_lmdb.store.header import BadImageError, read_header
 from dali_lmdb.store.pages import Extent, PageFile
 from dali_lmdb.store.payload import (
@@ -346,7 +346,7 @@ class ClassicStore(Store):
             "height": height,
             "width": width,
             "num_bytes": len(data),
-            "crc32": zlib.crc32(data),
+            "crc32": crc32(data),
             "file_offset": 0 if located.image.is_text else extent.offset + located.image.start,
             "kind": kind,
         }

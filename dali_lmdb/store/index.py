@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import zlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -14,6 +11,7 @@ import pyarrow as pa
 
 from dali_lmdb.errors import StoreDamagedError
 from dali_lmdb.store import layout
+from dali_lmdb.store.checksum import crc32
 from dali_lmdb.store.pages import PageFile
 
 __all__ = ["Index", "Names"]
@@ -39,7 +37,7 @@ class Index:
         views = [_view(pages, layout.index_key(piece)) for piece in range(len(meta.pieces()))]
         if check is None:
             check = sum(map(len, views)) <= _MOST_CHECKED_BYTES
-        if check and _checksums(views) != meta.index_crc32:
+        if check and list(map(crc32, views)) != meta.index_crc32:
             raise StoreDamagedError(f"{pages.path}: damaged: __index__ has a wrong checksum; convert it again")
         self._pieces = []
         for view, records in zip(views, meta.pieces(), strict=True):
@@ -117,7 +115,7 @@ class Names:
         if piece not in self._pieces:
             view = _view(self._pages, layout.names_key(piece))
             names = None
-            if zlib.crc32(view) == self._meta.names_crc32[piece]:
+            if crc32(view) == self._meta.names_crc32[piece]:
                 names = layout.names_from_ipc(view, num_records=len(self._meta.pieces()[piece]))
             if names is None:
                 raise StoreDamagedError(
@@ -132,14 +130,6 @@ def _view(pages: PageFile, key: bytes) -> memoryview:
     if extent is None:
         raise StoreDamagedError(f"{pages.path}: damaged: no {key.decode()}; convert it again")
     return pages.view(extent)
-
-
-def _checksums(views: list[memoryview]) -> list[int]:
-    """CRC-32 of each, taken on all cores."""
-    if len(views) == 1:
-        return [zlib.crc32(views[0])]
-    with ThreadPoolExecutor(min(len(views), len(os.sched_getaffinity(0)))) as pool:
-        return list(pool.map(zlib.crc32, views))
 
 
 def _address(array: npt.NDArray[Any]) -> int:

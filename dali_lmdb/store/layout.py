@@ -19,7 +19,6 @@ from __future__ import annotations
 import enum
 import hashlib
 import json
-import zlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,6 +29,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from dali_lmdb.errors import StoreDamagedError, StoreFormatError
+from dali_lmdb.store.checksum import crc32
 
 __all__ = [
     "FORMAT_VERSION",
@@ -187,8 +187,8 @@ class Fingerprint:
 def fingerprint(parts: Iterable[tuple[npt.NDArray[np.int32], npt.NDArray[np.uint32]]]) -> str:
     """The ``Fingerprint`` of (labels, crc32) of all records in order."""
     found = Fingerprint()
-    for labels, crc32 in parts:
-        found.add(labels, crc32)
+    for labels, checksums in parts:
+        found.add(labels, checksums)
     return found.hexdigest()
 
 
@@ -221,7 +221,7 @@ class Meta:
     def to_bytes(self) -> bytes:
         """JSON, ASCII; ``crc32`` is that of the JSON without it."""
         values = asdict(self)
-        return _json({**values, "crc32": zlib.crc32(_json(values))})
+        return _json({**values, "crc32": crc32(_json(values))})
 
     @classmethod
     def from_bytes(cls, raw: bytes, *, path: object) -> Meta:
@@ -246,7 +246,7 @@ class Meta:
             meta = cls(**values)
         except TypeError:
             meta = None
-        if meta is None or not _well_formed(meta) or checksum != zlib.crc32(_json(values)):
+        if meta is None or not _well_formed(meta) or checksum != crc32(_json(values)):
             raise StoreDamagedError(f"{path}: damaged: __meta__ has a wrong checksum; convert it again")
         return meta
 

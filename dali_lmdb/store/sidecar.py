@@ -13,7 +13,6 @@ import json
 import logging
 import mmap
 import os
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy.typing as npt
 import pyarrow as pa
 
+from dali_lmdb.store.checksum import crc32
 from dali_lmdb.store.layout import INDEX_SCHEMA
 
 __all__ = ["Columns", "Stamp", "load", "one_at_a_time", "save", "sidecar_path"]
@@ -108,5 +108,5 @@ def one_at_a_time(database: Path) -> Iterator[None]:
 def _checksum(columns: Columns) -> bytes:
     crc = 0
     for field in INDEX_SCHEMA:
-        crc = zlib.crc32(columns[field.name].tobytes(), crc)
+        crc = crc32(columns[field.name].tobytes(), crc)
     return str(crc).encode()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import pyarrow as pa
 
 from dali_lmdb.errors import ConversionError, StoreError
 from dali_lmdb.store import layout
+from dali_lmdb.store.checksum import crc32
 from dali_lmdb.store.pages import PageFile
 
 __all__ = ["StoreWriter"]
@@ -138,7 +138,7 @@ class StoreWriter:
                 os.pread(file.fileno(), length, offset)
                 for offset, length in zip(offsets[run].tolist(), lengths[run].tolist(), strict=True)
             )
-            return np.array([zlib.crc32(value) for value in values], dtype=np.uint32)
+            return np.array([crc32(value) for value in values], dtype=np.uint32)
 
     def pieces(self) -> list[range]:
         """The records of each piece of index and names, for ``add_index``."""
@@ -161,8 +161,8 @@ class StoreWriter:
             transaction.put(layout.index_key(piece), index)
             transaction.put(layout.names_key(piece), name_stream)
         self._flush_sometimes(index.size + name_stream.size)
-        self._index_crc32.append(zlib.crc32(index))
-        self._names_crc32.append(zlib.crc32(name_stream))
+        self._index_crc32.append(crc32(index))
+        self._names_crc32.append(crc32(name_stream))
         self._fingerprint.add(columns["label"], columns["crc32"])
         self._indexed += len(names)
 

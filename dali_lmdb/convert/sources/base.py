@@ -41,7 +41,7 @@ class Item(NamedTuple):
     """
     stamp: Callable[[], int]
     """A number that changes when the image does (a file's time in ns), to notice it on resuming; 0 where the
-    source as a whole is watched. Called in any thread."""
+    source as a whole is watched. After ``read`` that of what was read. Called in any thread."""
 
 
 class Source(ABC):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,11 @@ from dali_lmdb.convert.sources.base import is_image_name
 from dali_lmdb.errors import SourceError
 
 __all__ = [
+    "ImageFile",
     "check_inside",
     "identity_of_files",
     "image_files",
     "list_folder",
-    "read_file",
-    "stamp_of_file",
 ]
 
 
@@ -106,40 +105,59 @@ def check_inside(path: str, *, root: str, follow_links: bool) -> None:
         )
 
 
-def read_file(path: str) -> bytes:
-    """The bytes of a regular file.
+class ImageFile:
+    """An image in a file of its own: ``read`` and ``stamp`` of its ``Item``.
 
-    Raises:
-        SourceError: it is missing, cannot be read, is no regular file, or changes meanwhile.
+    Args:
+        path: of a regular file.
+        check: called with the path before it is read.
     """
-    try:
-        # Without O_NONBLOCK, opening a named pipe would wait for a writer.
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+
+    __slots__ = ("_check", "_mtime_ns", "_path")
+
+    def __init__(self, path: str, *, check: Callable[[str], None] | None = None) -> None:
+        self._path, self._check = path, check
+        self._mtime_ns: int | None = None
+
+    def read(self) -> bytes:
+        """The bytes.
+
+        Raises:
+            SourceError: the file is missing, cannot be read, is no regular file, or changes meanwhile.
+        """
+        path = self._path
+        if self._check is not None:
+            self._check(path)
         try:
-            before = os.fstat(descriptor)
-            if not stat.S_ISREG(before.st_mode):
-                raise SourceError(f"{path}: not a regular file, expected an image file; remove it")
-            data = os.read(descriptor, before.st_size + 1)  # one more, to see that it ends there
-            after = os.fstat(descriptor)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise SourceError(f"{path}: cannot be read: {error.strerror}") from error
-    if not len(data) == before.st_size == after.st_size or before.st_mtime_ns != after.st_mtime_ns:
-        raise SourceError(f"{path}: changed while it was read; convert again when nothing writes to it")
-    return data
+            # Without O_NONBLOCK, opening a named pipe would wait for a writer.
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            try:
+                before = os.fstat(descriptor)
+                if not stat.S_ISREG(before.st_mode):
+                    raise SourceError(f"{path}: not a regular file, expected an image file; remove it")
+                data = os.read(descriptor, before.st_size + 1)  # one more, to see that it ends there
+                after = os.fstat(descriptor)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise SourceError(f"{path}: cannot be read: {error.strerror}") from error
+        if not len(data) == before.st_size == after.st_size or before.st_mtime_ns != after.st_mtime_ns:
+            raise SourceError(f"{path}: changed while it was read; convert again when nothing writes to it")
+        self._mtime_ns = before.st_mtime_ns
+        return data
 
+    def stamp(self) -> int:
+        """When the file was last changed, in ns since 1970: what was read, or if nothing was, what is there.
 
-def stamp_of_file(path: str) -> int:
-    """When a file was last changed, in ns since 1970.
-
-    Raises:
-        SourceError: it is missing.
-    """
-    try:
-        return os.stat(path).st_mtime_ns
-    except OSError as error:
-        raise SourceError(f"{path}: cannot be read: {error.strerror}") from error
+        Raises:
+            SourceError: it is missing.
+        """
+        if self._mtime_ns is not None:
+            return self._mtime_ns
+        try:
+            return os.stat(self._path).st_mtime_ns
+        except OSError as error:
+            raise SourceError(f"{self._path}: cannot be read: {error.strerror}") from error
 
 
 def identity_of_files(path: object, files: list[tuple[Path, int, int]]) -> dict[str, Any]:

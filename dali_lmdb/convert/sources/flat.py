@@ -11,7 +11,7 @@ from typing import Any
 from dali_lmdb.convert.sources.archive import Archive, Member
 from dali_lmdb.convert.sources.base import Item, Source, is_image_name, no_stamp
 from dali_lmdb.convert.sources.digest import NameDigest, digest_of_distinct
-from dali_lmdb.convert.sources.files import identity_of_files, image_files, read_file, stamp_of_file
+from dali_lmdb.convert.sources.files import ImageFile, identity_of_files, image_files
 from dali_lmdb.convert.sources.names import (
     classes_of,
     integer,
@@ -80,8 +80,8 @@ class FlatSource(Source):
                 read = partial(self._archive.read, name, image.offset, image.size)
                 yield Item(name, label, read, no_stamp)
             else:
-                file = os.path.join(self.path, image.path)
-                yield Item(name, label, partial(read_file, file), partial(stamp_of_file, file))
+                file = ImageFile(os.path.join(self.path, image.path))
+                yield Item(name, label, file.read, file.stamp)
 
     def count(self) -> int:
         return self._names.num_names

@@ -6,17 +6,15 @@ import hashlib
 import os
 import zlib
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dali_lmdb.convert.sources.base import IMAGE_EXTENSIONS, Item, Source
 from dali_lmdb.convert.sources.files import (
+    ImageFile,
     check_inside,
     image_files,
     list_folder,
-    read_file,
-    stamp_of_file,
 )
 from dali_lmdb.convert.sources.names import printable, repeated_name
 from dali_lmdb.errors import SourceError
@@ -77,8 +75,8 @@ class FolderSource(Source):
             if listed is not None and _packed(names) != listed.classes[label]:
                 self._refuse_change(folder, _unpacked(listed.classes[label]), names)
             for name in names:
-                file = prefix + name
-                yield Item(printable(name), label, partial(read_file, file), partial(stamp_of_file, file))
+                file = ImageFile(prefix + name)
+                yield Item(printable(name), label, file.read, file.stamp)
 
     def count(self) -> int:
         return self._list().num_images

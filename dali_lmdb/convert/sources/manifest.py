@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from dali_lmdb.convert.sources.base import Item, Source
 from dali_lmdb.convert.sources.digest import NameDigest, digest_of_distinct
-from dali_lmdb.convert.sources.files import check_inside, identity_of_files, read_file, stamp_of_file
+from dali_lmdb.convert.sources.files import ImageFile, check_inside, identity_of_files
 from dali_lmdb.convert.sources.names import classes_of, printable, record_name
 from dali_lmdb.errors import SourceError
 
@@ -64,10 +64,10 @@ class ManifestSource(Source):
 
     def items(self) -> Iterator[Item]:
         labels = {name: label for label, name in enumerate(self._classes)}
+        check = partial(check_inside, root=self._root, follow_links=self._follow_links)
         for row in self._rows():
-            file = os.path.join(self._folder, row.path)
-            name = record_name(row.label, row.path)
-            yield Item(name, labels[row.label], partial(self._read, file), partial(stamp_of_file, file))
+            file = ImageFile(os.path.join(self._folder, row.path), check=check)
+            yield Item(record_name(row.label, row.path), labels[row.label], file.read, file.stamp)
 
     def count(self) -> int:
         return self._names.num_names
@@ -84,10 +84,6 @@ class ManifestSource(Source):
     def _names(self) -> NameDigest:
         digest_of_distinct(lambda: (printable(row.path) for row in self._rows()), where=self.path)
         return digest_of_distinct(lambda: (item.name for item in self.items()), where=self.path)
-
-    def _read(self, file: str) -> bytes:
-        check_inside(file, root=self._root, follow_links=self._follow_links)
-        return read_file(file)
 
     def _rows(self) -> Iterator[_Row]:
         try:

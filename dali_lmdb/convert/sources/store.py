@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -14,6 +13,7 @@ import numpy.typing as npt
 from dali_lmdb.convert.sources.base import Item, Source, no_stamp
 from dali_lmdb.errors import RecordError, SourceError, StoreDamagedError, StoreError
 from dali_lmdb.store import Store, open_store
+from dali_lmdb.store.checksum import crc32
 from dali_lmdb.store.classic import ClassicStore
 
 __all__ = ["StoreSource"]
@@ -105,7 +105,7 @@ class StoreSource(Source):
     def _read(self, index: int) -> bytes:
         try:
             data = _copy(self._store, index)
-            if zlib.crc32(data) != int(self._store.gather("crc32", np.array([index]))[0]):
+            if crc32(data) != int(self._store.gather("crc32", np.array([index]))[0]):
                 raise RecordError(f"{self._store.where(index)}: wrong checksum; the file was damaged")
         except (StoreError, RecordError) as error:
             raise SourceError(str(error)) from error
