@@ -13,7 +13,7 @@ IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".t
 
 
 AT_ONCE_ITEMS = 2_048
-AT_ONCE_BYTES = 256 << 20
+AT_ONCE_BYTES = 64 << 20
 """Items that are read at the same time, by several threads, are no more than this apart, give or take an image."""
 
 
