@@ -91,7 +91,7 @@ class ImageFolderLMDB(Dataset[tuple[Any, Any]]):
                 f"{self.store.where(index)}: not an image that Pillow decodes: {error}; convert again without it "
                 "(--on-bad skip --check decode)"
             ) from error
-        label: Any = int(self.store.labels[index])
+        label: Any = int(self.store.gather("label", np.array([index]))[0])
         if self.transform is not None:
             image = self.transform(image)
         if self.target_transform is not None:
