@@ -2,12 +2,14 @@
 
 import os
 import resource
+import shutil
 import tempfile
 
 import numpy as np
 import pytest
 
 from dali_lmdb.convert.sources import digest, members, scratch
+from dali_lmdb.convert.sources.folder import FolderSource
 from dali_lmdb.errors import SourceError
 
 NAMES = [f"ant/{number}.jpg" for number in range(50)]
@@ -88,9 +90,9 @@ ODD_NAMES = ["", "a", "two\nlines", "caf\udce9.jpg", "é" * 300, "1", " "]
 @pytest.mark.parametrize("kept", [0, 40, 1000, 10**9], ids=lambda kept: f"kept {kept}")
 @pytest.mark.parametrize("piece", [1, 2, 50, 10**9], ids=lambda piece: f"piece {piece}")
 def test_tables_that_share_a_spool_give_back_their_own_rows(kept, piece, monkeypatch, temporary_folder):
-    monkeypatch.setattr(members, "_KEPT_BYTES", kept)
-    monkeypatch.setattr(members, "_PIECE_BYTES", piece)
-    spool = members.Spool()
+    monkeypatch.setattr(scratch, "_KEPT_BYTES", kept)
+    monkeypatch.setattr(scratch, "_PIECE_BYTES", piece)
+    spool = scratch.Spool()
     tables = [members.MemberTable(spool) for _ in range(5)]
     expected = [[] for _ in tables]
     for number in range(60):
@@ -105,8 +107,8 @@ def test_tables_that_share_a_spool_give_back_their_own_rows(kept, piece, monkeyp
 
 
 def test_what_all_tables_together_hold_in_memory_is_limited(monkeypatch, temporary_folder):
-    monkeypatch.setattr(members, "_KEPT_BYTES", 500)
-    spool = members.Spool()
+    monkeypatch.setattr(scratch, "_KEPT_BYTES", 500)
+    spool = scratch.Spool()
     tables = [members.MemberTable(spool) for _ in range(100)]
     held = []
     for number in range(1000):
@@ -173,3 +175,24 @@ def test_a_missing_temporary_folder_is_named(monkeypatch, tmp_path):
     assert message.startswith(
         f"{tmp_path / 'nothing'}: the list of images, 0 bytes so far, cannot be written: No such"
     )
+
+
+def test_names_of_class_folders_go_to_a_temporary_file_beyond_what_memory_keeps(
+    monkeypatch, temporary_folder, image_folder, tmp_path
+):
+    folder = shutil.copytree(image_folder, tmp_path / "copy")
+    (folder / "bee" / "notes.txt").write_text("no image")
+
+    def listing():
+        source = FolderSource(folder)
+        rows = [(item.name, item.label) for item in source.items()]
+        return source.count(), source.identity(), rows, list(source.left_out()), source
+
+    expected = listing()[:-1]
+    monkeypatch.setattr(scratch, "_KEPT_BYTES", 20)
+    *found, source = listing()
+    assert tuple(found) == expected
+    assert open_files_in(temporary_folder) == 1
+    (folder / "bee" / "more.jpg").write_bytes(b"")
+    with pytest.raises(SourceError, match=r"more\.jpg appeared"):
+        list(source.items())

@@ -9,7 +9,7 @@ from image_sets import make_image_folder, save_grey
 from packing import image_paths, items_of, pack, pack_folder, records_of, write_parquet
 
 from dali_lmdb.convert import convert, job
-from dali_lmdb.convert.sources import KINDS, digest, members, open_source
+from dali_lmdb.convert.sources import KINDS, FolderSource, digest, open_source, scratch
 from dali_lmdb.errors import ConversionError, SourceError
 
 CLASSES = ["ant", "bee", "cat"]
@@ -130,8 +130,8 @@ def test_reading_in_any_order_from_threads_gives_each_record_its_own_bytes(kind,
 def little_memory(monkeypatch):
     """Sources write most of their lists to temporary files, as they do for millions of images."""
     monkeypatch.setattr(digest, "_KEPT_HASHES", 3)
-    monkeypatch.setattr(members, "_KEPT_BYTES", 50)
-    monkeypatch.setattr(members, "_PIECE_BYTES", 20)
+    monkeypatch.setattr(scratch, "_KEPT_BYTES", 50)
+    monkeypatch.setattr(scratch, "_PIECE_BYTES", 20)
 
 
 @pytest.mark.parametrize("kind", [*CLASS_FOLDER_KINDS, "manifest"])
@@ -364,3 +364,11 @@ def test_a_name_that_is_not_utf_8_is_kept_readable(tmp_path):
     convert(root, tmp_path / "folder.lmdb")
     names = [name for name, _, _ in records_of(tmp_path / "folder.lmdb")[1]]
     assert names[0] == r"ant/caf\xe9.jpg"
+
+
+def test_an_image_that_no_record_can_hold_is_refused_before_memory_is_asked_for(images):
+    with open(images / "ant" / "huge.jpg", "wb") as file:
+        file.truncate(1 << 40)  # a hole: takes no room on the disk
+    (item,) = [item for item in FolderSource(images).items() if item.name == "ant/huge.jpg"]
+    with pytest.raises(SourceError, match=r"huge\.jpg: 1,099,511,627,776 bytes, a record holds 4,294,967,295 at"):
+        item.read()

@@ -334,6 +334,7 @@ def test_a_damaged_meta_is_refused(small, meta):
         {"piece_records": 0},
         {"piece_records": 100},
         {"piece_records": None},
+        {"num_records": 1 << 64, "piece_records": 1 << 64},
         {"made": []},
         {"unknown": 1},
     ],
@@ -645,6 +646,62 @@ def test_there_is_no_record_before_or_after_those_of_a_store_in_pieces(short_pie
             store.gather("label", np.array([3, record]))
         with pytest.raises(IndexError, match=str(record)):
             store.arrays(np.array([3, record]))
+
+
+@pytest.mark.parametrize("records", [-1, 20, 21, 1 << 40])
+def test_there_is_no_record_before_or_after_those_of_a_store(tmp_path, records):
+    store = open_store(make_store(tmp_path / "x.lmdb", [b"x"] * 20))
+    with pytest.raises(IndexError, match=f"{records}"):
+        store.gather("label", np.array([3, records]))
+
+
+def stream_of(columns, options=None):
+    """An Arrow stream of one batch."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, columns.schema, options=options) as stream:
+        stream.write_batch(columns)
+    return sink.getvalue().to_pybytes()
+
+
+def test_an_index_that_is_not_in_the_file_as_it_is_is_refused(short_pieces, tmp_path):
+    """Arrow puts a compressed one somewhere else in memory."""
+    path = make_store_in_pieces(tmp_path / "x.lmdb", [b"x"] * 20)
+    columns = {name: open_store(path).column(name)[7:14] for name in INDEX_SCHEMA.names}
+    batch = pa.RecordBatch.from_pydict(columns, schema=INDEX_SCHEMA)
+    compressed = stream_of(batch, pa.ipc.IpcWriteOptions(compression="lz4"))
+    change(path, b"__index__/00000001", compressed)
+    checksums = open_store_meta(path)["index_crc32"]
+    change_meta(path, index_crc32=[checksums[0], zlib.crc32(compressed), checksums[2]])
+    with pytest.raises(StoreDamagedError, match="__index__ is not readable") as info:
+        open_store(path)
+    one_line(info)
+
+
+def open_store_meta(path):
+    """``__meta__`` as it is in the file."""
+    with lmdb.open(str(path), subdir=False, lock=False, readonly=True) as env, env.begin() as transaction:
+        return json.loads(bytes(transaction.get(b"__meta__")))
+
+
+@pytest.mark.parametrize("damage", ["an offset outside", "not UTF-8"])
+def test_names_that_lead_outside_are_refused_even_with_their_checksum(short_pieces, tmp_path, damage):
+    path = make_store_in_pieces(tmp_path / "x.lmdb", [b"x"] * 20)
+    names = pa.array([f"name {i}" for i in range(7)], pa.large_string())
+    raw = layout.names_to_ipc(names).to_pybytes()
+    if damage == "not UTF-8":
+        damaged = raw.replace(b"name 3", b"name \xff")
+    else:
+        offsets = np.arange(0, 8 * 6, 6, dtype="<i8")
+        wild = np.where(np.arange(8) == 3, 1 << 40, offsets)
+        damaged = raw.replace(offsets.tobytes(), wild.astype("<i8").tobytes())
+    assert damaged != raw
+    change(path, b"__names__", damaged)
+    checksums = open_store_meta(path)["names_crc32"]
+    change_meta(path, names_crc32=[zlib.crc32(damaged), *checksums[1:]])
+    for read in (lambda store: store.name(3), lambda store: store.names()):
+        with pytest.raises(StoreDamagedError, match="__names__ is not readable"):
+            read(open_store(path))
+    assert any("__names__ is not readable" in line for line in verify(path).damage)
 
 
 def test_a_compacted_copy_of_a_store_in_pieces_reads_right(short_pieces, tmp_path):

@@ -357,13 +357,15 @@ class _Rows:
     def __init__(self, batches: Iterator[pa.RecordBatch]) -> None:
         self._batches = batches
         self._waiting: list[pa.RecordBatch] = []
+        self._num_waiting = 0
 
     def take(self, count: int) -> pa.Table:
         """The next rows."""
-        while sum(batch.num_rows for batch in self._waiting) < count:
+        while self._num_waiting < count:
             self._waiting.append(next(self._batches))
+            self._num_waiting += self._waiting[-1].num_rows
         table = pa.Table.from_batches(self._waiting, ROW_SCHEMA)
-        self._waiting = table[count:].to_batches()
+        self._waiting, self._num_waiting = table[count:].to_batches(), table.num_rows - count
         return table[:count]
 
 

@@ -95,12 +95,6 @@ class FileCheck:
         except StoreDamagedError as error:
             self.findings.add(str(error))
             return
-        try:
-            self.names.validate(full=True)
-        except pa.ArrowInvalid as error:
-            self._damaged(f"__names__: {error}")
-            self.names = None
-            return
         for record, earlier in repeated(self.names):
             self._record_damaged(record, f"the same name as record {earlier}")
 

@@ -41,9 +41,10 @@ class Store(ABC):
 
     @abstractmethod
     def column(self, name: str) -> npt.NDArray[Any]:
-        """A whole index column, read-only, of shape (len,): see ``layout.INDEX_SCHEMA``.
+        """A whole index column of shape (len,): see ``layout.INDEX_SCHEMA``.
 
-        A copy of it where the column lies in pieces; ``gather`` and ``column_parts`` copy nothing of that size.
+        A read-only view of the file where it lies there in one piece, else a copy; ``gather`` and
+        ``column_parts`` copy nothing of that size.
         """
 
     def column_parts(self, name: str) -> Iterator[npt.NDArray[Any]]:

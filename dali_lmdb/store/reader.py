@@ -23,9 +23,9 @@ __all__ = ["FileStore"]
 class FileStore(Store):
     """One published store file.
 
-    Opening maps the file and reads no record. Nothing is copied: columns and records are views of
-    the map, shared with every other process that has the file open, and keep the map alive after
-    ``close``. A store pickles as its path.
+    Opening maps the file and reads no record. Records, and columns that lie in one piece, are views of the
+    map, shared with every other process that has the file open, and keep the map alive after ``close``.
+    A store pickles as its path.
 
     Args:
         path: the LMDB file.
@@ -86,12 +86,8 @@ class FileStore(Store):
             IndexError: no such record.
             StoreDamagedError: the index points outside the file.
         """
-        if len(records) and not 0 <= records.min() <= records.max() < len(self):
-            raise IndexError(
-                f"{self.path}: records {records.min()} to {records.max()}, expected 0 to {len(self) - 1}"
-            )
-        offsets = self.gather("file_offset", records) if self._found is None else self._found[records]
         lengths = self.gather("num_bytes", records)
+        offsets = self.gather("file_offset", records) if self._found is None else self._found[records]
         for position in np.flatnonzero(offsets == 0):
             offsets[position] = self._find(int(records[position])).offset
         size = len(self._data)

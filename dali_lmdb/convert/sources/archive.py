@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from dali_lmdb.convert.sources.files import check_size
 from dali_lmdb.convert.sources.names import printable, safe_path
 from dali_lmdb.errors import SourceError
 
@@ -102,6 +103,7 @@ class Archive:
         Raises:
             SourceError: the archive vanished or changed since this object was made.
         """
+        check_size(size, where=f"{self.path}: {name}")
         try:
             descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
             try:

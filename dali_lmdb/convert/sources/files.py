@@ -11,10 +11,12 @@ from typing import Any
 
 from dali_lmdb.convert.sources.base import is_image_name
 from dali_lmdb.errors import SourceError
+from dali_lmdb.store.layout import MAX_RECORD_BYTES
 
 __all__ = [
     "ImageFile",
     "check_inside",
+    "check_size",
     "identity_of_files",
     "image_files",
     "list_folder",
@@ -135,7 +137,10 @@ class ImageFile:
                 before = os.fstat(descriptor)
                 if not stat.S_ISREG(before.st_mode):
                     raise SourceError(f"{path}: not a regular file, expected an image file; remove it")
+                check_size(before.st_size, where=path)
                 data = os.read(descriptor, before.st_size + 1)  # one more, to see that it ends there
+                while 0 < len(data) < before.st_size and (more := os.read(descriptor, before.st_size - len(data))):
+                    data += more
                 after = os.fstat(descriptor)
             finally:
                 os.close(descriptor)
@@ -158,6 +163,16 @@ class ImageFile:
             return os.stat(self._path).st_mtime_ns
         except OSError as error:
             raise SourceError(f"{self._path}: cannot be read: {error.strerror}") from error
+
+
+def check_size(num_bytes: int, *, where: object) -> None:
+    """Refuse an image that no record can hold, before memory is asked for it.
+
+    Raises:
+        SourceError: it is larger than ``MAX_RECORD_BYTES``.
+    """
+    if num_bytes > MAX_RECORD_BYTES:
+        raise SourceError(f"{where}: {num_bytes:,} bytes, a record holds {MAX_RECORD_BYTES:,} at most; remove it")
 
 
 def identity_of_files(path: object, files: list[tuple[Path, int, int]]) -> dict[str, Any]:

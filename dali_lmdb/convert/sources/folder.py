@@ -17,6 +17,7 @@ from dali_lmdb.convert.sources.files import (
     list_folder,
 )
 from dali_lmdb.convert.sources.names import printable, repeated_name
+from dali_lmdb.convert.sources.scratch import Spool
 from dali_lmdb.errors import SourceError
 
 __all__ = ["FolderSource"]
@@ -57,7 +58,7 @@ class FolderSource(Source):
         self._beside = _packed(beside)
         if not self._folders:
             raise SourceError(f"{path}: no class folders in it; expected CLASS/IMAGE files")
-        self._check_distinct(self.classes)
+        self._check_distinct(self._folders)
 
     @property
     def classes(self) -> list[str]:
@@ -72,8 +73,8 @@ class FolderSource(Source):
         listed, prefix = self._listing, os.path.join(self.path, "")
         for label, folder in enumerate(self._folders):
             names = self._names(folder)
-            if listed is not None and _packed(names) != listed.classes[label]:
-                self._refuse_change(folder, _unpacked(listed.classes[label]), names)
+            if listed is not None and _packed(names) != (before := listed.spool.whole(listed.classes[label])):
+                self._refuse_change(folder, _unpacked(before), names)
             for name in names:
                 file = ImageFile(prefix + name)
                 yield Item(printable(name), label, file.read, file.stamp)
@@ -82,8 +83,9 @@ class FolderSource(Source):
         return self._list().num_images
 
     def left_out(self) -> Iterator[tuple[str, str]]:
-        for others in self._list().others:
-            for name in _unpacked(others):
+        listed = self._list()
+        for number in listed.others:
+            for name in _unpacked(listed.spool.whole(number)):
                 yield printable(name), "its name does not end as an image's"
         for name in _unpacked(self._beside):
             yield printable(name), "in no class folder"
@@ -97,38 +99,43 @@ class FolderSource(Source):
 
     def _list(self) -> _Listing:
         if self._listing is None:
-            num_images, digest, classes, others = 0, hashlib.sha256(), [], []
+            num_images, digest, spool = 0, hashlib.sha256(), Spool()
+            classes: list[int] = []
+            others: list[int] = []
             for folder in self._folders:
                 found: list[str] = []
                 names = self._names(folder, found)
                 num_images += len(names)
-                classes.append(_packed(names))
-                digest.update(classes[-1])
+                packed = _packed(names)
+                digest.update(packed)
+                classes.append(spool.new(packed))
                 if found:
-                    others.append(_packed(sorted(found)))
-            self._listing = _Listing(num_images, digest.hexdigest()[:32], classes, others)
+                    others.append(spool.new(_packed(sorted(found))))
+            self._listing = _Listing(num_images, digest.hexdigest()[:32], spool, classes, others)
         return self._listing
 
     def _names(self, folder: str, others: list[str] | None = None) -> list[str]:
         """The images of a class, relative to the source; ``others`` gets what else is there."""
         top = os.path.join(self.path, folder)
+        prefix = len(os.path.join(self.path, ""))
         found: list[str] = []
-        files = list(image_files(top, root=self._root, follow_links=self._follow_links, others=found))
-        if not files:
+        files = image_files(top, root=self._root, follow_links=self._follow_links, others=found)
+        names = [file[prefix:] for file in files]
+        if not names:
             raise SourceError(
                 f"{top}: no image in this class folder (expected files ending in "
                 f"{' '.join(IMAGE_EXTENSIONS)}); remove the folder or add images"
             )
-        prefix = len(os.path.join(self.path, ""))
-        names = [file[prefix:] for file in files]
         if others is not None:
             others.extend(file[prefix:] for file in found)
-        self._check_distinct([printable(name) for name in names])
+        self._check_distinct(names)
         return names
 
-    def _check_distinct(self, shown: list[str]) -> None:
+    def _check_distinct(self, names: list[str]) -> None:
         """Names that are not UTF-8 are spelt out; they may then be the same as another."""
-        repeated = repeated_name(shown)
+        repeated = None
+        if any(printable(name) != name for name in names):
+            repeated = repeated_name(map(printable, names))
         if repeated is not None:
             raise SourceError(f"{self.path}: {repeated}: two names are spelt so in UTF-8; rename one")
 
@@ -149,10 +156,12 @@ class _Listing(NamedTuple):
     num_images: int
     digest: str
     """Of all names."""
-    classes: list[bytes]
-    """Names of each class, compressed: ImageNet's 1.28 million take 4 MB."""
-    others: list[bytes]
-    """Of each class with some, names of the files that are no images by their name, compressed."""
+    spool: Spool
+    """Holds names, compressed: ImageNet's 1.28 million take 4 MB."""
+    classes: list[int]
+    """Where in it those of each class are."""
+    others: list[int]
+    """Where those of the files are that are no images by their name, of each class with some."""
 
 
 def _packed(names: list[str]) -> bytes:

@@ -14,9 +14,10 @@ from dali_lmdb.convert.sources.archive import Archive
 from dali_lmdb.convert.sources.base import Item, Source, is_image_name, no_stamp
 from dali_lmdb.convert.sources.digest import NameDigest, digest_of_distinct
 from dali_lmdb.convert.sources.files import identity_of_files
-from dali_lmdb.convert.sources.members import MemberTable, Spool
+from dali_lmdb.convert.sources.members import MemberTable
 from dali_lmdb.convert.sources.names import check_classes, printable
 from dali_lmdb.convert.sources.patterns import files_of
+from dali_lmdb.convert.sources.scratch import Spool
 from dali_lmdb.errors import SourceError
 
 __all__ = ["ImageNetTarSource", "TarSource"]

@@ -14,7 +14,7 @@ from dali_lmdb.convert.sources.archive import Archive, Member
 from dali_lmdb.convert.sources.base import IMAGE_EXTENSIONS, Item, Source, no_stamp
 from dali_lmdb.convert.sources.digest import NameDigest, digest_of, digest_of_distinct
 from dali_lmdb.convert.sources.files import identity_of_files
-from dali_lmdb.convert.sources.members import MemberTable, Spool
+from dali_lmdb.convert.sources.members import MemberTable
 from dali_lmdb.convert.sources.names import (
     check_classes,
     numbered_classes,
@@ -22,6 +22,7 @@ from dali_lmdb.convert.sources.names import (
     record_name,
 )
 from dali_lmdb.convert.sources.patterns import files_of, stems_of
+from dali_lmdb.convert.sources.scratch import Spool
 from dali_lmdb.errors import SourceError
 
 __all__ = ["WebDatasetSource"]
