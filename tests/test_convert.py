@@ -24,7 +24,7 @@ from torchvision.datasets import ImageFolder
 from dali_lmdb.convert import ConvertSettings, convert, converter, job
 from dali_lmdb.convert.__main__ import main
 from dali_lmdb.convert.journal import Journal
-from dali_lmdb.convert.sources import FolderSource
+from dali_lmdb.convert.sources import FolderSource, Item, Source
 from dali_lmdb.errors import ConversionError, DaliLmdbError, SourceError, StoreFormatError
 from dali_lmdb.store import Kind, layout, open_store, writer
 from dali_lmdb.store.writer import StoreWriter
@@ -949,6 +949,47 @@ def test_memory_is_bounded_by_bytes_also_where_images_grow_of_a_sudden(image_fol
         tracemalloc.stop()
     assert target.stat().st_size > 300e6
     assert peak_bytes < 80e6
+
+
+class ManyRecords(Source):
+    """So many records of a few bytes."""
+
+    kind = "folder"
+
+    def __init__(self, num_records):
+        self.num_records = num_records
+
+    @property
+    def classes(self):
+        return ["one"]
+
+    def items(self):
+        for record in range(self.num_records):
+            yield Item(f"one/{record:040}.jpg", 0, lambda: b"a record", lambda: 0)
+
+    def identity(self):
+        return {"images": self.num_records}
+
+
+def test_memory_does_not_grow_with_the_number_of_records(monkeypatch, target):
+    monkeypatch.setattr(layout, "PIECE_RECORDS", 5000)
+
+    original, seen = StoreWriter._flush_sometimes, []
+
+    def after_transaction(self, num_bytes):
+        original(self, num_bytes)
+        lines = Path("/proc/self/status").read_text().splitlines()
+        seen.extend(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+    def peak_of(num_records):
+        seen.clear()
+        convert(ManyRecords(num_records), target, settings=ConvertSettings(check="none"))
+        target.unlink()
+        return max(seen)
+
+    monkeypatch.setattr(StoreWriter, "_flush_sometimes", after_transaction)
+    before = peak_of(100_000)  # first, since a process keeps what it once had
+    assert peak_of(400_000) - before < 40_000  # kB; 16,000 measured, and 108,000 with an index in one piece
 
 
 # --- the command
