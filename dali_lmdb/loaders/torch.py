@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -327,6 +329,7 @@ class TorchLoader(Loader):
             num_workers=self._num_workers,
             persistent_workers=self._num_workers > 0,
             pin_memory=self.device.type == "cuda",
+            worker_init_fn=_start_worker,
         )
 
     def _drop(self) -> None:
@@ -381,3 +384,16 @@ def open_data(path: str | os.PathLike[str]) -> Store:
         StoreError, SourceError: neither can be opened.
     """
     return FolderStore(path) if is_image_folder(path) else open_store(path)
+
+
+def _start_worker(_: int) -> None:
+    """Runs in each worker."""
+    sys.excepthook = _show_unless_parent_is_gone
+
+
+def _show_unless_parent_is_gone(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """The parent may be interrupted while it takes a batch: no error of the thread here that hands it over."""
+    if not issubclass(kind, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)
