@@ -25,7 +25,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from dali_lmdb.convert.journal import INDEX_ROW_COLUMNS, ROW_SCHEMA, Journal
-from dali_lmdb.convert.look import Looked, look_at
+from dali_lmdb.convert.reading import Looked, look_at
 from dali_lmdb.convert.settings import ConvertSettings, Progress
 from dali_lmdb.convert.sources.base import Item, Source
 from dali_lmdb.errors import ConversionError
