@@ -48,7 +48,7 @@ class Store(ABC):
         """
 
     def column_parts(self, name: str) -> Iterator[npt.NDArray[Any]]:
-        """An index column in parts, in order."""
+        """An index column in parts of shape (n,), in order: of the column's dtype, len records together."""
         yield self.column(name)
 
     @abstractmethod

@@ -34,13 +34,14 @@ class Index:
 
     def __init__(self, pages: PageFile, meta: layout.Meta, *, check: bool | None = None) -> None:
         self._pages, self._meta = pages, meta
-        views = [_view(pages, layout.index_key(piece)) for piece in range(len(meta.pieces()))]
+        ranges = meta.pieces()
+        views = [_view(pages, layout.index_key(piece)) for piece in range(len(ranges))]
         if check is None:
             check = sum(map(len, views)) <= _MOST_CHECKED_BYTES
         if check and list(map(crc32, views)) != meta.index_crc32:
             raise StoreDamagedError(f"{pages.path}: damaged: __index__ has a wrong checksum; convert it again")
         self._pieces = []
-        for view, records in zip(views, meta.pieces(), strict=True):
+        for view, records in zip(views, ranges, strict=True):
             piece = layout.index_from_ipc(view, num_records=len(records))
             if piece is None or not all(_lies_in(pages.data, column) for column in piece.values()):
                 raise StoreDamagedError(f"{pages.path}: damaged: __index__ is not readable; convert it again")
@@ -93,6 +94,7 @@ class Names:
 
     def __init__(self, pages: PageFile, meta: layout.Meta) -> None:
         self._pages, self._meta = pages, meta
+        self._ranges = meta.pieces()
         self._pieces: dict[int, pa.Array] = {}
 
     def one(self, record: int) -> str:
@@ -110,7 +112,7 @@ class Names:
         Raises:
             StoreDamagedError: they were altered.
         """
-        pieces = [self._piece(piece) for piece in range(len(self._meta.pieces()))]
+        pieces = [self._piece(piece) for piece in range(len(self._ranges))]
         return pa.chunked_array(pieces, pa.large_string())
 
     def _piece(self, piece: int) -> pa.Array:
@@ -118,7 +120,7 @@ class Names:
             view = _view(self._pages, layout.names_key(piece))
             names = None
             if crc32(view) == self._meta.names_crc32[piece]:
-                names = layout.names_from_ipc(view, num_records=len(self._meta.pieces()[piece]))
+                names = layout.names_from_ipc(view, num_records=len(self._ranges[piece]))
             if names is None:
                 raise StoreDamagedError(
                     f"{self._pages.path}: damaged: __names__ is not readable; convert it again"
