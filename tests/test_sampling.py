@@ -4,6 +4,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from samplers import EpochSampler
 from torch.utils.data import DistributedSampler, Sampler, SequentialSampler
 
 from dali_lmdb.plan.order import epoch_order
@@ -76,11 +77,7 @@ def test_weighted_draws_are_a_function_of_seed_epoch_and_position():
 
 
 def test_a_torch_sampler_decides_and_is_told_the_epoch():
-    class Data:
-        def __len__(self):
-            return 10
-
-    sampler = DistributedSampler(Data(), num_replicas=1, rank=0, shuffle=True, seed=5)
+    sampler = EpochSampler(10, seed=5)
     samples = sampling(sampler=sampler)
     assert isinstance(samples, Sampled)
     for epoch in (0, 3, 0):
@@ -103,14 +100,7 @@ def test_a_sampler_whose_length_lies_is_refused():
 
 
 def test_two_threads_may_ask_a_sampler_for_different_epochs():
-    class Counting(DistributedSampler):
-        asked = 0
-
-        def __iter__(self):
-            self.asked += 1
-            return super().__iter__()
-
-    sampler = Counting(range(1000), num_replicas=1, rank=0)
+    sampler = EpochSampler(1000)
     samples = sampling(1000, sampler=sampler)
     expected = {epoch: epoch_of(samples, epoch) for epoch in (6, 7)}
     found = {6: [], 7: []}
@@ -187,3 +177,20 @@ def test_different_samplings_have_different_identities():
 def test_wrong_samplings_are_value_errors(arguments):
     with pytest.raises(ValueError, match=r"sampler|weights|shuffle"):
         sampling(**arguments)
+
+
+class ShardedSampler(EpochSampler):
+    """Gives one rank's part, as mmengine's ``DefaultSampler``."""
+
+    rank, world_size = 1, 2
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [DistributedSampler(range(10), num_replicas=2, rank=1), ShardedSampler(10)],
+    ids=lambda s: type(s).__name__,
+)
+def test_a_sampler_that_already_deals_to_ranks_is_refused(sampler):
+    with pytest.raises(ValueError, match=r"one rank's part only; the loader itself divides records") as refused:
+        sampling(sampler=sampler)
+    assert type(sampler).__name__ in str(refused.value)

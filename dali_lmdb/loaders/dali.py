@@ -63,9 +63,10 @@ class DaliLoader(Loader):
         seed: of order and augmentation, the same on every rank.
         shuffle: ``"full"`` (default with TrainTransform), ``"block"`` or ``"none"`` (default otherwise).
         sampler: instead of every record once: record indices in the order to show them (a sequence, array or
-            tensor; shuffled in every epoch if ``shuffle`` says so), or a PyTorch ``Sampler`` that gives the same
-            on every rank. A ``Sampler`` is asked from a thread, and for the next epoch before this one is over;
-            when a state is loaded, only its class and its length are compared.
+            tensor; shuffled in every epoch if ``shuffle`` says so), or a PyTorch ``Sampler`` that gives the
+            records of all ranks, the same on every rank (so not a ``DistributedSampler``). A ``Sampler`` is asked
+            from a thread, and for the next epoch before this one is over; when a state is loaded, only its class
+            and its length are compared.
         weights: instead: one for each record; an epoch draws as many records as there are, with replacement.
         last_batch: what becomes of records that do not fill a global step: ``"drop"`` (default with
             TrainTransform), ``"pad"`` from the epoch's beginning, or ``"short"`` (default otherwise): every

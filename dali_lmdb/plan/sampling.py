@@ -77,9 +77,9 @@ class Weighted:
 class Sampled:
     """What a PyTorch ``Sampler`` gives; its ``set_epoch`` is called where it has one.
 
-    It must give the same on every rank and again after a resume, so seed its generator by the epoch. It is asked
-    from a thread of the loader, and for the next epoch before the last one is over. On resuming only its class and
-    its length are compared, since that is all there is to see of it.
+    It must give the records of all ranks, the same on every rank and again after a resume, so seed its generator
+    by the epoch. It is asked from a thread of the loader, and for the next epoch before the last one is over. On
+    resuming only its class and its length are compared, since that is all there is to see of it.
     """
 
     def __init__(self, sampler: Any, *, num_records: int) -> None:
@@ -132,7 +132,8 @@ def sampling_of(
             second.
 
     Raises:
-        ValueError: an index or weight is out of range, or two of the arguments exclude each other.
+        ValueError: an index or weight is out of range, two of the arguments exclude each other, or the sampler
+            deals records to ranks itself.
     """
     if sampler is not None and weights is not None:
         raise ValueError("sampler and weights are both given; choose one")
@@ -147,6 +148,7 @@ def sampling_of(
         given = "sampler" if weights is None else "weights"
         raise ValueError(f"shuffle is {shuffle!r}, but {given} decides the order; leave shuffle out")
     if weights is None:
+        _refuse_a_ranks_part(sampler)
         if not hasattr(sampler, "__len__"):
             raise ValueError(
                 f"sampler is {sampler!r}, which has no len(); give a list of record indices, or a Sampler that has"
@@ -158,6 +160,21 @@ def sampling_of(
             f"weights of shape {array.shape}, expected {num_records} finite numbers of at least 0, one above 0"
         )
     return Weighted(array, seed=seed)
+
+
+def _refuse_a_ranks_part(sampler: Any) -> None:
+    """Refuse samplers that give one rank's part: dealt out to the ranks again, it would lose the rest.
+
+    ``num_replicas`` is an attribute of torch's ``DistributedSampler`` and of those that follow its interface
+    (timm's and torchvision's repeated augmentation, torchdata, transformers); mmengine's have ``world_size``.
+    """
+    for name in ("num_replicas", "world_size"):
+        if hasattr(sampler, name):
+            raise ValueError(
+                f"sampler is a {type(sampler).__name__} ({name}={getattr(sampler, name)!r}), which gives one "
+                "rank's part only; the loader itself divides records among the ranks: leave sampler out, or give "
+                "one that gives the records of all ranks, the same on each"
+            )
 
 
 def _is_listed(indices: Iterable[int]) -> bool:
