@@ -45,3 +45,11 @@ def save_noise(path, *, seed, size=(50, 60), **options):
     """An image whose every pixel counts, for comparing pixels."""
     pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path, **options)
+
+
+def save_damaged(path):
+    """An image whose header is right and whose pixels are damaged, so that it is noticed when decoding."""
+    save_noise(path, seed=0, size=(60, 60), format="PNG")
+    raw = bytearray(path.read_bytes())
+    raw[2000:5000] = bytes(3000)
+    path.write_bytes(raw)

@@ -13,7 +13,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from image_sets import make_image_folder, record_of, save_grey, save_noise
+from image_sets import make_image_folder, record_of, save_damaged, save_grey, save_noise
 from nvidia.dali import Pipeline
 from PIL import Image
 from samplers import EpochSampler
@@ -1033,14 +1033,6 @@ def test_a_loader_cannot_be_pickled_and_says_so(make, use):
 
 
 BAD = (9, 22)
-
-
-def save_damaged(path):
-    """An image whose header is right and whose pixels are damaged, so that it is noticed when decoding."""
-    save_noise(path, seed=0, size=(60, 60), format="PNG")
-    raw = bytearray(path.read_bytes())
-    raw[2000:5000] = bytes(3000)
-    path.write_bytes(raw)
 
 
 @pytest.fixture(scope="module")

@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from dali_lmdb.errors import RecordError
-from dali_lmdb.plan.batches import BatchPlan, Planner
+from dali_lmdb.plan.batches import BatchPlan
 from dali_lmdb.store import Store
 
-__all__ = ["BadRecord", "BadRecords", "OnBad", "substituted"]
+__all__ = ["BadRecord", "BadRecords", "OnBad", "nothing_decodes", "substituted"]
 
 OnBad = Literal["raise", "substitute"]
 
@@ -99,19 +100,30 @@ class BadRecords:
             _log.warning("%s: cannot be written: %s; not listed: %s", quarantine, error.strerror, line)
 
 
-def substituted(plan: BatchPlan, failed: Mapping[int, str], planner: Planner) -> BatchPlan:
+def substituted(plan: BatchPlan, failed: Mapping[int, str], *, following: Iterable[int]) -> BatchPlan | None:
     """The same step with another record in the place of each that failed.
 
-    The first bad place gets the batch's first good record, and so on; in a batch without a good one, the records
-    that follow in the epoch's order. So it depends on nothing but the plan and which of its records are bad.
+    The first bad place gets the batch's first good record, and so on; in a batch without a good one, the first
+    good one that follows. So it depends on nothing but the plan and which records are bad.
+
+    Args:
+        failed: cause by record index.
+        following: the records that follow in the epoch's order, see ``Planner.following``.
+
+    Returns:
+        None if all these failed.
     """
     is_bad = np.isin(plan.records, list(failed))
     good = plan.records[~is_bad]
     if len(good) == 0:
-        follower = next((record for record in planner.following(plan) if record not in failed), None)
-        if follower is None:
-            raise RecordError(f"{planner.store.path}: no record of the store decodes; convert it again")
-        good = np.array([follower])
+        good = np.array(list(islice((record for record in following if record not in failed), 1)), dtype=np.int64)
+    if len(good) == 0:
+        return None
     records = plan.records.copy()
     records[is_bad] = good[np.arange(is_bad.sum()) % len(good)]
     return replace(plan, records=records)
+
+
+def nothing_decodes(store: Store) -> RecordError:
+    """The error of a batch for which ``substituted`` finds no record."""
+    return RecordError(f"{store.path}: no record of the store decodes; convert it again")

@@ -15,7 +15,7 @@ import torch
 from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
 from dali_lmdb.errors import RecordError, StoreFormatError
-from dali_lmdb.loaders.bad import BadRecords, OnBad, substituted
+from dali_lmdb.loaders.bad import BadRecords, OnBad, nothing_decodes, substituted
 from dali_lmdb.loaders.base import Batch, Dtype, Layout, Loader, default_num_threads
 from dali_lmdb.loaders.pillow import pillow_cause
 from dali_lmdb.loaders.pipeline import (
@@ -256,7 +256,8 @@ class DaliLoader(Loader):
             known = {
                 record: cause for (epoch, record), cause in self._verdicts.items() if cause and epoch == plan.epoch
             }
-            substituted(plan, known, self.planner)
+            if substituted(plan, known, following=self.planner.following(plan)) is None:
+                raise nothing_decodes(self.store)
         except RecordError:
             self._advance_to(plan.end)
             raise
@@ -275,11 +276,10 @@ class DaliLoader(Loader):
                 self._num_replaced[plan.epoch, plan.start] = num_replaced
                 return plan, feed
             failed |= found
-            try:
-                plan = substituted(original, failed, self.planner)
-            except RecordError:  # told when the batch is due
+            replaced = substituted(original, failed, following=self.planner.following(original))
+            if replaced is None:  # an error, raised when the batch is needed
                 return plan, feed
-            feed = self._feed(plan)
+            plan, feed = replaced, self._feed(replaced)
 
     def _probe_records(self, plan: BatchPlan, feed: Feed, records: list[int]) -> dict[int, str]:
         """Decode some records of a batch one by one; the causes of those that fail."""

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as F
 
 from dali_lmdb.errors import DaliLmdbError, RecordError
-from dali_lmdb.loaders.bad import BadRecords, OnBad, substituted
+from dali_lmdb.loaders.bad import BadRecords, OnBad, nothing_decodes, substituted
 from dali_lmdb.loaders.base import Batch, Dtype, Layout, Loader, default_num_threads
 from dali_lmdb.loaders.folder import FolderStore, is_image_folder
 from dali_lmdb.loaders.pillow import PillowError, open_image, to_rgb
@@ -130,12 +130,21 @@ class _Decoded(NamedTuple):
 
 
 class _PlannedImages(Dataset[_Decoded]):
-    """Runs in the workers: a planned batch in, images and labels out."""
+    """Runs in the workers: a planned batch in, images and labels out.
+
+    It is pickled for each worker (with the start methods ``spawn`` and ``forkserver``), so it holds nothing of the
+    sampler, which belongs to the parent process.
+    """
 
     def __init__(self, planner: Planner, dtype: Dtype, layout: Layout, on_bad: OnBad) -> None:
-        self.planner, self.dtype, self.layout, self.on_bad = planner, dtype, layout, on_bad
+        self.store, self.transform, self.seed = planner.store, planner.transform, planner.seed
+        self.dtype, self.layout, self.on_bad = dtype, layout, on_bad
 
     def __getitem__(self, plan: BatchPlan) -> _Decoded:
+        return self.decode(plan, following=())
+
+    def decode(self, plan: BatchPlan, *, following: Iterable[int]) -> _Decoded:
+        """Decode a batch; ``following`` are the records that can stand in for it if all of its own fail."""
         images, failed = dict[int, torch.Tensor](), dict[int, str]()
         shown, error, num_bytes = plan, None, 0
         try:
@@ -148,8 +157,11 @@ class _PlannedImages(Dataset[_Decoded]):
                 num_bytes += read_bytes
                 if not causes or self.on_bad == "raise":
                     break
-                shown = substituted(plan, failed, self.planner)
-            labels = torch.from_numpy(self.planner.labels(shown))
+                replaced = substituted(plan, failed, following=following)
+                if replaced is None:
+                    break
+                shown = replaced
+            labels = torch.from_numpy(self.store.gather("label", shown.records).astype(np.int64))
         except DaliLmdbError as raised:
             error, labels = raised, torch.empty(0, dtype=torch.int64)
         records = torch.from_numpy(shown.records)
@@ -162,7 +174,7 @@ class _PlannedImages(Dataset[_Decoded]):
 
     def _images(self, epoch: int, wanted: list[int]) -> tuple[dict[int, torch.Tensor], dict[int, str], int]:
         """Images by record index; causes of those that failed, in the order asked for; bytes that were read."""
-        store, transform = self.planner.store, self.planner.transform
+        store, transform = self.store, self.transform
         images, failed, files = dict[int, torch.Tensor](), dict[int, str](), dict[int, Image.Image]()
         num_bytes = 0
         for record in wanted:
@@ -175,7 +187,7 @@ class _PlannedImages(Dataset[_Decoded]):
         # Opening reads the header only: the sizes, which an image folder has no index of.
         records = np.array(list(files), dtype=np.int64)
         widths, heights = np.array([file.size for file in files.values()], dtype=np.int32).reshape(-1, 2).T
-        augmentation = transform.augment(records, heights, widths, seed=self.planner.seed, epoch=epoch)
+        augmentation = transform.augment(records, heights, widths, seed=self.seed, epoch=epoch)
         for position, (record, file) in enumerate(files.items()):
             try:
                 image = to_rgb(file)
@@ -187,7 +199,7 @@ class _PlannedImages(Dataset[_Decoded]):
         return images, {record: failed[record] for record in wanted if record in failed}, num_bytes
 
     def _to_tensor(self, image: Image.Image, augmentation: Augmentation, position: int) -> torch.Tensor:
-        transform = self.planner.transform
+        transform = self.transform
         if self.dtype == "uint8":
             tensor = F.pil_to_tensor(image)
             erased = (255 * torch.tensor(transform.mean)).round().to(torch.uint8)
@@ -316,14 +328,14 @@ class TorchLoader(Loader):
         )
         self.device = torch.device(device)
         self._num_workers = default_num_threads() if num_workers is None else num_workers
-        self._on_bad: OnBad = on_bad
+        self._planned_images = _PlannedImages(self.planner, dtype, layout, on_bad)
         self._steps = _Steps()
         self._decoded: Iterator[Any] = iter(())
         self._data_loader: DataLoader[Any] | None = self._new_data_loader()
 
     def _new_data_loader(self) -> DataLoader[Any]:
         return DataLoader(
-            _PlannedImages(self.planner, self.dtype, self.layout, self._on_bad),
+            self._planned_images,
             batch_size=None,
             sampler=self._steps,
             num_workers=self._num_workers,
@@ -349,12 +361,13 @@ class TorchLoader(Loader):
             raise self._steps.error or RuntimeError("the DataLoader ended, though the epoch did not") from None
         plan = self._steps.in_flight.popleft()
         assert (plan.epoch, plan.start) == (self.epoch, self._position)
+        if decoded.images is None and self.bad.on_bad == "substitute":  # a worker does not know what follows
+            decoded = self._planned_images.decode(plan, following=self.planner.following(plan))
         if decoded.images is None:
             self._advance_to(plan.end)
         self.bad.report(decoded.failed)
-        if decoded.error is not None:
-            raise decoded.error
-        assert decoded.images is not None
+        if decoded.images is None:
+            raise decoded.error or nothing_decodes(self.store)
         self.bad.num_substituted += int((decoded.records.numpy() != plan.records).sum())
         images = decoded.images.to(self.device, non_blocking=True)
         labels = decoded.labels.to(self.device, non_blocking=True)

@@ -106,12 +106,6 @@ class Sampled:
             )
         return listed
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.Lock())
-
 
 def sampling_of(
     num_records: int,

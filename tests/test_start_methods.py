@@ -1,0 +1,61 @@
+"""Workers under every start method: forked, from a fork server (Python 3.14's default) and spawned."""
+
+import multiprocessing
+
+import pytest
+from image_sets import make_image_folder, save_damaged
+from samplers import EpochSampler
+from torch.utils.data import DataLoader
+from torchvision.transforms import Compose, Resize, ToTensor
+
+from dali_lmdb import ImageFolderLMDB, TorchLoader, TrainTransform
+from dali_lmdb.convert import convert
+
+
+@pytest.fixture(params=["fork", "forkserver", "spawn"])
+def start_method(request):
+    before = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method(request.param, force=True)
+    yield request.param
+    multiprocessing.set_start_method(before, force=True)
+
+
+def torch_loader(path, **arguments):
+    return TorchLoader(
+        path,
+        **{"transform": TrainTransform(size=16), "batch_size": 4, "num_workers": 1, "return_index": True}
+        | arguments,
+    )
+
+
+class UnpicklableSampler(EpochSampler):
+    """Samplers often hold a ``torch.Generator``, which pickles in some versions of torch and not in others."""
+
+    def __reduce__(self):
+        raise TypeError("a sampler stays in the process that made it")
+
+
+def test_nothing_of_a_sampler_travels_to_the_workers(start_method, store_path):
+    with torch_loader(store_path, sampler=UnpicklableSampler(24)) as loader:
+        seen = [record for _, _, records in loader for record in records.tolist()]
+    assert seen == list(EpochSampler(24))
+
+
+def test_a_batch_of_bad_records_gets_one_that_follows_from_the_sampler(start_method, tmp_path):
+    folder = make_image_folder(tmp_path / "images", num_records=8, classes=("one",))
+    order = list(EpochSampler(8))
+    for record in order[2:4]:
+        save_damaged(folder / "one" / f"{record:03}.jpg")
+    convert(folder, tmp_path / "x.lmdb")
+    with torch_loader(
+        tmp_path / "x.lmdb", sampler=UnpicklableSampler(8), batch_size=2, on_bad="substitute"
+    ) as loader:
+        seen = [records.tolist() for _, _, records in loader]
+    assert seen == [order[0:2], [order[4]] * 2, order[4:6], order[6:8]]
+
+
+def test_the_data_set_of_the_classic_way_works(start_method, store_path):
+    loader = DataLoader(
+        ImageFolderLMDB(store_path, Compose([Resize((8, 8)), ToTensor()])), batch_size=6, num_workers=1
+    )
+    assert [labels.tolist() for _, labels in loader] == [[0] * 6, [0] * 2 + [1] * 4, [1] * 4 + [2] * 2, [2] * 6]
