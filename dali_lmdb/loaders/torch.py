@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from multiprocessing.connection import Listener
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -284,7 +286,9 @@ class TorchLoader(Loader):
 
     Raises:
         StoreError, SourceError: the data cannot be opened.
-        ValueError: an argument is out of range, or there are too few records for one step.
+        DeviceError: ``device="cuda"`` without a usable GPU.
+        ValueError: an argument is out of range, there are too few records for one step, or worker processes cannot
+            make sockets in ``TMPDIR``.
     """
 
     def __init__(
@@ -328,6 +332,8 @@ class TorchLoader(Loader):
         )
         self.device = torch.device(device)
         self._num_workers = default_num_threads() if num_workers is None else num_workers
+        if self._num_workers:
+            _check_temporary_folder()
         self._planned_images = _PlannedImages(self.planner, dtype, layout, on_bad)
         self._steps = _Steps()
         self._decoded: Iterator[Any] = iter(())
@@ -397,6 +403,20 @@ def open_data(path: str | os.PathLike[str]) -> Store:
         StoreError, SourceError: neither can be opened.
     """
     return FolderStore(path) if is_image_folder(path) else open_store(path)
+
+
+def _check_temporary_folder() -> None:
+    """Make a socket as the workers do to hand over their batches: where they cannot, the parent waits for ever.
+
+    The path of a Unix socket has at most 107 bytes, and some network file systems have no sockets.
+    """
+    try:
+        Listener(family="AF_UNIX").close()
+    except OSError as error:
+        raise ValueError(
+            f"TMPDIR is {tempfile.gettempdir()}, where worker processes cannot make their sockets "
+            f"({error.strerror or error}); set TMPDIR to a short path on a local disk, such as /tmp"
+        ) from error
 
 
 def _start_worker(_: int) -> None:

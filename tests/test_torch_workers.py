@@ -1,6 +1,11 @@
-"""Workers under every start method: forked, from a fork server (Python 3.14's default) and spawned."""
+"""Workers of a ``DataLoader``: how they are started (Python 3.14 forks from a server), and what they need."""
 
 import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 from image_sets import make_image_folder, save_damaged
@@ -59,3 +64,33 @@ def test_the_data_set_of_the_classic_way_works(start_method, store_path):
         ImageFolderLMDB(store_path, Compose([Resize((8, 8)), ToTensor()])), batch_size=6, num_workers=1
     )
     assert [labels.tolist() for _, labels in loader] == [[0] * 6, [0] * 2 + [1] * 4, [1] * 4 + [2] * 2, [2] * 6]
+
+
+LOAD = """
+import sys
+from dali_lmdb import EvalTransform, TorchLoader
+try:
+    transform = EvalTransform(size=8, resize=8)
+    with TorchLoader(sys.argv[1], transform=transform, batch_size=4, num_workers=1) as loader:
+        print(sum(len(labels) for _, labels in loader), "records")
+except ValueError as error:
+    print("Error:", error)
+"""
+
+
+@pytest.mark.parametrize(("length", "works"), [(70, True), (110, False), (250, False)])
+def test_a_temporary_folder_without_room_for_sockets_is_an_error_not_a_hang(store_path, length, works):
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:
+        folder = Path(short, "d" * (length - len(short) - 1))
+        folder.mkdir()
+        done = subprocess.run(
+            [sys.executable, "-c", LOAD, store_path],
+            env=os.environ | {"TMPDIR": str(folder), "PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        )
+    expected = "24 records\n" if works else f"Error: TMPDIR is {folder}, where worker processes cannot make their "
+    assert done.stdout.startswith(expected)
+    assert done.stdout.count("\n") == 1
