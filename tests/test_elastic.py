@@ -81,7 +81,7 @@ def dali(store, **arguments):
 
 
 def pillow(store, **arguments):
-    return TorchLoader(store, **arguments, **SAME, num_workers=0)
+    return TorchLoader(store, **SAME | {"num_workers": 0} | arguments)
 
 
 SAME = {"transform": TRANSFORM, "seed": SEED, "dtype": "uint8", "return_index": True}
@@ -232,8 +232,7 @@ def test_the_uncut_run_has_the_planned_windows(stores, uncut):
     plain = TrainTransform(size=8)
     with open_store(stores["one"]) as store:
         heights, widths = store.column("height"), store.column("width")
-        with pillow(store, batch_size=NUM_RECORDS, last_batch="short") as loader:
-            loader.planner.transform = plain
+        with pillow(store, transform=plain, batch_size=NUM_RECORDS, last_batch="short") as loader:
             ((images, _, records),) = list(loader)
         every = np.arange(NUM_RECORDS)
         planned = plain.augment(every, heights, widths, seed=SEED, epoch=0)

@@ -243,25 +243,64 @@ def test_after_an_exception_in_the_consumer_the_next_epoch_is_whole(make):
     assert epoch_of(loader) == planned(epoch=1, batch_size=4)
 
 
-def test_an_iterator_that_was_not_used_takes_nothing_from_the_next(make):
+def test_an_iterator_that_was_not_used_takes_nothing_from_others(make):
     loader = make()
     unused = iter(loader)
     used = iter(loader)
     seen = [next(used)[2].tolist()]
-    list(unused)
+    iter(loader)
     seen += [records.tolist() for _, _, records in used]
     assert seen == planned(epoch=0, batch_size=4)
+    assert [records.tolist() for _, _, records in unused] == planned(epoch=1, batch_size=4)
 
 
-def test_an_older_iterator_is_over_when_a_newer_one_begins(make):
+def cut_short(iterator, *, because):
+    """Check that an iterator says, every time, why its epoch ended after one step."""
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=rf"epoch 0 was cut short at position 4 of 24: {because}"):
+            next(iterator)
+
+
+def test_an_iterator_says_that_a_newer_one_has_begun(make):
     loader = make()
     older = iter(loader)
     next(older)
     newer = iter(loader)
     seen = [next(newer)[2].tolist()]
-    assert list(older) == []
+    cut_short(older, because="another iterator began epoch 1")
     seen += [records.tolist() for _, _, records in newer]
     assert seen == planned(epoch=1, batch_size=4)
+    assert list(newer) == []
+    cut_short(older, because="another iterator began epoch 1")
+
+
+def test_a_loop_is_not_cut_short_in_silence_by_a_look_at_a_batch(make):
+    loader, steps = make(), []
+
+    def look_at_a_batch_in_the_loop():
+        for _, _, records in loader:
+            steps.append(records.tolist())
+            next(iter(loader))
+
+    with pytest.raises(RuntimeError, match="use one iterator at a time"):
+        look_at_a_batch_in_the_loop()
+    assert steps == planned(batch_size=4)[:1]
+    with pytest.raises(RuntimeError, match="use one iterator at a time"):
+        list(zip(loader, loader, strict=True))
+
+
+def test_an_iterator_says_that_the_loader_was_moved(make):
+    loader = make()
+    state = loader.state_dict()
+    for move, because in (
+        (lambda: loader.set_epoch(0), r"set_epoch\(0\) was called"),
+        (lambda: loader.load_state_dict(state), "load_state_dict was called"),
+    ):
+        iterator = iter(loader)
+        next(iterator)
+        move()
+        cut_short(iterator, because=because)
+    assert epoch_of(loader) == planned(batch_size=4)
 
 
 def test_several_loaders_read_one_store_at_once(make, store_path):
@@ -870,11 +909,13 @@ def test_a_closed_loader_is_closed(make):
     loader = make()
     iterator = iter(loader)
     next(iterator)
+    unused = iter(loader)
     loader.close()
     loader.close()
-    assert list(iterator) == []
-    with pytest.raises(RuntimeError, match="closed"):
-        iter(loader)
+    cut_short(iterator, because="the loader was closed")
+    for use in (lambda: iter(loader), lambda: next(unused)):
+        with pytest.raises(RuntimeError, match="is closed; make a new one"):
+            use()
 
 
 def test_a_loader_is_a_context_manager(make):

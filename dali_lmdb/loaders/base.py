@@ -32,20 +32,48 @@ Layout = Literal["NCHW", "NHWC"]
 _log = logging.getLogger("dali_lmdb")
 
 
-class _Epoch(Iterator[tuple[torch.Tensor, ...]]):
-    """One epoch under way. After a ``RecordError`` it goes on with the next step, after any other exception with
-    the same one."""
+class _Pass:
+    """One iterator's pass over an epoch: what a loader and its iterator share. The loader does not hold the
+    iterator, nor so itself.
 
-    def __init__(self, loader: Loader, iteration: int) -> None:
-        self._loader, self._iteration = loader, iteration
+    Attributes:
+        cut_short: why the pass ended before its last step; None if it did not.
+    """
+
+    cut_short: str | None = None
+
+
+class _EpochIterator(Iterator[tuple[torch.Tensor, ...]]):
+    """The batches of one epoch, which begins when the first one is asked for.
+
+    After a ``RecordError`` it goes on with the next step, after any other exception with the same one.
+    """
+
+    def __init__(self, loader: Loader) -> None:
+        self._loader, self._pass = loader, _Pass()
+        self._is_over = False
 
     def __next__(self) -> tuple[torch.Tensor, ...]:
-        if self._iteration != self._loader._iteration:  # over, or another epoch was begun since
+        if self._is_over:
             raise StopIteration
-        tensors = self._loader._advance()
+        # Not StopIteration: the loop over this iterator would end as if it had seen the whole epoch.
+        if self._pass.cut_short is not None:
+            raise RuntimeError(self._pass.cut_short)
+        tensors = self._loader._advance(self._pass)
         if tensors is None:
+            self._is_over = True
             raise StopIteration
         return tensors
+
+
+class _Place(NamedTuple):
+    """Where a loader is in its data. It is replaced as a whole, so an interrupt cannot leave half of a move."""
+
+    epoch: int
+    position: int
+    """Positions of the epoch consumed, over all ranks."""
+    running: _Pass | None
+    """The pass over the rest of the epoch; None if the next iterator to begin makes it."""
 
 
 class Batch(NamedTuple):
@@ -65,7 +93,6 @@ class Loader(ABC):
     Attributes:
         store: the data.
         planner: which records each step reads and how they are augmented.
-        epoch: number of the epoch that runs, or that begins next.
     """
 
     def __init__(
@@ -135,15 +162,10 @@ class Loader(ABC):
             sampling=sampling,
             seed=seed,
         )
-        self.epoch = 0
-        self._position = 0
-        self._under_way = False
-        # Iterators are numbered; only the newest gives batches, and it begins its epoch with its first.
-        self._iteration = 0
-        self._begun = True
+        self._place = _Place(epoch=0, position=0, running=None)
         # Whether the last step came to its end: no exception left what is under way half done.
         self._settled = True
-        # Whether the step at (epoch, _position) follows on the last one, as far as that is settled.
+        # Whether the step at _place follows on the last one, as far as that is settled.
         self._follows = False
         self._closed = False
         self._images = 0
@@ -152,6 +174,11 @@ class Loader(ABC):
         self._wait_s = 0.0
         self._busy_s = 0.0
         self._handed_out_at: float | None = None
+
+    @property
+    def epoch(self) -> int:
+        """Number of the epoch that runs, or that begins next."""
+        return self._place.epoch
 
     @property
     def num_records(self) -> int:
@@ -200,8 +227,8 @@ class Loader(ABC):
         epoch = operator.index(epoch)
         if epoch < 0:
             raise ValueError(f"epoch is {epoch}, expected at least 0")
-        if epoch != self.epoch or self._under_way:
-            self._go_to(epoch, 0)
+        if epoch != self.epoch or self._place.running is not None:
+            self._go_to(_Place(epoch, 0, None), because=f"set_epoch({epoch}) was called; call it between epochs")
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loader is, in plain types; valid after any step.
@@ -209,7 +236,7 @@ class Loader(ABC):
         What was handed out counts, not what was prefetched. It holds no rank, batch size or world size: any
         of them may differ when it is loaded.
         """
-        return self._state(self.epoch, self._position).to_dict()
+        return self._state(self._place.epoch, self._place.position).to_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Let the next ``iter`` go on where ``state`` was taken, with exactly the records not yet seen.
@@ -219,12 +246,18 @@ class Loader(ABC):
         """
         loaded = LoaderState.from_dict(state)
         loaded.check_against(self._state(loaded.epoch, loaded.position), where=str(self.store.path))
-        self._go_to(loaded.epoch, loaded.position)
+        place = _Place(loaded.epoch, loaded.position, None)
+        self._go_to(place, because="load_state_dict was called; make a new iterator after it")
 
-    def _go_to(self, epoch: int, position: int) -> None:
-        """End the epoch that runs; an iterator that has not begun begins here."""
-        self.epoch, self._position, self._under_way = epoch, position, False
-        self._iteration += self._begun
+    def _go_to(self, place: _Place, *, because: str) -> None:
+        """Leave the epoch that runs, if one does; its iterator says why."""
+        epoch, position, running = self._place
+        if running is not None:
+            running.cut_short = (
+                f"{type(self).__name__}: epoch {epoch} was cut short at position {position} of "
+                f"{self.planner.steps.num_positions}: {because}"
+            )
+        self._place = place
 
     def _state(self, epoch: int, position: int) -> LoaderState:
         return LoaderState(
@@ -262,34 +295,36 @@ class Loader(ABC):
     def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
         """One epoch: the next one, or the rest of the one a loaded state was taken in.
 
-        The epoch begins with its first batch: an iterator that is made and left alone takes nothing away. An
-        older iterator is over.
+        The epoch begins with its first batch: an iterator that is made and left alone takes nothing away. Once
+        another iterator has begun, an older one that had not come to its end raises ``RuntimeError``.
         """
+        self._check_open()
+        return _EpochIterator(self)
+
+    def _check_open(self) -> None:
         if self._closed:
             raise RuntimeError(f"{type(self).__name__} is closed; make a new one")
-        self._iteration, self._begun = self._iteration + 1, False
-        return _Epoch(self, self._iteration)
 
-    def _advance(self) -> tuple[torch.Tensor, ...] | None:
+    def _advance(self, asking: _Pass) -> tuple[torch.Tensor, ...] | None:
         """The next step's tensors; None at the end of the epoch."""
-        begin, first = time.perf_counter(), not self._begun
+        begin = time.perf_counter()
+        self._check_open()
+        self._check_process()
+        first = self._place.running is not asking
         if self._handed_out_at is not None and not first:  # between epochs nobody waits for data
             self._busy_s += begin - self._handed_out_at
         self._handed_out_at = None
-        self._check_process()
         if first:
-            place = (self.epoch + 1, 0) if self._under_way else (self.epoch, self._position)
-            # In one line, between whose parts no signal comes: an epoch that was left early is over, once.
-            (self.epoch, self._position), self._under_way, self._begun, self._follows = place, True, True, False
-        if self.planner.steps.positions(self._position) is None:
-            self.epoch, self._position, self._under_way = self.epoch + 1, 0, False
-            self._iteration += 1
+            self._begin_pass(asking)
+        epoch, position, _ = self._place
+        if self.planner.steps.positions(position) is None:
+            self._place = _Place(epoch + 1, 0, None)
             return None
         settled, self._settled = self._settled, False
         if not settled:
             self._drop()
         if not (self._follows and settled):
-            self._begin(self.epoch, self._position)
+            self._begin(epoch, position)
         batch = self._next()
         self._images += len(batch.labels)
         self._bytes_read += batch.num_bytes
@@ -300,9 +335,22 @@ class Loader(ABC):
         self._advance_to(batch.end)
         return tensors
 
+    def _begin_pass(self, beginning: _Pass) -> None:
+        epoch, position, running = self._place
+        if running is None:
+            place = _Place(epoch, position, beginning)
+        else:  # an epoch that was left early is over
+            place = _Place(epoch + 1, 0, beginning)
+        self._go_to(
+            place,
+            because=f"another iterator began epoch {place.epoch}; use one iterator at a time, and a loader of its "
+            "own to look at single batches",
+        )
+        self._follows = False
+
     def _advance_to(self, position: int) -> None:
         """The step that ends at ``position`` is done with."""
-        self._position, self._follows, self._settled = position, True, True
+        self._place, self._follows, self._settled = self._place._replace(position=position), True, True
 
     def _check_process(self) -> None:
         """Refuse to go on in a forked process, where it would wait for threads that are not there."""
@@ -343,7 +391,7 @@ class Loader(ABC):
     def close(self) -> None:
         """Free threads, processes and device memory; the loader cannot be used again."""
         self._closed = True
-        self._iteration += 1
+        self._go_to(self._place._replace(running=None), because="the loader was closed")
 
     def __enter__(self) -> Any:
         return self

@@ -215,8 +215,8 @@ class DaliLoader(Loader):
 
     def _next(self) -> Batch:
         while True:
-            if self._iterator is None or not self._is_next(self.epoch, self._position):
-                self._begin(self.epoch, self._position)
+            if self._iterator is None or not self._is_next(self.epoch, self._place.position):
+                self._begin(self.epoch, self._place.position)
             assert self._iterator is not None
             if self._source.error is not None and not self._source.in_flight:
                 raise self._source.error

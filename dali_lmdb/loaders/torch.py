@@ -366,7 +366,7 @@ class TorchLoader(Loader):
         except StopIteration:  # an iterator may not raise it in the middle of an epoch
             raise self._steps.error or RuntimeError("the DataLoader ended, though the epoch did not") from None
         plan = self._steps.in_flight.popleft()
-        assert (plan.epoch, plan.start) == (self.epoch, self._position)
+        assert (plan.epoch, plan.start) == (self.epoch, self._place.position)
         if decoded.images is None and self.bad.on_bad == "substitute":  # a worker does not know what follows
             decoded = self._planned_images.decode(plan, following=self.planner.following(plan))
         if decoded.images is None:
