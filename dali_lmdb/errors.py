@@ -54,7 +54,13 @@ class StoreDamagedError(StoreError):
 
 
 class RecordError(DaliLmdbError):
-    """One record cannot be read or decoded; the message names store, index, name and cause."""
+    """One record cannot be read or decoded; the message names store, index, name and cause.
+
+    Attributes:
+        end: the position of the epoch after the step that failed, where the loader goes on; None outside a loader.
+    """
+
+    end: int | None = None
 
 
 class SourceError(DaliLmdbError):

@@ -50,11 +50,8 @@ class PlansOnly(Loader):
             return_index=True,
         )
 
-    def _begin(self, epoch, position):
-        self.plans = self.planner.plans(epoch, position)
-
-    def _next(self):
-        plan = next(self.plans)
+    def _batch_at(self, epoch, position):
+        plan = self.planner.plan(epoch, position)
         return Batch(
             torch.from_numpy(choices(self.planner.augment(plan))),
             torch.from_numpy(self.planner.labels(plan)),
@@ -62,9 +59,6 @@ class PlansOnly(Loader):
             plan.end,
             num_bytes=0,
         )
-
-    def _drop(self):
-        pass
 
     def _queue_fill(self):
         return 0

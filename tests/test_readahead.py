@@ -124,18 +124,22 @@ def test_who_waits_for_a_batch_is_woken_by_close(store):
         sampling=AllRecords(NUM_RECORDS, seed=0, shuffle="full"),
         seed=0,
     )
-    reader = BatchReader(planner, partial(feed_of, planner=planner), readahead_bytes=0)
+    closing = threading.Event()
+    reader = BatchReader(planner, lambda plan: closing.wait(), epoch=0, start=0)
     errors = []
 
     def wait():
         try:
-            reader.next()  # nothing was asked for
+            reader.next()
         except RuntimeError as error:
             errors.append(str(error))
 
     thread = threading.Thread(target=wait, daemon=True)
     thread.start()
-    reader.close()
+    closer = threading.Thread(target=reader.close, daemon=True)
+    closer.start()
+    closing.set()
+    closer.join(10)
     thread.join(10)
     assert errors == ["the reader of batches is closed; make a new loader"]
 
@@ -244,8 +248,8 @@ def test_batches_from_storage_come_in_order_however_much_is_read_ahead(cold, rea
         seed=0,
     )
     before = threading.enumerate()
-    reader = BatchReader(planner, partial(feed_of, planner=planner), readahead_bytes=readahead_bytes)
-    reader.seek(0, 8)
+    feed = partial(feed_of, planner=planner)
+    reader = BatchReader(planner, feed, epoch=0, start=8, readahead_bytes=readahead_bytes)
     try:
         for expected in [*planner.plans(0, 8), *planner.plans(1, 0)]:
             plan, feed = reader.next()

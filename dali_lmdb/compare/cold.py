@@ -30,7 +30,7 @@ import numpy.typing as npt
 from dali_lmdb.compare import page_cache
 from dali_lmdb.compare.part import ReadingSettings, shuffled_part
 from dali_lmdb.compare.report import Measured, machine, spread, versions
-from dali_lmdb.loaders.reader import READAHEAD_BYTES, BatchReader
+from dali_lmdb.loaders.reader import BatchReader
 from dali_lmdb.loaders.source import feed_of
 from dali_lmdb.plan.augment import TrainTransform
 from dali_lmdb.plan.batches import Planner
@@ -279,10 +279,11 @@ def _load(store: Store, order: Listed, settings: ReadingSettings, epoch: int) ->
         sampling=order,
         seed=0,
     )
-    reader = BatchReader(planner, partial(feed_of, planner=planner), readahead_bytes=READAHEAD_BYTES)
+    readers = []
 
     def read(deadline: float) -> int:
-        reader.seek(epoch, 0)
+        reader = BatchReader(planner, partial(feed_of, planner=planner), epoch=epoch, start=0)
+        readers.append(reader)
         count = reader.next()[0].end
         while count < settings.records and time.perf_counter() < deadline:
             count = reader.next()[0].end
@@ -291,7 +292,8 @@ def _load(store: Store, order: Listed, settings: ReadingSettings, epoch: int) ->
     try:
         yield read
     finally:
-        reader.close()
+        for reader in readers:
+            reader.close()
 
 
 _OPENERS = {"get": _get, "pread": _pread, "loader": _load}

@@ -22,8 +22,8 @@ import numpy as np
 from dali_lmdb.compare.part import ReadingSettings, shuffled_part
 from dali_lmdb.compare.report import Measured, machine, spread, versions
 from dali_lmdb.loaders.pipeline import define_handover, feed_without_copy
-from dali_lmdb.loaders.reader import READAHEAD_BYTES, BatchReader
-from dali_lmdb.loaders.source import Source
+from dali_lmdb.loaders.reader import BatchReader
+from dali_lmdb.loaders.source import InFlight, Source
 from dali_lmdb.plan.augment import TrainTransform
 from dali_lmdb.plan.batches import Planner
 from dali_lmdb.plan.order import StepPlan
@@ -100,7 +100,7 @@ def measure_handover(
         seed=0,
     )
     _bring_into_memory(opened, part)
-    reader = BatchReader(planner, partial(feed_without_copy, planner=planner), readahead_bytes=READAHEAD_BYTES)
+    reader = BatchReader(planner, partial(feed_without_copy, planner=planner), epoch=0, start=0)
     try:
         with _one_core():
             rounds = _windows(reader, settings, progress)
@@ -143,18 +143,18 @@ def _one_core() -> Iterator[None]:
 def _windows(
     reader: BatchReader, settings: ReadingSettings, progress: Callable[[HandoverRound], None] | None
 ) -> list[HandoverRound]:
-    source = Source(reader, lambda plan, feed: (plan, feed))
+    source = Source(reader, lambda plan, feed: InFlight(plan, feed, num_substituted=0))
     pipeline = define_handover(source, transform=TrainTransform(), batch_size=settings.batch_size)
     pipeline.build()
-    reader.seek(0, 0)
     rounds = []
     for number in range(settings.rounds + 1):
         num_records = 0
         begin, cpu_begin = time.perf_counter(), time.process_time()
         while time.perf_counter() - begin < settings.seconds:
             pipeline.run()
-            plan, _ = source.in_flight.popleft()
-            num_records += len(plan.records)
+            batch = source.in_flight.popleft()
+            assert isinstance(batch, InFlight)
+            num_records += len(batch.plan.records)
         one = HandoverRound(
             number=number,
             num_records=num_records,

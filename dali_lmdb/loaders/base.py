@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 import torch.distributed
 
-from dali_lmdb.errors import DeviceError
+from dali_lmdb.errors import DeviceError, RecordError
 from dali_lmdb.loaders.bad import BadRecord, BadRecords
 from dali_lmdb.plan.augment import EvalTransform, TrainTransform, Transform
 from dali_lmdb.plan.batches import Planner
@@ -77,12 +77,13 @@ class _Place(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """One step's images and where it ends in the epoch."""
+    """What a backend makes of one rank's step."""
 
     images: torch.Tensor
     labels: torch.Tensor
     records: torch.Tensor
     end: int
+    """The position of the epoch after the step."""
     num_bytes: int
     """Of the image files."""
 
@@ -163,10 +164,6 @@ class Loader(ABC):
             seed=seed,
         )
         self._place = _Place(epoch=0, position=0, running=None)
-        # Whether the last step came to its end: no exception left what is under way half done.
-        self._settled = True
-        # Whether the step at _place follows on the last one, as far as that is settled.
-        self._follows = False
         self._closed = False
         self._images = 0
         self._bytes_read = 0
@@ -320,19 +317,19 @@ class Loader(ABC):
         if self.planner.steps.positions(position) is None:
             self._place = _Place(epoch + 1, 0, None)
             return None
-        settled, self._settled = self._settled, False
-        if not settled:
-            self._drop()
-        if not (self._follows and settled):
-            self._begin(epoch, position)
-        batch = self._next()
+        try:
+            batch = self._batch_at(epoch, position)
+        except RecordError as error:
+            if error.end is not None:
+                self._move_to(error.end)
+            raise
         self._images += len(batch.labels)
         self._bytes_read += batch.num_bytes
         self._handed_out_at = time.perf_counter()
         self._wait_s += self._handed_out_at - begin
         self._busy_s += self._handed_out_at - begin
         tensors = (batch.images, batch.labels) + ((batch.records,) if self.return_index else ())
-        self._advance_to(batch.end)
+        self._move_to(batch.end)
         return tensors
 
     def _begin_pass(self, beginning: _Pass) -> None:
@@ -346,11 +343,9 @@ class Loader(ABC):
             because=f"another iterator began epoch {place.epoch}; use one iterator at a time, and a loader of its "
             "own to look at single batches",
         )
-        self._follows = False
 
-    def _advance_to(self, position: int) -> None:
-        """The step that ends at ``position`` is done with."""
-        self._place, self._follows, self._settled = self._place._replace(position=position), True, True
+    def _move_to(self, position: int) -> None:
+        self._place = self._place._replace(position=position)
 
     def _check_process(self) -> None:
         """Refuse to go on in a forked process, where it would wait for threads that are not there."""
@@ -373,19 +368,14 @@ class Loader(ABC):
         """Batches ready or under way for the next steps."""
 
     @abstractmethod
-    def _drop(self) -> None:
-        """Let go of all that is under way: an exception came in the middle of a step."""
+    def _batch_at(self, epoch: int, position: int) -> Batch:
+        """The batch of this rank's step at a place; there is one.
 
-    @abstractmethod
-    def _begin(self, epoch: int, position: int) -> None:
-        """Make the step that begins at ``position`` of ``epoch`` the next one."""
-
-    @abstractmethod
-    def _next(self) -> Batch:
-        """The next step's batch; there is one.
+        Steps are usually asked for in order, so a backend works ahead; if another place is asked for, it drops
+        what it has. After any exception it must be able to give the same step again.
 
         Raises:
-            RecordError: a record does not decode; ``_advance_to`` was then called with that step's end.
+            RecordError: with ``end``, if records of the step do not decode.
         """
 
     def close(self) -> None:

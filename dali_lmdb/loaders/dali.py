@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from traceback import clear_frames
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +26,7 @@ from dali_lmdb.loaders.pipeline import (
     release_unused_memory,
 )
 from dali_lmdb.loaders.reader import READAHEAD_BYTES, BatchReader, Feed
-from dali_lmdb.loaders.source import Source
+from dali_lmdb.loaders.source import InFlight, Source
 from dali_lmdb.plan.augment import Transform
 from dali_lmdb.plan.batches import BatchPlan
 from dali_lmdb.plan.order import LastBatch, Shuffle
@@ -158,128 +157,98 @@ class DaliLoader(Loader):
             height_hint=_usual_maximum(heights),
             width_hint=_usual_maximum(widths),
         )
-        # The reader's thread must not keep the loader alive: one that is dropped unclosed should go.
+        # What runs in the reader's thread must not keep the loader alive: one that is dropped unclosed should go.
         self._feed = partial(feed_without_copy, planner=self.planner)
-        self._reader = BatchReader(self.planner, self._feed, readahead_bytes=readahead_bytes)
-        weakref.finalize(self, self._reader.close)
-        self._source = Source(self._reader, self._repair)
-        self._iterator: DALIGenericIterator | None = None
+        self._readahead_bytes = readahead_bytes
+        self._reader: BatchReader | None = None  # the newest; its source closes it
+        self._late_bytes_before = 0  # of those before it
+        self._run: _Run | None = None
         self._probe = Probe(self.settings)
         # Whether a record failed in an epoch (with that epoch's window), and why; None if it decoded.
         self._verdicts: dict[tuple[int, int], str | None] = {}
-        # How many places of a batch that DALI works on show another record, by epoch and start.
-        self._num_replaced: dict[tuple[int, int], int] = {}
 
-    def _drop(self) -> None:
-        self._iterator = None
-        self._renew_source()
-
-    def _renew_source(self) -> None:
-        # A traceback may keep the old pipeline, and that its source, with the bytes that it reads in place.
-        self._source.stop()
-        self._source = Source(self._reader, self._repair)
-
-    def _begin(self, epoch: int, position: int) -> None:
+    def _batch_at(self, epoch: int, position: int) -> Batch:
         self._verdicts = {key: cause for key, cause in self._verdicts.items() if key[0] >= epoch}
-        in_flight = self._source.in_flight
-        if self._source.error is not None:  # it may concern no step that is asked for now
-            self._iterator = None
-        if self._iterator is not None and in_flight and self._is_next(epoch, position):
-            return
-        self._num_replaced.clear()
-        self._reader.seek(epoch, position)
-        for _ in range(len(in_flight)):
-            if self._iterator is None:
-                break
-            try:
-                next(self._iterator)
-            except RuntimeError:  # a bad record of an epoch that was left early concerns nobody
-                self._iterator = None
-            else:
-                in_flight.popleft()
-        if self._iterator is None or self._source.error is not None:
-            self._iterator = None
-            self._renew_source()
-            self._reader.seek(epoch, position)  # what was read since went to the pipeline that is gone
-            self._iterator = DALIGenericIterator(
-                build_pipeline(self._source, self.settings),
-                list(OUTPUTS),
-                size=-1,  # short batches pass, and the source never ends
-                prepare_first_batch=False,
-            )
-
-    def _is_next(self, epoch: int, position: int) -> bool:
-        """Whether no other step comes out of the pipeline next."""
-        in_flight = self._source.in_flight
-        return not in_flight or (in_flight[0][0].epoch, in_flight[0][0].start) == (epoch, position)
-
-    def _next(self) -> Batch:
-        while True:
-            if self._iterator is None or not self._is_next(self.epoch, self._place.position):
-                self._begin(self.epoch, self._place.position)
-            assert self._iterator is not None
-            if self._source.error is not None and not self._source.in_flight:
-                raise self._source.error
-            try:
-                outputs = next(self._iterator)[0]
-                break
-            except StopIteration as error:  # an iterator may not raise it in the middle of an epoch
-                raise RuntimeError("DALI's pipeline ended, though its source never does") from error
-            except RuntimeError as error:
-                self._recover(error)
-            except BaseException as error:
-                # Who keeps the error, or leaves it to the collector, would keep the pipeline. One that is
-                # collected in a forked worker hangs there, waiting for its threads.
-                clear_frames(error.__traceback__)
-                raise
-        plan, _ = self._source.in_flight.popleft()
-        self.bad.num_substituted += self._num_replaced.pop((plan.epoch, plan.start), 0)
+        # Put back when the step is complete: an exception in the middle of it leaves no pipeline that is elsewhere
+        # than it seems.
+        run, self._run = self._run, None
+        try:
+            if run is not None and run.next_place != (epoch, position):
+                run = run.going_on_at(epoch, position, self._new_reader(epoch, position))
+            while True:
+                if run is None:
+                    source = Source(self._new_reader(epoch, position), self._prepare)
+                    run = _Run(source, self.settings, next_place=(epoch, position))
+                try:
+                    outputs = run.next()
+                    break
+                except RuntimeError as error:
+                    run.stop()
+                    self._recover(error, run)
+                    run = None
+        except BaseException as error:
+            if run is not None:
+                run.stop()
+            # A kept traceback would keep the pipeline alive, and collecting it in a forked worker, where the
+            # threads that it waits for do not exist, hangs.
+            clear_frames(error.__traceback__)
+            raise
+        batch = run.source.in_flight.popleft()
+        assert isinstance(batch, InFlight)
+        assert (batch.plan.epoch, batch.plan.start) == (epoch, position)
+        run.next_place = self.planner.place_after(batch.plan)
+        self._run = run
+        self.bad.num_substituted += batch.num_substituted
         images = outputs["images"]
         if self.layout == "NHWC":
             images = images.permute(0, 3, 1, 2)
-        num_bytes = int(self.store.gather("num_bytes", plan.records).sum(dtype=np.int64))
-        return Batch(images, outputs["labels"], outputs["records"], plan.end, num_bytes)
+        num_bytes = int(self.store.gather("num_bytes", batch.plan.records).sum(dtype=np.int64))
+        return Batch(images, outputs["labels"], outputs["records"], batch.plan.end, num_bytes)
 
-    def _recover(self, error: RuntimeError) -> None:
-        """After a failed batch: find its bad records, to go on with it repaired, or after it."""
-        # DALI says that the pipeline is no longer valid, and by now it is batches ahead: make another one.
-        self._iterator = None
+    def _new_reader(self, epoch: int, position: int) -> BatchReader:
+        self._late_bytes_before += _late_bytes(self._reader)
+        self._reader = BatchReader(
+            self.planner, self._feed, epoch=epoch, start=position, readahead_bytes=self._readahead_bytes
+        )
+        return self._reader
+
+    def _recover(self, error: RuntimeError, run: _Run) -> None:
+        """Find the bad records of a failed batch; returns if it can be repeated with others in their place."""
         error.__traceback__ = None  # it holds the pipeline, and a kept RecordError holds this error
-        if not self._source.in_flight:
+        batch = run.source.in_flight[0] if run.source.in_flight else error
+        if isinstance(batch, Exception):
             raise error
-        plan, feed = self._source.in_flight[0]
-        failed = self._probe_records(plan, feed, plan.records.tolist())
+        plan = batch.plan
+        failed = self._probe_records(plan, batch.feed, plan.records.tolist())
         if not failed:
             raise error  # every record decodes alone: it is not about records
+        known = {
+            record: cause for (epoch, record), cause in self._verdicts.items() if cause and epoch == plan.epoch
+        }
         try:
             self.bad.report(failed)
-            known = {
-                record: cause for (epoch, record), cause in self._verdicts.items() if cause and epoch == plan.epoch
-            }
             if substituted(plan, known, following=self.planner.following(plan)) is None:
                 raise nothing_decodes(self.store)
-        except RecordError:
-            self._advance_to(plan.end)
+        except RecordError as bad:
+            bad.end = plan.end
             raise
 
-    def _repair(self, plan: BatchPlan, feed: Feed) -> tuple[BatchPlan, Feed]:
+    def _prepare(self, plan: BatchPlan, feed: Feed) -> InFlight:
         """Before a batch goes to DALI: replace what is known to fail, so that the pipeline lives."""
+        planned = InFlight(plan, feed, num_substituted=0)
         if not self.bad.met or self.bad.on_bad == "raise":
-            return plan, feed
-        original = plan
-        failed: dict[int, str] = {}
+            return planned
+        shown, failed = planned, dict[int, str]()
         while True:
-            suspects = [record for record in plan.records.tolist() if record in self.bad.met]
-            found = self._probe_records(plan, feed, suspects)
+            suspects = [record for record in shown.plan.records.tolist() if record in self.bad.met]
+            found = self._probe_records(shown.plan, shown.feed, suspects)
             if not found:
-                num_replaced = int((plan.records != original.records).sum())
-                self._num_replaced[plan.epoch, plan.start] = num_replaced
-                return plan, feed
+                return shown
             failed |= found
-            replaced = substituted(original, failed, following=self.planner.following(original))
+            replaced = substituted(plan, failed, following=self.planner.following(plan))
             if replaced is None:  # an error, raised when the batch is needed
-                return plan, feed
-            plan, feed = replaced, self._feed(replaced)
+                return planned
+            shown = InFlight(replaced, self._feed(replaced), int((replaced.records != plan.records).sum()))
 
     def _probe_records(self, plan: BatchPlan, feed: Feed, records: list[int]) -> dict[int, str]:
         """Decode some records of a batch one by one; the causes of those that fail."""
@@ -300,18 +269,80 @@ class DaliLoader(Loader):
         return f"DALI: {cause}; Pillow{f': {other}' if other else ' decodes it'}"
 
     def stats(self) -> dict[str, float]:
-        readahead = self._reader.readahead
-        return super().stats() | {"late_bytes": readahead.bytes_read if readahead is not None else 0}
+        return super().stats() | {"late_bytes": self._late_bytes_before + _late_bytes(self._reader)}
 
     def _queue_fill(self) -> int:
-        return len(self._source.in_flight) + self._reader.fill
+        return self._run.source.fill if self._run is not None else 0
 
     def close(self) -> None:
-        """Free the threads and the pipeline, its GPU memory too, then the hold on the store's map."""
+        """Free the threads and the pipeline, its GPU memory too, then release the store's map."""
         super().close()
-        self._reader.close()
-        self._iterator = None
+        run, self._run = self._run, None
+        if run is not None:
+            run.close()
         self._probe.close()
-        self._source.close()
         if self.settings.device == "cuda":
             release_unused_memory()
+
+
+class _Run:
+    """A pipeline and the batches that it works on.
+
+    Attributes:
+        next_place: (epoch, position) of the first batch in flight.
+    """
+
+    def __init__(self, source: Source, settings: GraphSettings, *, next_place: tuple[int, int]) -> None:
+        self.source, self.next_place = source, next_place
+        try:
+            self._iterator: Iterator[Any] = DALIGenericIterator(
+                build_pipeline(source, settings),
+                list(OUTPUTS),
+                size=-1,  # short batches pass, and the source never ends
+                prepare_first_batch=False,
+            )
+        except BaseException:
+            source.stop()
+            raise
+
+    def going_on_at(self, epoch: int, position: int, reader: BatchReader) -> _Run | None:
+        """This run with batches from another place, what was in flight being dropped; None if that fails."""
+        self.source.go_on_with(reader)
+        for _ in range(len(self.source.in_flight)):
+            try:
+                next(self._iterator)
+            except RuntimeError:  # a bad record of an epoch that was left early concerns nobody
+                self.stop()
+                return None
+            self.source.in_flight.popleft()
+        self.next_place = epoch, position
+        return self
+
+    def next(self) -> dict[str, torch.Tensor]:
+        """The outputs of the first batch in flight, by name; it stays in ``source.in_flight``.
+
+        Raises:
+            Exception: the source's, in its place.
+        """
+        first = self.source.in_flight[0] if self.source.in_flight else None
+        if isinstance(first, Exception):
+            raise first
+        try:
+            outputs: dict[str, torch.Tensor] = next(self._iterator)[0]
+        except StopIteration as error:  # an iterator may not raise it in the middle of an epoch
+            raise RuntimeError("DALI's pipeline ended, though its source never does") from error
+        return outputs
+
+    def stop(self) -> None:
+        """Drop the pipeline. A traceback may keep it alive, and it the source, whose bytes it reads in place."""
+        self.source.stop()
+        self._iterator = iter(())
+
+    def close(self) -> None:
+        """Drop the pipeline and the bytes."""
+        self.stop()
+        self.source.close()
+
+
+def _late_bytes(reader: BatchReader | None) -> int:
+    return reader.readahead.bytes_read if reader is not None and reader.readahead is not None else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,10 +13,7 @@ from dali_lmdb.loaders.reader import BatchReader, Feed
 from dali_lmdb.plan.augment import Transform
 from dali_lmdb.plan.batches import BatchPlan, Planner
 
-__all__ = ["Field", "Source", "feed_of", "fields_of"]
-
-
-Repair = Callable[[BatchPlan, Feed], tuple[BatchPlan, Feed]]
+__all__ = ["Field", "InFlight", "Source", "feed_of", "fields_of"]
 
 
 class Field(NamedTuple):
@@ -55,32 +53,48 @@ def feed_of(plan: BatchPlan, planner: Planner) -> Feed:
     return encoded, planner.labels(plan), plan.records, *(augmentation[name] for name in names)
 
 
+class InFlight(NamedTuple):
+    """A batch that DALI works on."""
+
+    plan: BatchPlan
+    feed: Feed
+    num_substituted: int
+    """Places at which another record is shown, since the planned one does not decode."""
+
+
 class Source:
     """The callback of ``fn.external_source(batch=True, batch_info=True)``.
 
     It never stops: DALI prefetches past the end of an epoch, so the source goes on with the next one, and
-    the loader counts. Every batch given to DALI is kept in ``in_flight`` until the loader takes it out
-    again: that says which records a failed batch held, and keeps their bytes alive, since DALI reads them
-    in place (``no_copy``).
+    the loader counts.
 
     DALI calls it batches ahead of the loader, so an error of the reader would come too early, and cost the good
-    batches in flight. While there are some, it is kept instead, and DALI is given the last batch again, as
-    often as it asks; such a stand-in is not in flight.
+    batches in flight. While there are some, it takes the place of its batch in ``in_flight``, and DALI is given
+    the last batch again.
 
     Args:
-        reader: where batches come from.
-        repair: called with each batch; returns it, or another one in its place.
+        reader: where batches come from; the source closes it.
+        prepare: called with each batch before DALI gets it; may substitute records.
 
     Attributes:
-        in_flight: batches given to DALI, in order.
-        error: what the reader raised; due when ``in_flight`` is empty.
+        in_flight: batches given to DALI, in order, and errors in place of others; the loader takes out what DALI
+            gives back. This says which records a failed batch held, and keeps their bytes alive, since DALI reads
+            them in place (``no_copy``).
     """
 
-    def __init__(self, reader: BatchReader, repair: Repair) -> None:
-        self._batches: tuple[BatchReader, Repair] | None = (reader, repair)
-        self.in_flight: deque[tuple[BatchPlan, Feed]] = deque()
-        self.error: Exception | None = None
+    def __init__(self, reader: BatchReader, prepare: Callable[[BatchPlan, Feed], InFlight]) -> None:
+        self.in_flight: deque[InFlight | Exception] = deque()
+        self._prepare: Callable[[BatchPlan, Feed], InFlight] | None = prepare
         self._stand_in: Feed | None = None
+        self._reader: BatchReader | None = reader
+        # A source that is dropped unclosed must not leave the thread behind, so the thread does not hold it.
+        self._close_reader = weakref.finalize(self, reader.close)
+
+    def go_on_with(self, reader: BatchReader) -> None:
+        """Take the next batches from another reader; those in flight stay."""
+        self._close_reader()
+        self._reader = reader
+        self._close_reader = weakref.finalize(self, reader.close)
 
     def __call__(self, batch_info: object) -> Feed:
         """The next batch; ``batch_info`` is DALI's and not needed.
@@ -88,30 +102,36 @@ class Source:
         Raises:
             Exception: of the reader, if nothing is in flight.
         """
-        assert self._batches is not None
-        reader, repair = self._batches
-        if self.error is None:
-            try:
-                batch = repair(*reader.next())
-            except Exception as error:
-                if not self.in_flight:
-                    raise
-                self.error, self._stand_in = error, self.in_flight[-1][1]
-            else:
-                self.in_flight.append(batch)
-                return batch[1]
-        if not self.in_flight or self._stand_in is None:
-            raise self.error
-        return self._stand_in
+        assert self._reader is not None, "a dropped pipeline asks for a batch"
+        assert self._prepare is not None
+        try:
+            batch = self._prepare(*self._reader.next())
+        except Exception as error:
+            if not self.in_flight:
+                raise
+            last = self.in_flight[-1]
+            if isinstance(last, InFlight):
+                self._stand_in = last.feed
+            assert self._stand_in is not None
+            # Without the traceback's entry for this function, through which it would refer to itself.
+            trace = error.__traceback__ and error.__traceback__.tb_next
+            self.in_flight.append(error.with_traceback(trace))
+            return self._stand_in
+        self.in_flight.append(batch)
+        return batch.feed
+
+    @property
+    def fill(self) -> int:
+        """Batches in flight, or ready for DALI."""
+        return len(self.in_flight) + (self._reader.fill if self._reader is not None else 0)
 
     def stop(self) -> None:
         """Give no more batches; those in flight stay, for a pipeline that may be at work on them."""
-        self._batches = None
-        # Its traceback leads back to here, and so would keep the pipeline until the collector comes by.
-        self.error = None
+        self._close_reader()
+        self._reader = self._prepare = None
 
     def close(self) -> None:
-        """Let go of the data. DALI's operators refer to one another and to this, until the collector comes by."""
+        """Release the data. DALI's operators refer to one another and to this until garbage collection."""
         self.stop()
         self.in_flight.clear()
         self._stand_in = None

@@ -248,11 +248,11 @@ def _twist_color(image: Image.Image, augmentation: Augmentation, position: int) 
 
 
 class _Steps:
-    """The sampler: planned batches from a place on, remembered until they come back decoded.
+    """The sampler of a ``DataLoader``: planned batches, remembered until they come back decoded.
 
     Attributes:
         in_flight: those that did not come back yet, in order.
-        error: what went wrong in planning; it ends the batches, to be told after the last good one.
+        error: what went wrong in planning; it ends the batches, to be raised after the last good one.
     """
 
     def __init__(self) -> None:
@@ -271,6 +271,46 @@ class _Steps:
                 yield plan
         except Exception as error:
             self.error = error
+
+
+class _Run:
+    """Workers, and the planned batches that they decode ahead, within one epoch."""
+
+    def __init__(self, images: _PlannedImages, *, num_workers: int, pin_memory: bool) -> None:
+        self.steps = _Steps()
+        self._loader: DataLoader[_Decoded] = DataLoader(
+            images,
+            batch_size=None,
+            sampler=self.steps,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            pin_memory=pin_memory,
+            worker_init_fn=_start_worker,
+        )
+        self._decoded: Iterator[Any] = iter(())
+        self._next_place: tuple[int, int] | None = None
+
+    def seek(self, planner: Planner, epoch: int, position: int) -> None:
+        """Make the step at a place the next one."""
+        if self._next_place != (epoch, position):
+            self.steps.begin(planner.plans(epoch, position))
+            self._decoded = iter(self._loader)
+
+    def next(self) -> tuple[BatchPlan, _Decoded]:
+        """The next planned batch, decoded."""
+        try:
+            decoded = next(self._decoded)
+        except StopIteration:  # an iterator may not raise it in the middle of an epoch
+            raise self.steps.error or RuntimeError("the DataLoader ended, though the epoch did not") from None
+        plan = self.steps.in_flight.popleft()
+        self._next_place = (plan.epoch, plan.end)
+        return plan, decoded
+
+    def close(self) -> None:
+        """Stop the workers. Dropping the iterator would do, if nothing else held it; a traceback, for one, may."""
+        stop = getattr(self._decoded, "_shutdown_workers", None)
+        if stop is not None:
+            stop()
 
 
 class TorchLoader(Loader):
@@ -335,65 +375,45 @@ class TorchLoader(Loader):
         if self._num_workers:
             _check_temporary_folder()
         self._planned_images = _PlannedImages(self.planner, dtype, layout, on_bad)
-        self._steps = _Steps()
-        self._decoded: Iterator[Any] = iter(())
-        self._data_loader: DataLoader[Any] | None = self._new_data_loader()
+        self._run: _Run | None = None
 
-    def _new_data_loader(self) -> DataLoader[Any]:
-        return DataLoader(
-            self._planned_images,
-            batch_size=None,
-            sampler=self._steps,
-            num_workers=self._num_workers,
-            persistent_workers=self._num_workers > 0,
-            pin_memory=self.device.type == "cuda",
-            worker_init_fn=_start_worker,
-        )
-
-    def _drop(self) -> None:
-        self._stop_workers()
-        self._steps = _Steps()
-        self._data_loader = self._new_data_loader()
-
-    def _begin(self, epoch: int, position: int) -> None:
-        assert self._data_loader is not None
-        self._steps.begin(self.planner.plans(epoch, position))
-        self._decoded = iter(self._data_loader)
-
-    def _next(self) -> Batch:
+    def _batch_at(self, epoch: int, position: int) -> Batch:
+        # Put back when the step is complete: an exception in the middle of it leaves no workers that are elsewhere
+        # than it seems.
+        run, self._run = self._run, None
+        if run is None:
+            run = _Run(self._planned_images, num_workers=self._num_workers, pin_memory=self.device.type == "cuda")
         try:
-            decoded: _Decoded = next(self._decoded)
-        except StopIteration:  # an iterator may not raise it in the middle of an epoch
-            raise self._steps.error or RuntimeError("the DataLoader ended, though the epoch did not") from None
-        plan = self._steps.in_flight.popleft()
-        assert (plan.epoch, plan.start) == (self.epoch, self._place.position)
+            run.seek(self.planner, epoch, position)
+            plan, decoded = run.next()
+        except BaseException:
+            run.close()
+            raise
+        assert (plan.epoch, plan.start) == (epoch, position)
+        self._run = run
         if decoded.images is None and self.bad.on_bad == "substitute":  # a worker does not know what follows
             decoded = self._planned_images.decode(plan, following=self.planner.following(plan))
-        if decoded.images is None:
-            self._advance_to(plan.end)
-        self.bad.report(decoded.failed)
-        if decoded.images is None:
-            raise decoded.error or nothing_decodes(self.store)
+        try:
+            self.bad.report(decoded.failed)
+            if decoded.images is None:
+                raise decoded.error or nothing_decodes(self.store)
+        except RecordError as error:
+            error.end = plan.end
+            raise
         self.bad.num_substituted += int((decoded.records.numpy() != plan.records).sum())
         images = decoded.images.to(self.device, non_blocking=True)
         labels = decoded.labels.to(self.device, non_blocking=True)
         return Batch(images, labels, decoded.records, plan.end, decoded.num_bytes)
 
     def _queue_fill(self) -> int:
-        return len(self._steps.in_flight)
+        return len(self._run.steps.in_flight) if self._run is not None else 0
 
     def close(self) -> None:
         """Stop the workers."""
         super().close()
-        self._stop_workers()
-
-    def _stop_workers(self) -> None:
-        # Letting go of the iterator would do, if nothing else held it; a traceback, for instance, may.
-        stop = getattr(self._decoded, "_shutdown_workers", None)
-        if stop is not None:
-            stop()
-        self._data_loader = None
-        self._decoded = iter(())
+        run, self._run = self._run, None
+        if run is not None:
+            run.close()
 
 
 def open_data(path: str | os.PathLike[str]) -> Store:

@@ -64,6 +64,12 @@ class Planner:
             yield plan
             start = plan.end
 
+    def place_after(self, plan: BatchPlan) -> tuple[int, int]:
+        """(epoch, start) of this rank's step after ``plan``: the next epoch follows its last one."""
+        if self.steps.positions(plan.end) is None:
+            return plan.epoch + 1, 0
+        return plan.epoch, plan.end
+
     def plans_from(self, epoch: int, start: int) -> Iterator[BatchPlan]:
         """Steps from a place on, without end: the next epoch follows. There must be one at the place itself.
 
