@@ -220,8 +220,7 @@ def test_a_folder_of_class_tars_is_the_nested_tar_unpacked(tmp_path):
     (tmp_path / "tars").mkdir()
     for name in ("ant", "bee", "cat"):
         pack_folder(tmp_path / "tars" / f"{name}.tar", folder / name)
-    source = open_source(tmp_path / "tars")
-    assert source.kind == "imagenet-tar"
+    source = open_source(tmp_path / "tars", kind="imagenet-tar")
     assert items_of(source) == items_of(open_source(folder))
 
 

@@ -18,6 +18,7 @@ from dali_lmdb.cli import Command, ProgressBar
 from dali_lmdb.convert import ConvertSettings, Progress, Summary, convert
 from dali_lmdb.convert.ranks import Ranks, torchrun_ranks
 from dali_lmdb.convert.sources import KINDS, open_source
+from dali_lmdb.convert.sources.names import listed
 from dali_lmdb.errors import DaliLmdbError
 from dali_lmdb.store.layout import MAX_SHARDS
 
@@ -33,7 +34,7 @@ _DEFAULTS = {field.name: field.default for field in fields(ConvertSettings)}
     "--source",
     "kind",
     type=click.Choice(KINDS),
-    help="What SOURCE is.  [default: told by looking]",
+    help="What SOURCE is.  [default: detected]",
 )
 @click.option(
     "--val-labels",
@@ -123,15 +124,18 @@ def main(
     under_torchrun = int(os.environ.get("WORLD_SIZE", "1")) > 1
     with torchrun_ranks() if under_torchrun else nullcontext(Ranks()) as ranks, ProgressBar(quiet=as_json) as bar:
         try:
+            images = open_source(
+                source,
+                kind=kind,
+                val_labels=val_labels,
+                follow_links=follow_links,
+                classes=None if classes is None else classes.split(","),
+                per_class=per_class,
+            )
+            if kind is None and images.kind == "imagenet-tar" and ranks.rank == 0:  # its classes are only names
+                click.echo(f"{source}: a tar for each class; classes: {listed(images.classes)}", err=True)
             summary = convert(
-                open_source(
-                    source,
-                    kind=kind,
-                    val_labels=val_labels,
-                    follow_links=follow_links,
-                    classes=None if classes is None else classes.split(","),
-                    per_class=per_class,
-                ),
+                images,
                 store,
                 settings=ConvertSettings(**settings),
                 shards=shards,

@@ -10,8 +10,9 @@ from dali_lmdb.convert.sources.base import Item, Source
 from dali_lmdb.convert.sources.classic import ClassicSource
 from dali_lmdb.convert.sources.flat import FlatSource
 from dali_lmdb.convert.sources.folder import FolderSource
-from dali_lmdb.convert.sources.look import kind_of
+from dali_lmdb.convert.sources.look import kind_of, kind_of_several
 from dali_lmdb.convert.sources.manifest import ManifestSource
+from dali_lmdb.convert.sources.patterns import matches_of
 from dali_lmdb.convert.sources.store import StoreSource
 from dali_lmdb.convert.sources.tar import ImageNetTarSource, TarSource
 from dali_lmdb.convert.sources.webdataset import WebDatasetSource
@@ -48,14 +49,14 @@ def open_source(
 
     Args:
         path: a file or folder; for WebDataset, Parquet and stores also a pattern of several files.
-        kind: one of ``KINDS``; by default told by looking.
+        kind: one of ``KINDS``; by default detected, and refused where it could be another.
         val_labels: the labels of a flat folder or tar of images, see ``FlatSource``.
         follow_links: follow symbolic links that lead out of a folder of images.
         classes, per_class: which part of a store to take, see ``StoreSource``.
 
     Raises:
         ValueError: an unknown kind, or one that does not go with ``val_labels``, ``classes`` or ``per_class``.
-        SourceError: there is nothing that can be converted.
+        SourceError: there is nothing that can be converted, or what could be of several kinds.
     """
     path = os.fspath(path)
     if not path:
@@ -68,7 +69,9 @@ def open_source(
     if val_labels is not None:
         _no_part(part)
         return FlatSource(path, val_labels=val_labels, follow_links=follow_links)
-    kind = kind or kind_of(path)
+    if kind is None:
+        found = matches_of(path)
+        kind = kind_of(found[0]) if len(found) == 1 else kind_of_several(path, found)
     if kind in ("store", "lmdb"):
         return _open_lmdb(path, kind, part)
     _no_part(part)

@@ -66,7 +66,8 @@ class Source(ABC):
     def left_out(self) -> Iterator[tuple[str, str]]:
         """Files that lie among the images and are not taken, as (name, reason); the report lists them.
 
-        Known to class folders only; members of archives and rows of tables are meant to hold other things too.
+        Known to class folders only, and of a tar of them the images beside them; other members of archives and
+        rows of tables are meant to hold other things too.
         """
         return iter(())
 

@@ -1,23 +1,30 @@
-"""Telling by looking what kind of source a path is."""
+"""Detect what kind of source a path is; refuse what could be something else."""
 
 from __future__ import annotations
 
 import os
+import re
 import tarfile
-from itertools import islice
-from pathlib import Path
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple, NoReturn
 
 from dali_lmdb.convert.sources.archive import COMPRESSED, Archive
 from dali_lmdb.convert.sources.base import is_image_name
+from dali_lmdb.convert.sources.contents import TarContents
 from dali_lmdb.convert.sources.files import list_folder
-from dali_lmdb.convert.sources.patterns import files_of, is_pattern
+from dali_lmdb.convert.sources.names import listed
+from dali_lmdb.convert.sources.patterns import SPLITS
+from dali_lmdb.convert.sources.tar import class_of_tar, common_top, is_tar_name
 from dali_lmdb.errors import SourceError
 from dali_lmdb.store.shards import shard_files
 
-__all__ = ["kind_of"]
+__all__ = ["kind_of", "kind_of_several"]
 
-_MEMBERS = 1000  # looked at, at most, to tell what a tar holds
 _LMDB_MAGIC = b"\xde\xc0\xef\xbe"  # MDB_MAGIC of lmdb's mdb.c, little-endian, after a page header of 16 bytes
+_SYNSET = re.compile(r"n\d{8}")  # WordNet's number of a noun, which ImageNet names its classes by
+_NO_CLASSES = SPLITS | {"data", "image", "images", "img", "imgs"}
+_COMPRESSED_TARS = (".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _EXPECTED = (
     "expected a folder of class folders, a tar or WebDataset shards, Parquet files, a CSV or TSV with path "
     "and label, or an LMDB file"
@@ -28,12 +35,10 @@ def kind_of(path: str) -> str:
     """What is at a path: a ``kind`` of ``open_source``, or ``"lmdb"`` for a classic database or a store.
 
     Raises:
-        SourceError: nothing is there, or nothing that can be converted.
+        SourceError: nothing is there, nothing that can be converted, or what could be of several kinds.
     """
     if os.path.isdir(path):
         return _kind_of_folder(path)
-    if is_pattern(path) and not os.path.lexists(path):
-        return _kind_of_pattern(path)
     try:
         os.lstat(path)
     except FileNotFoundError:
@@ -42,45 +47,151 @@ def kind_of(path: str) -> str:
         raise SourceError(f"{path}: no such file or folder; {_EXPECTED}") from None
     except (OSError, ValueError) as error:  # too long, a file for a folder, a NUL
         raise SourceError(f"{path!r}: cannot be a path: {error}") from error
-    return _kind_of_file(path)
+    kind = _kind_of_file(path)
+    return _kind_of_tar(path) if kind == "tar" else kind
 
 
-def _kind_of_pattern(pattern: str) -> str:
-    files = files_of(pattern, suffix=Path(pattern).suffix)
-    kind = _kind_of_file(str(files[0]))
-    if len(files) > 1 and kind not in ("webdataset", "parquet", "lmdb"):
-        raise SourceError(
-            f"{pattern}: {len(files)} files, the first of kind {kind!r}; several can be WebDataset shards, "
-            "Parquet files or the shards of a store"
-        )
-    return kind
+def kind_of_several(pattern: str, files: list[str]) -> str:
+    """``kind_of`` what a pattern matched, several files.
+
+    Raises:
+        SourceError: as for ``kind_of``; they are of different kinds, or of one of which one file is a source.
+    """
+    by_kind: dict[str, list[str]] = defaultdict(list)
+    for file in files:
+        by_kind["folder" if os.path.isdir(file) else _kind_of_file(file)].append(file)
+    (kind, *others) = by_kind
+    if others:
+        found = " and ".join(f"{kind} ({listed(by_kind[kind])})" for kind in by_kind)
+        raise SourceError(f"{pattern}: files of different kinds, {found}; give a pattern for one of them")
+    return _kind_of_tars(pattern, files) if kind == "tar" else kind
+
+
+# Folders.
 
 
 def _kind_of_folder(folder: str) -> str:
-    entries = [entry for entry in list_folder(folder) if not entry.name.startswith(".")]
-    names = [entry.name for entry in entries if entry.is_file()]
-    if "data.mdb" in names or shard_files(folder):
-        return "lmdb"
-    if any(entry.is_dir() for entry in entries):
+    by_format: dict[str, list[str]] = defaultdict(list)
+    entries = list_folder(folder)
+    shards = {file.name for file in shard_files(folder) or ()}
+    for entry in entries:
+        if not entry.name.startswith("."):
+            by_format["lmdb" if entry.name in shards else _format_of(entry)].append(entry.name)
+    beside = by_format.pop("file", []) + by_format.get("image", [])
+    if "folder" in by_format:
+        by_format.pop("image", None)  # which are left out, as ImageFolder does, and reported
+    if len(by_format) > 1:
+        _refuse_mixture(folder, by_format)
+    if not by_format:
         return "folder"
-    suffixes = {os.path.splitext(name)[1] for name in names}
-    if ".parquet" in suffixes:
-        return "parquet"
-    if ".lmdb" in suffixes:
-        return "lmdb"
-    if ".tar" in suffixes:
-        first = next(name for name in names if name.endswith(".tar"))
-        kind = _kind_of_tar(os.path.join(folder, first))
-        return "webdataset" if kind == "webdataset" else "imagenet-tar"
-    if any(map(is_image_name, names)):
+    ((found, names),) = by_format.items()
+    if found == "folder":
+        tables = [name for name in beside if _is_table(name.lower()) or is_image_name(name)]
+        classes = {name: _class_folder(os.path.join(folder, name)) for name in names}
+        _check_class_folders(folder, classes, beside=listed(tables), kind="folder")
+    elif found == "tar":
+        return _kind_of_tars(folder, [os.path.join(folder, name) for name in names])
+    elif found == "image":
         raise SourceError(
             f"{folder}: images, but no class folders; give their labels with --val-labels FILE, or a CSV "
             "with path and label in place of the folder"
         )
-    return "folder"
+    elif found == "compressed tar":
+        raise SourceError(
+            f"{folder}: compressed tars ({listed(names)}); images are read in place, so decompress them first"
+        )
+    elif found == "lmdb" and names != ["data.mdb"] and set(names) != shards:
+        raise SourceError(
+            f"{folder}: LMDB databases ({listed(names)}), expected the shards of one store; name one"
+        )
+    return found
+
+
+def _format_of(entry: os.DirEntry[str]) -> str:
+    """What an entry of a folder is by its name: a kind of source, or ``"file"``."""
+    name = entry.name.lower()
+    if entry.is_dir():
+        return "lmdb" if os.path.exists(os.path.join(entry.path, "data.mdb")) else "folder"
+    if not entry.is_file():
+        return "file"
+    if is_image_name(name):
+        return "image"
+    if name.endswith((".lmdb", ".parquet", ".tar")):
+        return name.rpartition(".")[2]
+    if name == "data.mdb":
+        return "lmdb"
+    return "compressed tar" if name.endswith(_COMPRESSED_TARS) else "file"
+
+
+def _is_table(name: str) -> bool:
+    return name.endswith((".csv", ".tsv")) and not name.endswith(".bad.tsv")  # which is a report of ours
+
+
+def _refuse_mixture(folder: str, by_format: Mapping[str, list[str]]) -> NoReturn:
+    sources = {"folder": "folder", "tar": "webdataset, imagenet-tar", "parquet": "parquet", "lmdb": "store"}
+    found = " and ".join(f"{name} ({listed(names)})" for name, names in by_format.items())
+    kinds = ", ".join(sources[name] for name in by_format if name in sources)
+    raise SourceError(
+        f"{folder}: {found} side by side, expected data of one kind; move the others away, or say which to take "
+        f"with --source ({kinds})"
+    )
+
+
+class _ClassFolder(NamedTuple):
+    """What lies directly in what may be a class folder."""
+
+    has_image: bool
+    folders: set[str]
+
+
+def _class_folder(path: str) -> _ClassFolder:
+    """Read no further than to the first image."""
+    folders = set()
+    try:
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if entry.is_dir():
+                    folders.add(entry.name)
+                elif is_image_name(entry.name):
+                    return _ClassFolder(True, set())
+    except OSError:  # the source will say so
+        return _ClassFolder(True, set())
+    return _ClassFolder(False, {name for name in folders if not name.startswith(".")})
+
+
+def _check_class_folders(where: str, classes: Mapping[str, _ClassFolder], *, beside: str, kind: str) -> None:
+    """Refuse folders that are perhaps no classes: splits, folders of class folders, or all images in one.
+
+    Args:
+        beside: images and tables beside the folders.
+        kind: as which they are converted all the same.
+    """
+    names = sorted(classes)
+    one = "convert one of them" if kind == "folder" else "pack one of them alone"
+    instead = f"or give --source {kind} to make each folder a class: {listed(names)}"
+    for name in names:
+        folders = sorted(classes[name].folders)
+        if len(folders) > 1 and not classes[name].has_image:
+            raise SourceError(
+                f"{where}: folder {listed([name])} holds folders ({listed(folders)}) and no image, expected class "
+                f"folders of images; {one}, {instead}"
+            )
+    splits = [name for name in names if name.lower() in SPLITS]
+    if len(splits) > 1:
+        raise SourceError(f"{where}: folders of several splits ({listed(splits)}); {one}, {instead}")
+    if len(names) == 1 and (beside or names[0].lower() in _NO_CLASSES):
+        found = f"one folder, {listed(names)}" + (f", beside {beside}" if beside else "")
+        raise SourceError(
+            f"{where}: {found}, expected a folder for each class; give the images' labels with --val-labels FILE, "
+            f"or a CSV with path and label in place of the folder, {instead}"
+        )
+
+
+# Files.
 
 
 def _kind_of_file(path: str) -> str:
+    """By its first bytes, or its name; "tar" for every tar."""
     try:
         with open(path, "rb") as stream:
             head = stream.read(tarfile.BLOCKSIZE)
@@ -90,8 +201,8 @@ def _kind_of_file(path: str) -> str:
         return "lmdb"
     if head.startswith(b"PAR1"):
         return "parquet"
-    if _is_tar_header(head) or head.startswith(tuple(COMPRESSED)) or path.endswith(".tar"):
-        return _kind_of_tar(path)
+    if _is_tar_header(head) or head.startswith(tuple(COMPRESSED)) or is_tar_name(path):
+        return "tar"
     if path.lower().endswith((".csv", ".tsv", ".txt")):
         return "manifest"
     raise SourceError(f"{path}: not a source of images; {_EXPECTED}")
@@ -105,11 +216,113 @@ def _is_tar_header(head: bytes) -> bool:
     return True
 
 
+# Tars.
+
+
 def _kind_of_tar(path: str) -> str:
-    """By the first members: labels mean WebDataset, tars ImageNet's nested tar, images class folders."""
-    members = Archive(path).members(lambda name: is_image_name(name) or name.endswith((".cls", ".tar")))
-    first = [member.path for member in islice(members, _MEMBERS) if not member.is_folder]
-    suffixes = {os.path.splitext(name)[1] for name in first}
-    if ".cls" in suffixes:
+    """Labels mean WebDataset, tars ImageNet's nested tar, images class folders."""
+    archive = Archive(path)
+    found = TarContents(archive)
+    if found.label is not None:
         return "webdataset"
-    return "imagenet-tar" if suffixes == {".tar"} else "tar"
+    if found.tars:
+        names = [tar.path for tar in found.tars]
+        if found.num_images or found.other:
+            others = f"{found.num_images:,} images" if found.num_images else listed([found.other or ""])
+            raise SourceError(
+                f"{path}: {others} beside tars ({listed(names)}), expected tars alone, one for each class; pack "
+                "them apart, or say what to take with --source (tar, imagenet-tar)"
+            )
+        contents = ((tar.path, TarContents(archive, tar)) for tar in found.tars)
+        _check_class_tars(f"{path}: in it", contents, names, convert_it="unpack it and convert that")
+        return "imagenet-tar"
+    _check_folders_in_tar(path, found)
+    return "tar"
+
+
+def _check_folders_in_tar(path: str, found: TarContents) -> None:
+    """Refuse images without class folders, records of WebDataset without labels, folders that are no classes."""
+    num_loose = found.folders[""]
+    folders = {folder: count for folder, count in found.folders.items() if folder}
+    classes = _class_folders_in_tar(folders)
+    if found.siblings:
+        instead = f"give --source tar to make each folder a class: {listed(sorted(classes))}"
+        if not any(folders.values()):
+            instead = "give them with --val-labels FILE"
+        raise SourceError(f"{path}: {_record(found.siblings)}; add the labels, or {instead}")
+    if num_loose and not any(folders.values()):
+        raise SourceError(
+            f"{path}: {num_loose:,} images outside class folders; give their labels with --val-labels FILE"
+        )
+    loose = f"{num_loose:,} images" if num_loose else ""
+    _check_class_folders(path, classes, beside=loose, kind="tar")
+
+
+def _class_folders_in_tar(folders: Mapping[str, int]) -> dict[str, _ClassFolder]:
+    top = common_top(folders)
+    classes: dict[str, _ClassFolder] = {}
+    for path, num_images in folders.items():
+        if path.startswith(top):
+            name, _, below = path[len(top) :].partition("/")
+            has_image, inside = classes.get(name, _ClassFolder(False, set()))
+            inside |= {below.partition("/")[0]} - {""}
+            classes[name] = _ClassFolder(has_image or (not below and num_images > 0), inside)
+    return classes
+
+
+def _kind_of_tars(where: str, files: list[str]) -> str:
+    """Labels in all mean WebDataset; images alone and the names of synsets ImageNet's tar, unpacked."""
+    contents = [(os.path.basename(file), TarContents(Archive(file))) for file in files]
+    with_labels = [name for name, found in contents if found.label is not None]
+    without = [name for name, found in contents if found.label is None]
+    if not without:
+        return "webdataset"
+    if with_labels:
+        raise SourceError(
+            f"{where}: tars with .cls labels ({listed(with_labels)}) beside tars without ({listed(without)}), "
+            "expected shards of one data set; move the others away, or give a pattern of shards"
+        )
+    convert_it = "convert that alone" if len(files) == 1 else "convert one, or all joined with tar -A"
+    _check_class_tars(f"{where}:", contents, without, convert_it=convert_it)
+    return "imagenet-tar"
+
+
+def _check_class_tars(
+    where: str, contents: Iterable[tuple[str, TarContents]], names: list[str], *, convert_it: str
+) -> None:
+    """Refuse tars that are not ImageNet's, one of images alone for each class.
+
+    Args:
+        where: begins the message.
+        contents: what is in each.
+        names: of all.
+        convert_it: what to do with tars of folders.
+    """
+    classes = [class_of_tar(name) for name in names]
+    instead = f"or give --source imagenet-tar to make each tar a class: {listed(sorted(classes))}"
+    expected = "expected images alone, of one class"
+    for name, found in contents:
+        what = f"{where} {listed([name])}"
+        if found.label is not None:
+            raise SourceError(f"{what} has .cls labels, as WebDataset shards have; unpack them to convert them")
+        if found.siblings:
+            raise SourceError(f"{what}: {_record(found.siblings)}; add the labels, {instead}")
+        if found.subfolders:
+            raise SourceError(
+                f"{what} holds folders ({listed(found.subfolders)}), {expected}; {convert_it}, {instead}"
+            )
+        if found.tars:
+            inside = listed([tar.path for tar in found.tars])
+            raise SourceError(f"{what} holds tars ({inside}), {expected}; {convert_it}, {instead}")
+        if found.other:
+            raise SourceError(f"{what} holds {listed([found.other])}, {expected}; pack it without, {instead}")
+    if not all(map(_SYNSET.fullmatch, classes)):
+        raise SourceError(
+            f"{where} {len(names):,} tars of images without .cls labels, expected WebDataset shards, or a tar for "
+            f"each class, named as n01440764.tar; add the labels, {instead}"
+        )
+
+
+def _record(siblings: tuple[str, str]) -> str:
+    image, other = (listed([name]) for name in siblings)
+    return f"{image} and {other} make a WebDataset record without a .cls label"

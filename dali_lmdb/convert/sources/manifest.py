@@ -97,11 +97,11 @@ class ManifestSource(Source):
                 table = csv.reader(stream, delimiter=separator, strict=True)
                 try:
                     columns = next(table, [])
-                    if not {"path", "label"} <= set(columns):
+                    if (columns.count("path"), columns.count("label")) != (1, 1):
                         raise SourceError(
                             f"{self.path}: the first line is {header.strip()[:80]!r}, expected the column "
-                            "names path and "
-                            f"label, separated by {'a tab' if separator == chr(9) else 'a comma'}"
+                            f"names path and label, separated by {'a tab' if separator == chr(9) else 'a comma'}, "
+                            "once each"
                         )
                     path_at, label_at = columns.index("path"), columns.index("label")
                     for values in table:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from dali_lmdb.errors import SourceError
 
@@ -10,6 +10,7 @@ __all__ = [
     "check_classes",
     "classes_of",
     "integer",
+    "listed",
     "numbered_classes",
     "printable",
     "record_name",
@@ -117,3 +118,9 @@ def repeated_name(names: Iterable[str]) -> str | None:
             return name
         seen.add(name)
     return None
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names in one line of text; the first of them and their number if there are more than five."""
+    shown = [name if name.isprintable() else repr(name) for name in map(printable, names[:5])]
+    return ", ".join(shown) + (f", ... ({len(names):,})" if len(names) > 5 else "")

@@ -11,43 +11,57 @@ from pathlib import Path
 from dali_lmdb.convert.sources.files import list_folder
 from dali_lmdb.errors import SourceError
 
-__all__ = ["files_of", "is_pattern", "stems_of"]
+__all__ = ["SPLITS", "files_of", "matches_of", "stems_of"]
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _MAX_FILES = 1_000_000
-_SPLITS = frozenset({"train", "val", "valid", "validation", "test", "dev"})
+SPLITS = frozenset({"train", "val", "valid", "validation", "test", "dev"})
+"""Words that name a part of a data set, in lower case."""
 
 
-def is_pattern(path: str) -> bool:
-    """Whether a path that does not exist stands for several files."""
-    return any(character in path for character in "*?[{")
+def matches_of(path: str) -> list[str]:
+    """What an argument stands for, sorted: itself where it exists or is no pattern, else what the pattern matches.
+
+    Folders at its start that exist are taken by their names, whatever characters these have.
+
+    Raises:
+        SourceError: nothing matches, or a name from braces is missing.
+    """
+    if os.path.lexists(path) or not (glob.has_magic(path) or _BRACES.search(path)):
+        return [path]
+    folder, pattern = path, ""
+    while folder and not os.path.lexists(folder):
+        folder, name = os.path.split(folder)
+        pattern = os.path.join(name, pattern) if pattern else name
+    found = {os.path.join(folder, match) for name in _expanded(pattern) for match in _matches(name, folder)}
+    if not found:
+        raise SourceError(f"{path}: no {Path(path).suffix or 'such'} file there; check the folder or pattern")
+    return [str(file) for file in sorted(map(Path, found))]
 
 
 def files_of(path: str | os.PathLike[str], *, suffix: str) -> list[Path]:
     """The files that an argument stands for, sorted.
 
     Args:
-        path: a file; a folder, for the files of that suffix in it; or a pattern with ``*``, ``?``, ``[]`` and
-            braces, as the shell has them: ``{a,b}``, ``{000..009}``.
+        path: a file; a folder, for the files of that suffix in it, in capitals too; or a pattern with ``*``,
+            ``?``, ``[]`` and braces, as the shell has them: ``{a,b}``, ``{000..009}``.
 
     Raises:
         SourceError: there is none, a name from braces is missing, or a folder mixes splits (train, val ...).
     """
-    text = os.fspath(path)
-    if os.path.isdir(text):
-        files = [
-            Path(entry.path)
-            for entry in list_folder(text)
-            if entry.name.endswith(suffix) and not entry.name.startswith(".") and entry.is_file()
-        ]
-        _check_one_split(text, files, suffix)
-    elif os.path.exists(text) or not is_pattern(text):
-        files = [Path(text)]
-    else:
-        files = sorted({Path(file) for name in _expanded(text) for file in _matches(name)})
+    found = matches_of(os.fspath(path))
+    if len(found) > 1 or not os.path.isdir(found[0]):
+        return [Path(file) for file in found]
+    (folder,) = found
+    files = [
+        Path(entry.path)
+        for entry in list_folder(folder)
+        if entry.name.lower().endswith(suffix) and not entry.name.startswith(".") and entry.is_file()
+    ]
     if not files:
-        raise SourceError(f"{text}: no {suffix} file there; check the folder or pattern")
+        raise SourceError(f"{folder}: no {suffix} file there; check the folder or pattern")
+    _check_one_split(folder, files, suffix)
     return files
 
 
@@ -57,12 +71,14 @@ def stems_of(files: list[Path]) -> list[str]:
     return [os.path.splitext(os.path.relpath(file, top))[0] for file in files]
 
 
-def _matches(name: str) -> list[str]:
+def _matches(name: str, folder: str) -> list[str]:
+    """What a pattern without braces matches in a folder, relative to it."""
+    path = os.path.join(folder, name)
+    if os.path.lexists(path):
+        return [name]
     if glob.has_magic(name):
-        return glob.glob(name)
-    if not os.path.exists(name):
-        raise SourceError(f"{name}: no such file, but the braces name it; give a pattern of files that are there")
-    return [name]
+        return glob.glob(name, root_dir=folder or None)
+    raise SourceError(f"{path}: no such file, but the braces name it; give a pattern of files that are there")
 
 
 def _expanded(pattern: str) -> list[str]:
@@ -89,7 +105,7 @@ def _choices(inside: str, pattern: str) -> list[str]:
 
 def _check_one_split(folder: str, files: list[Path], suffix: str) -> None:
     """Training and validation images must not end up in one store because their files lie in one folder."""
-    words = {word for file in files for word in re.split(r"[^a-z]+", file.name.lower())} & _SPLITS
+    words = {word for file in files for word in re.split(r"[^a-z]+", file.name.lower())} & SPLITS
     if len(words) > 1:
         example = os.path.join(folder, f"*{min(words)}*{suffix}")
         raise SourceError(

@@ -6,7 +6,7 @@ import logging
 import os
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from dali_lmdb.convert.sources.patterns import files_of
 from dali_lmdb.convert.sources.scratch import Spool
 from dali_lmdb.errors import SourceError
 
-__all__ = ["ImageNetTarSource", "TarSource"]
+__all__ = ["ImageNetTarSource", "TarSource", "class_of_tar", "common_top", "is_tar_name"]
 
 _log = logging.getLogger(__name__)
 
@@ -104,6 +104,12 @@ class TarSource(_ClassFolders):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__(path, [Archive(path)])
+        self._loose = MemberTable(Spool())
+
+    def left_out(self) -> Iterator[tuple[str, str]]:
+        if self._folders:  # which lists the archive
+            for name, *_ in self._loose.rows():
+                yield printable(name), "in no class folder"
 
     def _find(self) -> dict[str, list[_Folder]]:
         (archive,) = self._archives
@@ -115,13 +121,13 @@ class TarSource(_ClassFolders):
                 _ = tables[member.path]  # makes one, so that an empty class is noticed
             else:
                 tables[folder].add(name, member.offset, member.size)
-        num_loose = len(tables.pop("", ()))  # ImageFolder ignores images beside the class folders, too
-        if num_loose and not any(map(len, tables.values())):
+        self._loose = tables.pop("", MemberTable(spool))
+        if len(self._loose) and not any(map(len, tables.values())):
             raise SourceError(
-                f"{archive.path}: {num_loose} images outside class folders; give their labels with "
+                f"{archive.path}: {len(self._loose)} images outside class folders; give their labels with "
                 "--val-labels FILE"
             )
-        top = _common_top(tables)
+        top = common_top({path: len(table) for path, table in tables.items()})
         classes: dict[str, list[_Folder]] = {}
         for path, table in tables.items():
             if path.startswith(top):
@@ -130,13 +136,17 @@ class TarSource(_ClassFolders):
         return classes
 
 
-def _common_top(tables: dict[str, MemberTable]) -> str:
-    """The longest ``folder/`` that holds all others and no image itself; "" without one."""
+def common_top(folders: Mapping[str, int]) -> str:
+    """The longest ``folder/`` that holds all others and no image itself; "" without one.
+
+    Args:
+        folders: how many images lie directly in each.
+    """
     top = ""
     while True:
-        inside = [path[len(top) :].partition("/")[0] for path in tables if path.startswith(top)]
+        inside = [path[len(top) :].partition("/")[0] for path in folders if path.startswith(top)]
         child = top + inside[0] if len(set(inside)) == 1 else ""
-        if not child or len(tables.get(child, ())) or not any(path.startswith(child + "/") for path in tables):
+        if not child or folders.get(child) or not any(path.startswith(child + "/") for path in folders):
             return top
         top = child + "/"
 
@@ -147,7 +157,7 @@ class ImageNetTarSource(_ClassFolders):
     Records and order are those of ``FolderSource`` on ``n01440764/n01440764_18.JPEG`` ...
 
     Args:
-        path: the tar file, or a folder of what it unpacks to, one tar for each class.
+        path: the tar file; or what it unpacks to, one tar for each class: their folder, or a pattern of several.
 
     Raises:
         SourceError: as for ``TarSource``.
@@ -156,8 +166,8 @@ class ImageNetTarSource(_ClassFolders):
     kind = "imagenet-tar"
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._unpacked = os.path.isdir(path)
-        files = files_of(path, suffix=".tar") if self._unpacked else [path]
+        files = files_of(path, suffix=".tar")
+        self._unpacked = os.path.isdir(path) or len(files) > 1
         super().__init__(path, [Archive(file) for file in files])
 
     def _find(self) -> dict[str, list[_Folder]]:
@@ -165,13 +175,18 @@ class ImageNetTarSource(_ClassFolders):
         spool = Spool()
         if self._unpacked:
             for archive in self._archives:
-                classes[archive.path.stem] = _class_tar(archive, archive.path.stem, spool)
+                class_name = class_of_tar(str(archive.path))
+                if class_name in classes:
+                    raise SourceError(
+                        f"{archive.path}: a second tar of class {printable(class_name)!r}; leave one of them out"
+                    )
+                classes[class_name] = _class_tar(archive, class_name, spool)
             return classes
         (archive,) = self._archives
-        for member in archive.members(lambda name: name.endswith(".tar")):
+        for member in archive.members(is_tar_name):
             if member.is_folder:
                 continue
-            class_name = member.path.rpartition("/")[2][: -len(".tar")]
+            class_name = class_of_tar(member.path)
             if class_name in classes:
                 raise SourceError(
                     f"{archive.path}: {printable(class_name)}.tar is in it twice; pack it again with one"
@@ -180,6 +195,17 @@ class ImageNetTarSource(_ClassFolders):
                 archive, class_name, spool, offset=member.offset, size=member.size, name=printable(member.path)
             )
         return classes
+
+
+def is_tar_name(name: str) -> bool:
+    """Whether a file is a tar by its name."""
+    return name.lower().endswith(".tar")
+
+
+def class_of_tar(path: str) -> str:
+    """The class whose images a tar holds: its name without ``.tar``."""
+    name = path.rpartition("/")[2]
+    return name[: -len(".tar")] if is_tar_name(name) else name
 
 
 def _class_tar(

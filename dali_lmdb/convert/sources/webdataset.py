@@ -25,11 +25,11 @@ from dali_lmdb.convert.sources.patterns import files_of, stems_of
 from dali_lmdb.convert.sources.scratch import Spool
 from dali_lmdb.errors import SourceError
 
-__all__ = ["WebDatasetSource"]
+__all__ = ["LABEL_EXTENSION", "WebDatasetSource", "key_and_extension"]
 
 _log = logging.getLogger(__name__)
 _CLASSES_FILE = "classes.txt"
-_LABEL = ".cls"
+LABEL_EXTENSION = ".cls"
 _LABEL_BYTES = 32  # a decimal integer, perhaps with a line end
 
 
@@ -41,6 +41,8 @@ class _Shard(NamedTuple):
 
 class WebDatasetSource(Source):
     """Records of an image (``.jpg``, ``.png`` ...) and a ``.cls``, a decimal label; other members are ignored.
+
+    Extensions may be in capitals, too.
 
     Order: shards by name, records as they lie in the shard. Class names come from a file ``classes.txt``
     beside the shards, one a line, or are ``"0"``, ``"1"`` ... A record's name is ``class/member``; where
@@ -121,14 +123,14 @@ def _read_shard(archive: Archive, spool: Spool) -> _Shard:
     """List one shard; labels are read, images are not."""
     images, max_label = MemberTable(spool), 0
     waiting: dict[str, Member | int] = {}  # the image or label of a record whose other half has not come yet
-    for member in archive.members(lambda name: _extension(name) in (*IMAGE_EXTENSIONS, _LABEL)):
+    wanted = (*IMAGE_EXTENSIONS, LABEL_EXTENSION)
+    for member in archive.members(lambda name: key_and_extension(name)[1] in wanted):
         if member.is_folder:
             continue
-        extension = _extension(member.path)
-        key = member.path[: -len(extension)]
+        key, extension = key_and_extension(member.path)
         if not key or key.endswith("/"):
             raise SourceError(f"{archive.path}: {printable(member.path)!r}: nothing before the dot; rename it")
-        half: Member | int = _label(archive, member) if extension == _LABEL else member
+        half: Member | int = _label(archive, member) if extension == LABEL_EXTENSION else member
         other = waiting.pop(key, None)
         if other is None:
             waiting[key] = half
@@ -142,17 +144,22 @@ def _read_shard(archive: Archive, spool: Spool) -> _Shard:
             found = "labels" if isinstance(half, int) else "images"
             raise SourceError(f"{archive.path}: record {printable(key)!r}: two {found}, expected one")
     for key, half in waiting.items():
-        missing = "image" if isinstance(half, int) else f"label (a {_LABEL} member)"
+        missing = "image" if isinstance(half, int) else f"label (a {LABEL_EXTENSION} member)"
         raise SourceError(f"{archive.path}: record {printable(key)!r} has no {missing}; pack it again with one")
     if len(images) == 0:
-        raise SourceError(f"{archive.path}: no records in it; expected members KEY.jpg and KEY{_LABEL}")
+        raise SourceError(f"{archive.path}: no records in it; expected members KEY.jpg and KEY{LABEL_EXTENSION}")
     return _Shard(archive, images, max_label)
 
 
-def _extension(name: str) -> str:
-    """From the first dot of the last part of a path on, in lower case: that ends a record's key."""
-    _, dot, extension = name.rpartition("/")[2].partition(".")
-    return (dot + extension).lower()
+def key_and_extension(path: str) -> tuple[str, str]:
+    """What the members of one record share, and what tells them apart, from the dot on and in lower case.
+
+    The key ends at the first dot of a path's last part. This is webdataset's rule: ``base_plus_ext`` and
+    ``group_by_keys`` of its tariterators.py.
+    """
+    folder, slash, name = path.rpartition("/")
+    base, dot, extension = name.partition(".")
+    return folder + slash + base, (dot + extension).lower()
 
 
 def _label(archive: Archive, member: Member) -> int:

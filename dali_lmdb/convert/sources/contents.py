@@ -1,0 +1,86 @@
+"""What the names in a tar say of what it is."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, NamedTuple
+
+from dali_lmdb.convert.sources.archive import Archive, Member
+from dali_lmdb.convert.sources.base import IMAGE_EXTENSIONS, is_image_name
+from dali_lmdb.convert.sources.names import printable
+from dali_lmdb.convert.sources.tar import is_tar_name
+from dali_lmdb.convert.sources.webdataset import LABEL_EXTENSION, key_and_extension
+
+__all__ = ["TarContents"]
+
+
+class TarContents:
+    """Names of the members of a tar, up to its first label, which says all; only headers are read.
+
+    Args:
+        archive: the tar, or what holds it.
+        inner: the tar inside the archive; by default the archive itself.
+
+    Attributes:
+        label: a WebDataset label (``KEY.cls``).
+        siblings: an image, and another file beside it that belongs to the same record by WebDataset's rule.
+        other: a file that is no image, label or tar, and not hidden.
+        tars: the tars in it.
+        folders: number of images directly in each folder; ``""`` for the top.
+
+    Raises:
+        SourceError: the archive is damaged, or has members that are refused (see ``archive.py``).
+    """
+
+    def __init__(self, archive: Archive, inner: Member | None = None) -> None:
+        self.label: str | None = None
+        self.siblings: tuple[str, str] | None = None
+        self.other: str | None = None
+        self.tars: list[Member] = []
+        self.folders: Counter[str] = Counter()
+        self._before = _Name("", "", "")
+        part: dict[str, Any] = {}
+        if inner is not None:
+            part = {"offset": inner.offset, "size": inner.size, "name": printable(inner.path)}
+        for member in archive.members(self._note, **part):
+            if member.is_folder:
+                self.folders[member.path] += 0
+            elif is_tar_name(member.path):
+                self.tars.append(member)
+            elif is_image_name(member.path):
+                self.folders[member.path.rpartition("/")[0]] += 1
+            else:
+                self.label = member.path
+                break
+
+    @property
+    def num_images(self) -> int:
+        return sum(self.folders.values())
+
+    @property
+    def subfolders(self) -> list[str]:
+        """Folders at the top, sorted."""
+        return sorted({path.partition("/")[0] for path in self.folders} - {""})
+
+    def _note(self, path: str) -> bool:
+        """Whether to list a file; called with the path of each, in the archive's order."""
+        before, name = self._before, _Name(path, *key_and_extension(path))
+        self._before = name
+        if self.siblings is None and name.key == before.key and name.is_image != before.is_image:
+            self.siblings = (name.path, before.path) if name.is_image else (before.path, name.path)
+        listed = is_image_name(path) or is_tar_name(path) or name.extension == LABEL_EXTENSION
+        if not listed and self.other is None and not path.rpartition("/")[2].startswith("."):
+            self.other = path
+        return listed
+
+
+class _Name(NamedTuple):
+    """A path as WebDataset takes it apart."""
+
+    path: str
+    key: str
+    extension: str
+
+    @property
+    def is_image(self) -> bool:
+        return self.extension in IMAGE_EXTENSIONS
