@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from dali_lmdb.convert.sources.base import Item, Source
@@ -12,6 +14,7 @@ from dali_lmdb.convert.sources.flat import FlatSource
 from dali_lmdb.convert.sources.folder import FolderSource
 from dali_lmdb.convert.sources.look import kind_of, kind_of_several
 from dali_lmdb.convert.sources.manifest import ManifestSource
+from dali_lmdb.convert.sources.names import listed
 from dali_lmdb.convert.sources.patterns import matches_of
 from dali_lmdb.convert.sources.store import StoreSource
 from dali_lmdb.convert.sources.tar import ImageNetTarSource, TarSource
@@ -19,8 +22,11 @@ from dali_lmdb.convert.sources.webdataset import WebDatasetSource
 from dali_lmdb.errors import SourceError
 from dali_lmdb.store import open_store
 from dali_lmdb.store.classic import ClassicStore
+from dali_lmdb.store.shards import shard_files
 
 __all__ = ["KINDS", "FolderSource", "Item", "Source", "open_source"]
+
+_SHARD = re.compile(r"-\d{5}-of-\d{5}(\.[^./]*)?$")  # the end of a shard's name, see store/shards.py
 
 KINDS = (
     "folder",
@@ -48,7 +54,8 @@ def open_source(
     """Open a source of images.
 
     Args:
-        path: a file or folder; for WebDataset, Parquet and stores also a pattern of several files.
+        path: a file or folder, or a pattern that matches one; for WebDataset, Parquet, ImageNet's class tars and
+            the shards of a store, several.
         kind: one of ``KINDS``; by default detected, and refused where it could be another.
         val_labels: the labels of a flat folder or tar of images, see ``FlatSource``.
         follow_links: follow symbolic links that lead out of a folder of images.
@@ -66,15 +73,20 @@ def open_source(
     if val_labels is not None and kind not in (None, "flat"):
         raise ValueError(f"val_labels with kind {kind!r}, expected it with kind 'flat' only")
     part = {"classes": classes, "per_class": per_class}
+    found = _matched(path)
     if val_labels is not None:
-        _no_part(part)
-        return FlatSource(path, val_labels=val_labels, follow_links=follow_links)
-    if kind is None:
-        found = matches_of(path)
+        kind = "flat"
+    elif kind is None:
         kind = kind_of(found[0]) if len(found) == 1 else kind_of_several(path, found)
     if kind in ("store", "lmdb"):
-        return _open_lmdb(path, kind, part)
+        return _open_lmdb(path, found, kind, part)
     _no_part(part)
+    if len(found) == 1:
+        path = found[0]
+    elif kind not in ("webdataset", "parquet", "imagenet-tar"):
+        raise SourceError(f"{path}: {len(found)} files ({listed(found)}), expected one of kind {kind!r}; name one")
+    if val_labels is not None:
+        return FlatSource(path, val_labels=val_labels, follow_links=follow_links)
     if kind == "folder":
         return FolderSource(path, follow_links=follow_links)
     if kind == "webdataset":
@@ -92,7 +104,17 @@ def open_source(
         return ManifestSource(path, follow_links=follow_links)
     if kind == "flat":
         raise SourceError(f"{path}: a flat source needs its labels; give --val-labels FILE (val_labels=FILE)")
-    return _open_lmdb(path, kind, part)
+    return ClassicSource(path)
+
+
+def _matched(path: str) -> list[str]:
+    """What the path of a source stands for, see ``matches_of``; a set of shards has a name that does not exist."""
+    if os.path.lexists(path) or "\0" in path:
+        return [path]
+    shards = shard_files(path)
+    if shards and shards[0].name.startswith(f"{Path(path).stem}-"):
+        return [path]
+    return matches_of(path)
 
 
 def _no_part(part: dict[str, Any]) -> None:
@@ -101,12 +123,21 @@ def _no_part(part: dict[str, Any]) -> None:
             raise ValueError(f"{name} is {value!r}, which goes with a store as the source only; convert first")
 
 
-def _open_lmdb(path: str, kind: str, part: dict[str, Any]) -> Source:
-    """A classic database or a store; ``kind`` is "classic", "store" or "lmdb" for what it is."""
-    if kind == "classic":
-        return ClassicSource(path)
-    store = open_store(path)
+def _open_lmdb(path: str, found: list[str], kind: str, part: dict[str, Any]) -> Source:
+    """A classic database or a store; ``kind`` is "store", or "lmdb" for what it is.
+
+    Args:
+        path: as the user gave it.
+        found: what that stands for.
+    """
+    is_set = all(_SHARD.search(file) for file in found) and shard_files(path) == [Path(file) for file in found]
+    if len(found) > 1 and not is_set:
+        raise SourceError(
+            f"{path}: {len(found)} files ({listed(found)}), expected one database or one set of shards; name "
+            "one, or the set: NAME.lmdb or its folder"
+        )
+    store = open_store(path if is_set else found[0])
     if kind == "lmdb" and isinstance(store, ClassicStore):
         _no_part(part)
-        return ClassicSource(path)
+        return ClassicSource(found[0])
     return StoreSource(store, **part)
