@@ -14,9 +14,9 @@ from PIL import Image
 from torchvision.transforms import functional as F
 
 from dali_lmdb.convert import convert
-from dali_lmdb.loaders.bad import BadRecords
 from dali_lmdb.loaders.base import Batch, Loader
 from dali_lmdb.loaders.dali import DaliLoader
+from dali_lmdb.loaders.settings import LoaderSettings
 from dali_lmdb.loaders.torch import TorchLoader
 from dali_lmdb.plan.augment import TrainTransform
 from dali_lmdb.plan.order import epoch_order
@@ -34,20 +34,23 @@ class PlansOnly(Loader):
     def __init__(self, store, *, batch_size, rank, world_size, last_batch, shuffle="full"):
         super().__init__(
             store,
-            transform=TRANSFORM,
-            batch_size=batch_size,
-            device="cpu",
-            rank=rank,
-            world_size=world_size,
-            seed=SEED,
-            shuffle=shuffle,
-            sampler=None,
-            weights=None,
-            last_batch=last_batch,
-            dtype="float32",
-            layout="NCHW",
-            bad=BadRecords(store, on_bad="raise", quarantine=None),
-            return_index=True,
+            LoaderSettings(
+                transform=TRANSFORM,
+                batch_size=batch_size,
+                device="cpu",
+                rank=rank,
+                world_size=world_size,
+                seed=SEED,
+                shuffle=shuffle,
+                sampler=None,
+                weights=None,
+                last_batch=last_batch,
+                dtype="float32",
+                layout="NCHW",
+                on_bad="raise",
+                quarantine=None,
+                return_index=True,
+            ),
         )
 
     def _batch_at(self, epoch, position):

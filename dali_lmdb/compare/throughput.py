@@ -28,8 +28,9 @@ import torch
 from dali_lmdb.compare.repeat import RepeatedStore
 from dali_lmdb.compare.report import Measured, machine, spread, versions
 from dali_lmdb.errors import DeviceError, SourceError, StoreError
-from dali_lmdb.loaders.base import Loader, default_num_threads
+from dali_lmdb.loaders.base import Loader
 from dali_lmdb.loaders.dali import DaliLoader
+from dali_lmdb.loaders.settings import default_num_threads
 from dali_lmdb.loaders.torch import TorchLoader, open_data
 from dali_lmdb.plan.augment import EvalTransform, TrainTransform, Transform
 from dali_lmdb.store import Store, open_store

@@ -47,12 +47,10 @@ class BadRecords:
         num_substituted: how often one was replaced.
 
     Raises:
-        ValueError: no such ``on_bad``, or the quarantine file cannot be written.
+        ValueError: the quarantine file cannot be written.
     """
 
     def __init__(self, store: Store, *, on_bad: OnBad, quarantine: str | os.PathLike[str] | None) -> None:
-        if on_bad not in ("raise", "substitute"):
-            raise ValueError(f"on_bad is {on_bad!r}, expected 'raise' or 'substitute'")
         self._store, self.on_bad = store, on_bad
         self._quarantine = None if quarantine is None else Path(quarantine)
         if self._quarantine is not None:

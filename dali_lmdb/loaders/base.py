@@ -7,27 +7,22 @@ import operator
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.distributed
 
-from dali_lmdb.errors import DeviceError, RecordError
+from dali_lmdb.errors import RecordError
 from dali_lmdb.loaders.bad import BadRecord, BadRecords
-from dali_lmdb.plan.augment import EvalTransform, TrainTransform, Transform
+from dali_lmdb.loaders.settings import LoaderSettings
 from dali_lmdb.plan.batches import Planner
-from dali_lmdb.plan.order import LastBatch, Shuffle, StepPlan
+from dali_lmdb.plan.order import StepPlan
 from dali_lmdb.plan.sampling import sampling_of
 from dali_lmdb.plan.state import LoaderState
 from dali_lmdb.store import Store
 
-__all__ = ["Batch", "Dtype", "Layout", "Loader"]
-
-Dtype = Literal["float32", "float16", "uint8"]
-Layout = Literal["NCHW", "NHWC"]
+__all__ = ["Batch", "Loader"]
 
 _log = logging.getLogger("dali_lmdb")
 
@@ -93,75 +88,39 @@ class Loader(ABC):
 
     Attributes:
         store: the data.
+        settings: the arguments that all loaders share.
         planner: which records each step reads and how they are augmented.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        *,
-        transform: Transform,
-        batch_size: int,
-        device: str,
-        rank: int | None,
-        world_size: int | None,
-        seed: int,
-        shuffle: Shuffle | None,
-        sampler: Iterable[int] | None,
-        weights: Sequence[float] | npt.NDArray[np.float64] | None,
-        last_batch: LastBatch | None,
-        dtype: Dtype,
-        layout: Layout,
-        bad: BadRecords,
-        return_index: bool,
-    ) -> None:
-        if not isinstance(transform, (TrainTransform, EvalTransform)):
-            raise ValueError(f"transform is {transform!r}, expected a TrainTransform or an EvalTransform")
-        training = isinstance(transform, TrainTransform)
-        if dtype not in ("float32", "float16", "uint8"):
-            raise ValueError(f"dtype is {dtype!r}, expected 'float32', 'float16' or 'uint8'")
-        if layout not in ("NCHW", "NHWC"):
-            raise ValueError(f"layout is {layout!r}, expected 'NCHW' or 'NHWC'")
-        if device not in ("cuda", "cpu"):
-            raise ValueError(f"device is {device!r}, expected 'cuda' or 'cpu'")
-        if device == "cuda" and not torch.cuda.is_available():
-            raise DeviceError("device 'cuda': no usable GPU found; install its driver or use device 'cpu'")
-        seed = operator.index(seed)
-        batch_size = operator.index(batch_size)
-        if (rank is None) != (world_size is None):
-            raise ValueError(f"rank is {rank} and world_size {world_size}; give both or neither")
+    def __init__(self, store: Store, settings: LoaderSettings) -> None:
+        rank, world_size = settings.rank, settings.world_size
         if rank is None or world_size is None:
             rank, world_size = _distributed_place()
         sampling = sampling_of(
             len(store),
-            sampler=sampler,
-            weights=weights,
-            seed=seed,
-            shuffle=shuffle,
-            default_shuffle="full" if training else "none",
+            sampler=settings.sampler,
+            weights=settings.weights,
+            seed=settings.seed,
+            shuffle=settings.shuffle,
+            default_shuffle="full" if settings.is_training else "none",
         )
         steps = StepPlan(
             num_positions=sampling.num_positions,
-            batch_size=batch_size,
+            batch_size=settings.batch_size,
             rank=rank,
             world_size=world_size,
-            last_batch=last_batch or ("drop" if training else "short"),
+            last_batch=settings.last_batch or ("drop" if settings.is_training else "short"),
         )
         if steps.last_batch == "drop" and steps.num_positions < steps.global_batch_size:
             raise ValueError(
-                f"{store.path}: {steps.num_positions} records, fewer than batch_size {batch_size} x world_size "
-                f"{world_size} = {steps.global_batch_size}; use a smaller batch_size or last_batch='short'"
+                f"{store.path}: {steps.num_positions} records, fewer than batch_size {steps.batch_size} x "
+                f"world_size {world_size} = {steps.global_batch_size}; use a smaller batch_size or "
+                "last_batch='short'"
             )
-        self.store = store
-        self.return_index = return_index
-        self.bad = bad
-        self.dtype, self.layout = dtype, layout
+        self.store, self.settings = store, settings
+        self.bad = BadRecords(store, on_bad=settings.on_bad, quarantine=settings.quarantine)
         self.planner = Planner(
-            store,
-            transform=transform,
-            steps=steps,
-            sampling=sampling,
-            seed=seed,
+            store, transform=settings.transform, steps=steps, sampling=sampling, seed=settings.seed
         )
         self._place = _Place(epoch=0, position=0, running=None)
         self._closed = False
@@ -328,7 +287,7 @@ class Loader(ABC):
         self._handed_out_at = time.perf_counter()
         self._wait_s += self._handed_out_at - begin
         self._busy_s += self._handed_out_at - begin
-        tensors = (batch.images, batch.labels) + ((batch.records,) if self.return_index else ())
+        tensors = (batch.images, batch.labels) + ((batch.records,) if self.settings.return_index else ())
         self._move_to(batch.end)
         return tensors
 
@@ -401,9 +360,3 @@ def _distributed_place() -> tuple[int, int]:
             os.environ["WORLD_SIZE"],
         )
     return 0, 1
-
-
-def default_num_threads() -> int:
-    """CPU threads for one rank: the cores this process may use, shared with the node's other ranks."""
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, len(os.sched_getaffinity(0)) // max(1, ranks_here))

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from traceback import clear_frames
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,8 +14,8 @@ import torch
 from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
 from dali_lmdb.errors import RecordError, StoreFormatError
-from dali_lmdb.loaders.bad import BadRecords, OnBad, nothing_decodes, substituted
-from dali_lmdb.loaders.base import Batch, Dtype, Layout, Loader, default_num_threads
+from dali_lmdb.loaders.bad import OnBad, nothing_decodes, substituted
+from dali_lmdb.loaders.base import Batch, Loader
 from dali_lmdb.loaders.pillow import pillow_cause
 from dali_lmdb.loaders.pipeline import (
     OUTPUTS,
@@ -26,6 +26,7 @@ from dali_lmdb.loaders.pipeline import (
     release_unused_memory,
 )
 from dali_lmdb.loaders.reader import READAHEAD_BYTES, BatchReader, Feed
+from dali_lmdb.loaders.settings import Device, Dtype, Layout, LoaderSettings, default_num_threads
 from dali_lmdb.loaders.source import InFlight, Source
 from dali_lmdb.plan.augment import Transform
 from dali_lmdb.plan.batches import BatchPlan
@@ -94,7 +95,7 @@ class DaliLoader(Loader):
         *,
         transform: Transform,
         batch_size: int,
-        device: Literal["cuda", "cpu"] = "cuda",
+        device: Device = "cuda",
         rank: int | None = None,
         world_size: int | None = None,
         seed: int = 0,
@@ -112,17 +113,7 @@ class DaliLoader(Loader):
         hw_decoder_load: float = _HW_DECODER_LOAD,
         return_index: bool = False,
     ) -> None:
-        num_threads = default_num_threads() if num_threads is None else num_threads
-        for name, value in (("num_threads", num_threads), ("prefetch_queue_depth", prefetch_queue_depth)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}, expected at least 1")
-        if readahead_bytes < 0:
-            raise ValueError(f"readahead_bytes is {readahead_bytes}, expected at least 0, which turns it off")
-        if not 0 <= hw_decoder_load <= 1:
-            raise ValueError(f"hw_decoder_load is {hw_decoder_load}, expected 0 to 1")
-        store = store if isinstance(store, Store) else open_store(store)
-        super().__init__(
-            store,
+        settings = LoaderSettings(
             transform=transform,
             batch_size=batch_size,
             device=device,
@@ -135,16 +126,27 @@ class DaliLoader(Loader):
             last_batch=last_batch,
             dtype=dtype,
             layout=layout,
-            bad=BadRecords(store, on_bad=on_bad, quarantine=quarantine),
+            on_bad=on_bad,
+            quarantine=quarantine,
             return_index=return_index,
         )
+        num_threads = default_num_threads() if num_threads is None else num_threads
+        for name, value in (("num_threads", num_threads), ("prefetch_queue_depth", prefetch_queue_depth)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}, expected at least 1")
+        if readahead_bytes < 0:
+            raise ValueError(f"readahead_bytes is {readahead_bytes}, expected at least 0, which turns it off")
+        if not 0 <= hw_decoder_load <= 1:
+            raise ValueError(f"hw_decoder_load is {hw_decoder_load}, expected 0 to 1")
+        store = store if isinstance(store, Store) else open_store(store)
+        super().__init__(store, settings)
         heights, widths = store.column("height"), store.column("width")
         if len(store) and min(heights.min(), widths.min()) < 1:
             raise StoreFormatError(
                 f"{store.path}: the index has no image sizes (it was converted with --check none), which crops "
                 "need; convert it again with --check header"
             )
-        self.settings = GraphSettings(
+        self.graph = GraphSettings(
             transform=transform,
             batch_size=batch_size,
             device=device,
@@ -163,7 +165,7 @@ class DaliLoader(Loader):
         self._reader: BatchReader | None = None  # the newest; its source closes it
         self._late_bytes_before = 0  # of those before it
         self._run: _Run | None = None
-        self._probe = Probe(self.settings)
+        self._probe = Probe(self.graph)
         # Whether a record failed in an epoch (with that epoch's window), and why; None if it decoded.
         self._verdicts: dict[tuple[int, int], str | None] = {}
 
@@ -178,7 +180,7 @@ class DaliLoader(Loader):
             while True:
                 if run is None:
                     source = Source(self._new_reader(epoch, position), self._prepare)
-                    run = _Run(source, self.settings, next_place=(epoch, position))
+                    run = _Run(source, self.graph, next_place=(epoch, position))
                 try:
                     outputs = run.next()
                     break
@@ -200,7 +202,7 @@ class DaliLoader(Loader):
         self._run = run
         self.bad.num_substituted += batch.num_substituted
         images = outputs["images"]
-        if self.layout == "NHWC":
+        if self.settings.layout == "NHWC":
             images = images.permute(0, 3, 1, 2)
         num_bytes = int(self.store.gather("num_bytes", batch.plan.records).sum(dtype=np.int64))
         return Batch(images, outputs["labels"], outputs["records"], batch.plan.end, num_bytes)
@@ -281,7 +283,7 @@ class DaliLoader(Loader):
         if run is not None:
             run.close()
         self._probe.close()
-        if self.settings.device == "cuda":
+        if self.graph.device == "cuda":
             release_unused_memory()
 
 

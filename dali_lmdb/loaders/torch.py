@@ -19,10 +19,11 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as F
 
 from dali_lmdb.errors import DaliLmdbError, RecordError
-from dali_lmdb.loaders.bad import BadRecords, OnBad, nothing_decodes, substituted
-from dali_lmdb.loaders.base import Batch, Dtype, Layout, Loader, default_num_threads
+from dali_lmdb.loaders.bad import OnBad, nothing_decodes, substituted
+from dali_lmdb.loaders.base import Batch, Loader
 from dali_lmdb.loaders.folder import FolderStore, is_image_folder
 from dali_lmdb.loaders.pillow import PillowError, open_image, to_rgb
+from dali_lmdb.loaders.settings import Device, Dtype, Layout, LoaderSettings, default_num_threads
 from dali_lmdb.plan.augment import Augmentation, TrainTransform, Transform
 from dali_lmdb.plan.batches import BatchPlan, Planner
 from dali_lmdb.plan.order import LastBatch, Shuffle
@@ -337,7 +338,7 @@ class TorchLoader(Loader):
         *,
         transform: Transform,
         batch_size: int,
-        device: str = "cpu",
+        device: Device = "cpu",
         rank: int | None = None,
         world_size: int | None = None,
         seed: int = 0,
@@ -353,8 +354,7 @@ class TorchLoader(Loader):
         return_index: bool = False,
     ) -> None:
         store = data if isinstance(data, Store) else open_data(data)
-        super().__init__(
-            store,
+        settings = LoaderSettings(
             transform=transform,
             batch_size=batch_size,
             device=device,
@@ -367,9 +367,11 @@ class TorchLoader(Loader):
             last_batch=last_batch,
             dtype=dtype,
             layout=layout,
-            bad=BadRecords(store, on_bad=on_bad, quarantine=quarantine),
+            on_bad=on_bad,
+            quarantine=quarantine,
             return_index=return_index,
         )
+        super().__init__(store, settings)
         self.device = torch.device(device)
         self._num_workers = default_num_threads() if num_workers is None else num_workers
         if self._num_workers:

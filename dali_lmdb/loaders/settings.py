@@ -1,0 +1,79 @@
+"""What both loaders are told alike, validated where it is made."""
+
+from __future__ import annotations
+
+import operator
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dali_lmdb.errors import DeviceError
+from dali_lmdb.loaders.bad import OnBad
+from dali_lmdb.plan.augment import EvalTransform, TrainTransform, Transform
+from dali_lmdb.plan.order import LastBatch, Shuffle
+
+__all__ = ["Device", "Dtype", "Layout", "LoaderSettings", "default_num_threads"]
+
+Device = Literal["cuda", "cpu"]
+Dtype = Literal["float32", "float16", "uint8"]
+Layout = Literal["NCHW", "NHWC"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderSettings:
+    """The arguments that ``DaliLoader`` and ``TorchLoader`` share; ``DaliLoader`` documents them.
+
+    Raises:
+        ValueError: an argument is out of range.
+        DeviceError: ``device="cuda"`` without a usable GPU.
+    """
+
+    transform: Transform
+    batch_size: int
+    device: Device
+    rank: int | None
+    world_size: int | None
+    seed: int
+    shuffle: Shuffle | None
+    sampler: Iterable[int] | None
+    weights: Sequence[float] | npt.NDArray[np.float64] | None
+    last_batch: LastBatch | None
+    dtype: Dtype
+    layout: Layout
+    on_bad: OnBad
+    quarantine: str | os.PathLike[str] | None
+    return_index: bool
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.transform, (TrainTransform, EvalTransform)):
+            raise ValueError(f"transform is {self.transform!r}, expected a TrainTransform or an EvalTransform")
+        if self.dtype not in ("float32", "float16", "uint8"):
+            raise ValueError(f"dtype is {self.dtype!r}, expected 'float32', 'float16' or 'uint8'")
+        if self.layout not in ("NCHW", "NHWC"):
+            raise ValueError(f"layout is {self.layout!r}, expected 'NCHW' or 'NHWC'")
+        if self.device not in ("cuda", "cpu"):
+            raise ValueError(f"device is {self.device!r}, expected 'cuda' or 'cpu'")
+        if self.on_bad not in ("raise", "substitute"):
+            raise ValueError(f"on_bad is {self.on_bad!r}, expected 'raise' or 'substitute'")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise DeviceError("device 'cuda': no usable GPU found; install its driver or use device 'cpu'")
+        for name in ("seed", "batch_size"):  # numpy's integers, too; TypeError for what is none
+            object.__setattr__(self, name, operator.index(getattr(self, name)))
+        if (self.rank is None) != (self.world_size is None):
+            raise ValueError(f"rank is {self.rank} and world_size {self.world_size}; give both or neither")
+
+    @property
+    def is_training(self) -> bool:
+        """Whether images are augmented, which decides the defaults of ``shuffle`` and ``last_batch``."""
+        return isinstance(self.transform, TrainTransform)
+
+
+def default_num_threads() -> int:
+    """CPU threads for one rank: the cores this process may use, shared with the node's other ranks."""
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, len(os.sched_getaffinity(0)) // max(1, ranks_here))
