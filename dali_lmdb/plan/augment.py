@@ -1,4 +1,4 @@
-"""How each image is cropped, resized and flipped: a pure function of (seed, epoch, record).
+"""How each image is augmented: a pure function of (seed, epoch, record).
 
 Windows are chosen on the host, from the heights and widths in the store's index, before anything is
 decoded. So the same record gets the same window on CPU and GPU, at any batch size and world size.
@@ -22,7 +22,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _CROP_TRIES = 10  # torchvision RandomResizedCrop.get_params
 _ERASE_TRIES = 10  # torchvision RandomErasing.get_params
-# Each random number of a record has a place of its own, so that a new one changes no other.
+# Each random number of a record has a fixed draw number, so adding one does not change the others.
 _DRAWS_PER_TRY = 4  # area, aspect, y, x
 _DRAW_CROP = 0  # to 39
 _DRAW_FLIP = 40
@@ -31,13 +31,13 @@ _DRAW_ERASE_WINDOW = 50  # to 89
 
 
 def _rounds_of(tries: int) -> tuple[range, range]:
-    """Most images are done with their first try. The others make all the rest at once: fewer calls of numpy."""
+    """Most crops fit on the first try; the other tries are drawn in one call."""
     return range(1), range(1, tries)
 
 
-# A filter reaches so many output pixels to each side; an antialiased one so many times `scale` input pixels.
+# Radius of each filter in output pixels; with antialiasing, in units of `scale` input pixels.
 _FILTER_RADIUS = {"nearest": 1, "linear": 1, "cubic": 2, "lanczos": 3}
-# Two more pixels keep the edge of a partial JPEG decode, where chroma has fewer neighbours, out of the picture.
+# Two more pixels: at the edge of a partial JPEG decode, chroma is upsampled from fewer neighbours.
 _FILTER_MARGIN = 2
 
 Interpolation = Literal["nearest", "linear", "cubic", "lanczos"]
@@ -46,10 +46,10 @@ Reals = npt.NDArray[np.float32]
 
 
 class Augmentation(NamedTuple):
-    """What happens to n images.
+    """How n images are augmented.
 
-    An image is decoded inside its window only; of that, the region of interest is resized to the output's
-    size and mirrored if asked.
+    Only the window of an image is decoded; the region of interest inside it is resized to the output's size and
+    then flipped, coloured and erased.
     """
 
     anchors: Ints
@@ -67,9 +67,11 @@ class Augmentation(NamedTuple):
     hue: Reals
     """Rotation of the colour wheel, in degrees, float32 of shape (n,); 0 changes nothing."""
     saturation: Reals
-    """Factor, float32 of shape (n,); 1 changes nothing, 0 is grey. So are the next two."""
+    """Factor, float32 of shape (n,); 1 changes nothing, 0 gives grey."""
     brightness: Reals
+    """Factor, float32 of shape (n,); 1 changes nothing."""
     contrast: Reals
+    """Factor, float32 of shape (n,); 1 changes nothing."""
     erase_anchor: Reals
     """Upper left corner (y, x) of the rectangle to erase in the output, in pixels, float32 of shape (n, 2)."""
     erase_shape: Reals
@@ -79,7 +81,7 @@ class Augmentation(NamedTuple):
 def _augmentation(
     anchors: Ints, shapes: Ints, roi_start: Reals, roi_end: Reals, size: int, **others: npt.NDArray[Any]
 ) -> Augmentation:
-    """An augmentation that changes nothing but what is given."""
+    """An augmentation whose other fields change nothing."""
     n = len(anchors)
     ones, zeros, corners = np.ones(n, np.float32), np.zeros(n, np.float32), np.zeros((n, 2), np.float32)
     nothing: dict[str, npt.NDArray[Any]] = {
@@ -110,7 +112,7 @@ class _Output:
     std: tuple[float, float, float] = IMAGENET_STD
     """Then divides each channel, RGB in [0, 1]."""
     interpolation: Interpolation = "linear"
-    """Of the resizing, always antialiased; ``"linear"`` is torchvision's bilinear."""
+    """Resizing filter, always antialiased; ``"linear"`` is torchvision's bilinear."""
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -124,7 +126,7 @@ class _Output:
 
     @property
     def changes_color(self) -> bool:
-        """Whether hue, saturation, brightness or contrast may differ from what changes nothing."""
+        """Whether hue, saturation, brightness or contrast may change."""
         return False
 
     @property
@@ -143,7 +145,7 @@ class TrainTransform(_Output):
     """
 
     scale: tuple[float, float] = (0.08, 1.0)
-    """Smallest and largest part of the image's area that a crop covers."""
+    """Smallest and largest fraction of the image's area that a crop covers."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Smallest and largest width / height of a crop, before resizing."""
     flip: float = 0.5
@@ -151,21 +153,23 @@ class TrainTransform(_Output):
     size_schedule: tuple[tuple[int, int], ...] = ()
     """(epoch, size) pairs, epochs rising: from that epoch on, this size instead of ``size``."""
     brightness: float = 0.0
-    """The factor is uniform in [max(0, 1 - brightness), 1 + brightness], as in torchvision's ColorJitter; so
-    are those of contrast and saturation. They are applied by one linear map, DALI's ``color_twist``: contrast
-    about mid-grey, saturation and hue in YIQ."""
+    """The factor is uniform in [max(0, 1 - brightness), 1 + brightness], as in torchvision's ColorJitter.
+    Brightness, contrast, saturation and hue are applied by one linear map, DALI's ``color_twist``: contrast about
+    mid-grey, saturation and hue in YIQ."""
     contrast: float = 0.0
+    """As ``brightness``."""
     saturation: float = 0.0
+    """As ``brightness``."""
     hue: float = 0.0
-    """The colour wheel is turned by a uniform part of itself in [-hue, hue]; at most 0.5."""
+    """The hue is rotated by a uniform fraction of the colour wheel in [-hue, hue]; at most 0.5."""
     grayscale: float = 0.0
-    """Probability that colour is taken away."""
+    """Probability of conversion to grey."""
     erase: float = 0.0
-    """Probability that a rectangle is erased, as torchvision's RandomErasing does: set to the mean colour."""
+    """Probability that a rectangle is set to the mean colour, as in torchvision's RandomErasing."""
     erase_scale: tuple[float, float] = (0.02, 0.33)
-    """Smallest and largest part of the output's area that is erased."""
+    """Smallest and largest fraction of the output's area that is erased."""
     erase_ratio: tuple[float, float] = (0.3, 3.3)
-    """Smallest and largest height / width of what is erased."""
+    """Smallest and largest height / width of the erased rectangle."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -200,7 +204,7 @@ class TrainTransform(_Output):
     def augment(
         self, records: npt.NDArray[np.int64], heights: Ints, widths: Ints, *, seed: int, epoch: int
     ) -> Augmentation:
-        """Choose what happens to some records.
+        """Choose how some records are augmented.
 
         Args:
             records: record indices, int64 of shape (n,); they key the randomness.
@@ -223,8 +227,8 @@ class TrainTransform(_Output):
     def _crop_windows(
         self, records: npt.NDArray[np.int64], heights: Ints, widths: Ints, key: np.uint64
     ) -> tuple[Ints, Ints]:
-        """The rule of torchvision's RandomResizedCrop.get_params: ten tries, then the largest
-        central window within the aspect limits."""
+        """Choose windows as torchvision's RandomResizedCrop.get_params: ten tries, then the largest central
+        window within the aspect limits."""
         anchors, shapes = np.empty((len(records), 2), np.int32), np.empty((len(records), 2), np.int32)
         open_ = np.arange(len(records))
         for tries in _rounds_of(_CROP_TRIES):
@@ -269,7 +273,7 @@ class TrainTransform(_Output):
         return {name: values.astype(np.float32) for name, values in colors.items()}
 
     def _erased(self, records: npt.NDArray[np.int64], size: int, key: np.uint64) -> dict[str, npt.NDArray[Any]]:
-        """The rule of torchvision's RandomErasing.get_params: ten tries, else nothing is erased."""
+        """Choose rectangles as torchvision's RandomErasing.get_params: ten tries, else nothing is erased."""
         anchors, shapes = np.zeros((len(records), 2), np.float32), np.zeros((len(records), 2), np.float32)
         open_ = np.flatnonzero(uniform(key, records, _DRAW_ERASE) < self.erase)
         for tries in _rounds_of(_ERASE_TRIES):
@@ -289,7 +293,7 @@ class TrainTransform(_Output):
 def _window_draws(
     key: np.uint64, records: npt.NDArray[np.int64], first_draw: int, tries: range
 ) -> npt.NDArray[np.float64]:
-    """Numbers for area, aspect, y and x of some tries: uniform in [0, 1), of shape (4, len(tries), n)."""
+    """Random numbers for area, aspect, y and x: uniform in [0, 1), of shape (4, len(tries), n)."""
     draws = range(first_draw + tries.start * _DRAWS_PER_TRY, first_draw + tries.stop * _DRAWS_PER_TRY)
     numbers = uniforms(key, records, draws)
     return numbers.reshape(len(tries), _DRAWS_PER_TRY, len(records)).swapaxes(0, 1)
@@ -298,13 +302,13 @@ def _window_draws(
 def _first_fitting(
     fits: npt.NDArray[np.bool_], *window: npt.NDArray[np.float64]
 ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.float64]]:
-    """Which of n images have a try that fits, and the first such try's numbers.
+    """Find the images that have a fitting try, and the numbers of their first one.
 
     Args:
         fits, window: of shape (tries, n).
 
     Returns:
-        (which, numbers): bool of shape (n,); float64 of shape (images that have one, len(window)).
+        (which, numbers): bool of shape (n,); float64 of shape (which.sum(), len(window)).
     """
     which: npt.NDArray[np.bool_] = np.any(fits, axis=0)
     places = fits.argmax(axis=0)[which], np.flatnonzero(which)
@@ -340,8 +344,8 @@ class EvalTransform(_Output):
     ) -> Augmentation:
         """As ``TrainTransform.augment``; nothing is random.
 
-        The region of interest is what Resize, then CenterCrop would show. Only it is decoded, with a margin as
-        wide as the resizing filter reaches.
+        The region of interest is what Resize, then CenterCrop would show. Only it and a margin as wide as the
+        resizing filter's radius are decoded.
         """
         del seed, epoch
         image = np.stack([heights, widths], axis=1).astype(np.int64)

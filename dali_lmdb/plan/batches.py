@@ -15,7 +15,7 @@ from dali_lmdb.store import Store
 
 __all__ = ["BatchPlan", "Planner"]
 
-# Positions whose records are computed at once: numpy's cost per call is then small beside the arithmetic
+# Positions whose records are computed in one call, which makes numpy's cost per call small
 # (1.6 µs a record instead of 11 µs for batches of 256; 1.28 million records, one core).
 _POSITIONS_AT_ONCE = 4096
 
@@ -34,14 +34,14 @@ class BatchPlan:
 
 
 class Planner:
-    """Plans of a rank's steps, a pure function of (epoch, start) apart from a small cache.
+    """Plans a rank's steps: a pure function of (epoch, start), apart from a small cache.
 
     Args:
         store: where labels and sizes come from.
         transform: how images are augmented.
-        steps: how positions are dealt to ranks.
-        sampling: which record stands at which position.
-        seed: of the augmentation.
+        steps: how positions are divided among ranks.
+        sampling: which record each position has.
+        seed: seed of the augmentation.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Planner:
         self._ready: dict[tuple[int, int], npt.NDArray[np.int64]] = {}
 
     def plan(self, epoch: int, start: int) -> BatchPlan | None:
-        """The step that begins at position ``start``; None when the epoch has no more step for this rank."""
+        """The step that begins at position ``start``; None if this rank has no step there."""
         records = self._records(epoch, start)
         if records is None:
             return None
@@ -71,9 +71,9 @@ class Planner:
         return plan.epoch, plan.end
 
     def plans_from(self, epoch: int, start: int) -> Iterator[BatchPlan]:
-        """Steps from a place on, without end: the next epoch follows. There must be one at the place itself.
+        """Endless steps from a place on, epoch after epoch; there must be one at the place itself.
 
-        Where a whole epoch has none for this rank, the last one comes again and again, as if of later epochs.
+        If a whole epoch has no step for this rank, the last one is repeated as if it were of later epochs.
         """
         plan = None
         while plan is None or self.steps.num_steps():
@@ -86,7 +86,7 @@ class Planner:
             yield plan
 
     def following(self, plan: BatchPlan) -> Iterator[int]:
-        """The records that follow a step in its epoch's order, then those from the epoch's beginning."""
+        """The records after a step in its epoch's order, then those from the epoch's beginning."""
         count = self.steps.num_positions
         for offset in range(count):
             yield int(self.sampling.records(np.array([(plan.end + offset) % count]), epoch=plan.epoch)[0])

@@ -1,7 +1,7 @@
-"""Which record stands at which position of an epoch, and which positions a rank takes in a step.
+"""The order of an epoch's records, and the positions that a rank takes in a step.
 
-Both are pure functions: of (seed, epoch, position) and of (position, sizes). No permutation is
-stored; a position's record is computed in O(log n) arithmetic operations, for up to 2^40 records.
+Both are pure functions: of (seed, epoch, position) and of (position, sizes). No permutation is stored; a
+position's record is computed in O(log n) arithmetic operations, for up to 2^40 records.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ Shuffle = Literal["full", "block", "none"]
 LastBatch = Literal["drop", "pad", "short"]
 
 BLOCK_RECORDS = 64
-"""Records of a block with ``shuffle="block"``: 7 MB at 110 kB each, one good read of a network disk."""
+"""Records in a block with ``shuffle="block"``: 7 MB at 110 kB each, an efficient read from a network disk."""
 WINDOW_BLOCKS = 64
-"""Blocks mixed with each other with ``shuffle="block"``: 4,096 records."""
+"""Blocks shuffled together with ``shuffle="block"``: 4,096 records."""
 
 # Hoang, Morris, Rogaway ("An Enciphering Scheme Based on a Card Shuffle", CRYPTO 2012) bound the
 # distance from a random permutation for a number of rounds proportional to log2(n); 6 log2(n) is their
@@ -35,15 +35,15 @@ _TOP_BIT = np.uint64(63)
 def _permute(
     positions: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64], keys: npt.NDArray[np.uint64], *, largest: int
 ) -> npt.NDArray[np.int64]:
-    """Where each position goes under a keyed bijection on [0, size): the swap-or-not shuffle.
+    """Permute positions by a keyed bijection on [0, size): the swap-or-not shuffle.
 
     Args:
         positions: int64 of shape (n,), each in [0, size).
         sizes, keys: int64 and uint64, of shape (n,) or (1,): the domain and key of each position.
-        largest: of all sizes of the epoch, whatever this call asks for; it decides the number of rounds.
+        largest: the largest size in the epoch, which decides the number of rounds, the same in every call.
 
-    Every round pairs x with (k - x) mod size and swaps the two on the toss of a coin that depends on
-    the larger of them, so each round, and the whole, is a bijection for any size.
+    Every round pairs x with (k - x) mod size and swaps the two if a hash of the larger one says so. Each round,
+    and so the whole, is a bijection for any size.
     """
     x = positions.astype(np.int64)
     for round_ in range(max(_MIN_ROUNDS, _ROUNDS_PER_BIT * largest.bit_length())):
@@ -107,10 +107,10 @@ def epoch_order(num_records: int, *, seed: int, epoch: int, shuffle: Shuffle = "
 
     Args:
         num_records: 1 to 2^40.
-        seed, epoch: any integers; each pair is an order of its own.
+        seed, epoch: any integers; each pair gives a different order.
         shuffle: ``"full"``: any record anywhere. ``"block"``: blocks of ``BLOCK_RECORDS`` consecutive
-            records in random order, their records mixed within windows of ``WINDOW_BLOCKS`` blocks; for
-            storage that hates random reads. ``"none"``: stored order.
+            records in random order, their records shuffled within windows of ``WINDOW_BLOCKS`` blocks; for
+            storage that is slow at random reads. ``"none"``: stored order.
 
     Raises:
         ValueError: an argument is out of range.
@@ -124,9 +124,9 @@ def epoch_order(num_records: int, *, seed: int, epoch: int, shuffle: Shuffle = "
 
 @dataclass(frozen=True, kw_only=True)
 class StepPlan:
-    """How an epoch's positions are dealt to steps and ranks.
+    """Divides an epoch's positions among steps and ranks.
 
-    A global step takes the next ``batch_size * world_size`` positions; each rank a run of them. With two
+    A global step takes the next ``batch_size * world_size`` positions; each rank takes a run of them. With two
     ranks of batch size 2 and seven records::
 
         step  positions  rank 0  rank 1
@@ -141,8 +141,8 @@ class StepPlan:
         num_positions: records of an epoch.
         batch_size: records of one rank's step, at most.
         rank, world_size: torch.distributed's.
-        last_batch: what becomes of the positions that do not fill a global step. With ``"short"`` and
-            fewer of them than ranks, some ranks have no such step.
+        last_batch: what happens to the positions that do not fill a global step. With ``"short"`` and fewer
+            of them than ranks, some ranks have no such step.
     """
 
     num_positions: int
@@ -161,7 +161,7 @@ class StepPlan:
 
     @property
     def global_batch_size(self) -> int:
-        """Positions of one full global step."""
+        """Number of positions in a full global step."""
         return self.batch_size * self.world_size
 
     def end_of_step(self, start: int) -> int:

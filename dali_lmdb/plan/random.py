@@ -1,4 +1,4 @@
-"""Counter-based random numbers: a hash of what they are for, so no generator state exists anywhere.
+"""Counter-based random numbers: a hash of (key, record, draw), so there is no generator state to carry.
 
 The hash is the output function of SplitMix64 (Steele, Lea, Flood: "Fast Splittable Pseudorandom
 Number Generators", OOPSLA 2014), here in numpy on uint64 with wrap-around arithmetic; the values
@@ -43,7 +43,7 @@ def uniform(key: np.uint64, records: npt.NDArray[np.int64], draw: int) -> npt.ND
     Args:
         key: from ``key_of(seed, epoch)``.
         records: int64 of shape (n,).
-        draw: which of a record's numbers; different draws are independent.
+        draw: number of the draw; different draws of a record are independent.
 
     Returns:
         float64 of shape (n,), multiples of 2^-53.
@@ -52,7 +52,7 @@ def uniform(key: np.uint64, records: npt.NDArray[np.int64], draw: int) -> npt.ND
 
 
 def uniforms(key: np.uint64, records: npt.NDArray[np.int64], draws: range) -> npt.NDArray[np.float64]:
-    """What ``uniform`` gives for several draws: float64 of shape (len(draws), n)."""
+    """``uniform`` for several draws: float64 of shape (len(draws), n)."""
     record_keys: npt.NDArray[Any] = mix(records.astype(np.uint64) ^ key)
     bits = mix(record_keys ^ mix(np.array(draws, dtype=np.uint64))[:, None])
     return (bits >> _11).astype(np.float64) * 2.0**-53

@@ -1,4 +1,4 @@
-"""What stands at the positions of an epoch: every record once, or what a sampler, a list or weights say."""
+"""Map epoch positions to records: every record once, or as a sampler, a list or weights say."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from dali_lmdb.plan.random import key_of, uniform
 
 __all__ = ["AllRecords", "Listed", "Sampled", "Sampling", "Weighted", "sampling_of"]
 
-_WEIGHTS_KEY = 1  # besides seed and epoch, so that drawing by weight and augmenting do not share numbers
+_WEIGHTS_KEY = 1  # besides seed and epoch, so that weighted draws and augmentation do not share random numbers
 
 
 class Sampling(Protocol):
-    """The records of an epoch, by position."""
+    """Maps positions of an epoch to records."""
 
     @property
     def num_positions(self) -> int:
-        """Positions of an epoch."""
+        """Number of positions in an epoch."""
 
     @property
     def identity(self) -> str:
-        """What must be the same for a saved state to fit."""
+        """Must be equal for a saved state to fit."""
 
     def records(self, positions: npt.NDArray[np.int64], *, epoch: int) -> npt.NDArray[np.int64]:
         """Records at some positions: int64 of the same shape (n,)."""
@@ -49,7 +49,7 @@ class AllRecords:
 
 
 class Listed:
-    """The listed records, as listed or shuffled anew in every epoch."""
+    """The listed records, in the given order or shuffled differently in every epoch."""
 
     def __init__(self, indices: npt.NDArray[np.int64], *, seed: int, shuffle: Shuffle) -> None:
         self._indices = indices
@@ -62,7 +62,7 @@ class Listed:
 
 
 class Weighted:
-    """As many draws as there are records, with replacement; a record's chance is proportional to its weight."""
+    """N draws with replacement from N records, each with a probability proportional to its weight."""
 
     def __init__(self, weights: npt.NDArray[np.float64], *, seed: int) -> None:
         self._cumulative, self._seed = np.cumsum(weights), seed
@@ -75,11 +75,11 @@ class Weighted:
 
 
 class Sampled:
-    """What a PyTorch ``Sampler`` gives; its ``set_epoch`` is called where it has one.
+    """The records of a PyTorch ``Sampler``; its ``set_epoch`` is called if it has one.
 
     It must give the records of all ranks, the same on every rank and again after a resume, so seed its generator
-    by the epoch. It is asked from a thread of the loader, and for the next epoch before the last one is over. On
-    resuming only its class and its length are compared, since that is all there is to see of it.
+    by the epoch. It is called from a thread of the loader, and for the next epoch before the current one is over.
+    On resuming only its class and its length are compared: nothing else of it can be seen.
     """
 
     def __init__(self, sampler: Any, *, num_records: int) -> None:
@@ -87,7 +87,7 @@ class Sampled:
         self.num_positions = len(sampler)
         self.identity = f"sampler {type(sampler).__name__}"
         self._lock = threading.Lock()
-        # By epoch. Two: the reader's thread may be in the next one while the loader looks something up in this.
+        # By epoch, the last two: the reader's thread may be in the next one while the loader uses this one.
         self._listed: dict[int, npt.NDArray[np.int64]] = {}
 
     def records(self, positions: npt.NDArray[np.int64], *, epoch: int) -> npt.NDArray[np.int64]:
@@ -116,7 +116,7 @@ def sampling_of(
     shuffle: Shuffle | None,
     default_shuffle: Shuffle,
 ) -> Sampling:
-    """The sampling that a loader's arguments ask for.
+    """Make the sampling for a loader's arguments.
 
     Args:
         num_records: records of the store.
@@ -172,7 +172,7 @@ def _refuse_a_ranks_part(sampler: Any) -> None:
 
 
 def _is_listed(indices: Iterable[int]) -> bool:
-    """Whether they are a sequence, or what numpy takes for an array, as torch's tensors."""
+    """Whether they are a sequence, or convertible to an array, as torch's tensors are."""
     return isinstance(indices, Sequence) or hasattr(indices, "__array__")
 
 

@@ -1,4 +1,4 @@
-"""Where a loader is in its data: a few integers and the identity of the data."""
+"""The saved state of a loader: its place, a few integers, and the identity of its data."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class LoaderState:
     position: int
     """Positions of the epoch consumed, over all ranks."""
     order: str
-    """What decides the order, as ``Sampling.identity``."""
+    """``Sampling.identity``."""
     fingerprint: str
-    """Of the store."""
+    """Fingerprint of the store."""
     num_positions: int
-    """Of an epoch."""
+    """Number of positions in an epoch."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for a checkpoint."""
@@ -50,7 +50,7 @@ class LoaderState:
         return cls(**values)
 
     def check_against(self, own: LoaderState, *, where: str) -> None:
-        """Compare with the state of the loader that is to go on from it.
+        """Compare with the state of the loader that resumes from it.
 
         Raises:
             StateError: another data set, seed or order; the message prints both sides.
@@ -63,7 +63,7 @@ class LoaderState:
         if differences:
             raise StateError(
                 f"{where}: the state was saved with {', '.join(differences)}; "
-                "resume with the same data set and settings, or start anew"
+                "resume with the same data set and settings, or start again"
             )
         if not 0 <= self.position <= self.num_positions or self.epoch < 0:
             raise StateError(
