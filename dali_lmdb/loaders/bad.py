@@ -1,4 +1,4 @@
-"""Records that do not decode: named, counted, listed, and another of the same batch shown in their place."""
+"""Records that cannot be decoded: named, counted, listed, and substituted by others of their batch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _log = logging.getLogger("dali_lmdb")
 
 @dataclass(frozen=True)
 class BadRecord:
-    """A record that did not decode."""
+    """A record that could not be decoded."""
 
     index: int
     name: str
@@ -34,17 +34,17 @@ class BadRecord:
 
 
 class BadRecords:
-    """What a loader does with bad records, and which it has met.
+    """The bad records that a loader has met, and what to do about them.
 
     Args:
-        store: where they are.
+        store: the store that holds them.
         on_bad: ``"raise"`` or ``"substitute"``.
-        quarantine: a file that gets one JSON object a line (``store``, ``index``, ``name``, ``cause``) for each
-            bad record when it is first met.
+        quarantine: a file to which each bad record is appended when it is first met, as a JSON object on a line
+            of its own (``store``, ``index``, ``name``, ``cause``).
 
     Attributes:
         met: every bad record once, by index.
-        num_substituted: how often one was replaced.
+        num_substituted: number of substitutions in batches handed out.
 
     Raises:
         ValueError: the quarantine file cannot be written.
@@ -64,7 +64,7 @@ class BadRecords:
         self.num_substituted = 0
 
     def report(self, failed: Mapping[int, str]) -> None:
-        """Take note of records that did not decode.
+        """Note records that could not be decoded.
 
         Args:
             failed: cause by record index.
@@ -80,7 +80,7 @@ class BadRecords:
             if self._quarantine is not None:
                 self._list(self.met[index], self._quarantine)
             if self.on_bad == "substitute":
-                _log.warning("%s: %s does not decode, another is shown: %s", self._store.path, name, cause)
+                _log.warning("%s: %s cannot be decoded; substituted: %s", self._store.path, name, cause)
         if self.on_bad == "raise" and failed:
             index, cause = next(iter(failed.items()))
             more = f" (and {len(failed) - 1} more in its batch)" if len(failed) > 1 else ""
@@ -99,17 +99,17 @@ class BadRecords:
 
 
 def substituted(plan: BatchPlan, failed: Mapping[int, str], *, following: Iterable[int]) -> BatchPlan | None:
-    """The same step with another record in the place of each that failed.
+    """Substitute other records for those of a step that failed.
 
-    The first bad place gets the batch's first good record, and so on; in a batch without a good one, the first
-    good one that follows. So it depends on nothing but the plan and which records are bad.
+    The first bad record is replaced by the batch's first good one, and so on; in a batch without a good one, all
+    are replaced by the first good one that follows. So it depends only on the plan and on which records are bad.
 
     Args:
         failed: cause by record index.
         following: the records that follow in the epoch's order, see ``Planner.following``.
 
     Returns:
-        None if all these failed.
+        The plan with its records replaced; None if there is no good record.
     """
     is_bad = np.isin(plan.records, list(failed))
     good = plan.records[~is_bad]
@@ -123,5 +123,5 @@ def substituted(plan: BatchPlan, failed: Mapping[int, str], *, following: Iterab
 
 
 def nothing_decodes(store: Store) -> RecordError:
-    """The error of a batch for which ``substituted`` finds no record."""
+    """The error for a batch for which ``substituted`` finds no record."""
     return RecordError(f"{store.path}: no record of the store decodes; convert it again")

@@ -1,4 +1,4 @@
-"""What every loader is: an iterable of epochs whose place in the data is a few integers."""
+"""Base of the loaders: an iterable of epochs whose place in the data is a few integers."""
 
 from __future__ import annotations
 
@@ -28,8 +28,7 @@ _log = logging.getLogger("dali_lmdb")
 
 
 class _Pass:
-    """One iterator's pass over an epoch: what a loader and its iterator share. The loader does not hold the
-    iterator, nor so itself.
+    """One iterator's pass over an epoch, shared by loader and iterator so that they form no reference cycle.
 
     Attributes:
         cut_short: why the pass ended before its last step; None if it did not.
@@ -39,7 +38,7 @@ class _Pass:
 
 
 class _EpochIterator(Iterator[tuple[torch.Tensor, ...]]):
-    """The batches of one epoch, which begins when the first one is asked for.
+    """The batches of one epoch, which begins when the first one is requested.
 
     After a ``RecordError`` it goes on with the next step, after any other exception with the same one.
     """
@@ -62,13 +61,13 @@ class _EpochIterator(Iterator[tuple[torch.Tensor, ...]]):
 
 
 class _Place(NamedTuple):
-    """Where a loader is in its data. It is replaced as a whole, so an interrupt cannot leave half of a move."""
+    """A loader's place in its data. It is replaced as a whole, so an interrupt cannot leave it half changed."""
 
     epoch: int
     position: int
     """Positions of the epoch consumed, over all ranks."""
     running: _Pass | None
-    """The pass over the rest of the epoch; None if the next iterator to begin makes it."""
+    """The pass under way; None between epochs and after the place was set."""
 
 
 class Batch(NamedTuple):
@@ -133,7 +132,7 @@ class Loader(ABC):
 
     @property
     def epoch(self) -> int:
-        """Number of the epoch that runs, or that begins next."""
+        """Number of the current epoch, or of the next one between epochs."""
         return self._place.epoch
 
     @property
@@ -148,34 +147,34 @@ class Loader(ABC):
 
     @property
     def bad_records(self) -> list[BadRecord]:
-        """Every record that did not decode, in the order they were met."""
+        """Every record that could not be decoded, in the order they were met."""
         return list(self.bad.met.values())
 
     @property
     def batch_size(self) -> int:
-        """Images of one rank's step."""
+        """Images in one rank's step."""
         return self.planner.steps.batch_size
 
     @property
     def sampler(self) -> Loader:
-        """This loader: ``loader.sampler.set_epoch(epoch)`` is how Lightning and many training scripts tell a
-        ``DataLoader`` which epoch begins."""
+        """This loader: Lightning and many training scripts call ``loader.sampler.set_epoch(epoch)`` before each
+        epoch."""
         return self
 
     @property
     def batch_sampler(self) -> Loader:
-        """This loader again: Lightning looks for ``sampler`` and ``batch_size`` there, too."""
+        """This loader: Lightning also looks for ``sampler`` and ``batch_size`` here."""
         return self
 
     def __len__(self) -> int:
-        """Steps of this rank in a whole epoch."""
+        """Number of this rank's steps in a whole epoch."""
         return self.planner.steps.num_steps()
 
     def set_epoch(self, epoch: int) -> None:
-        """Let epoch ``epoch`` begin next, from its first record.
+        """Begin epoch ``epoch`` next, from its first record.
 
-        Right after ``load_state_dict``, the epoch of the state goes on where it was: the usual loop, which sets
-        each epoch, needs no special case for a resumed one.
+        Right after ``load_state_dict``, setting the epoch of the state keeps its position: the usual loop, which
+        sets each epoch, needs no special case for a resumed one.
 
         Raises:
             ValueError: ``epoch`` is below 0.
@@ -187,15 +186,15 @@ class Loader(ABC):
             self._go_to(_Place(epoch, 0, None), because=f"set_epoch({epoch}) was called; call it between epochs")
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the loader is, in plain types; valid after any step.
+        """The loader's place, in plain types; valid after any step.
 
-        What was handed out counts, not what was prefetched. It holds no rank, batch size or world size: any
-        of them may differ when it is loaded.
+        It counts the batches handed out, not those prefetched, and holds no rank, batch size or world size: any of
+        them may differ when it is loaded.
         """
         return self._state(self._place.epoch, self._place.position).to_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Let the next ``iter`` go on where ``state`` was taken, with exactly the records not yet seen.
+        """Make the next iterator continue where ``state`` was taken, with exactly the records not yet seen.
 
         Raises:
             StateError: the state belongs to other data, another seed or another order.
@@ -206,7 +205,7 @@ class Loader(ABC):
         self._go_to(place, because="load_state_dict was called; make a new iterator after it")
 
     def _go_to(self, place: _Place, *, because: str) -> None:
-        """Leave the epoch that runs, if one does; its iterator says why."""
+        """Move to another place; the iterator of an epoch under way will say why it ended."""
         epoch, position, running = self._place
         if running is not None:
             running.cut_short = (
@@ -226,15 +225,15 @@ class Loader(ABC):
         )
 
     def stats(self) -> dict[str, float]:
-        """What this loader has done so far.
+        """Counters since the loader was made.
 
         Returns:
-            ``images``: handed out; ``images_per_s``: over the time inside epochs; ``bytes_read``: of the image
-            files that were handed out; ``wait_s``: seconds the consumer waited for a batch; ``wait_fraction``:
-            that time over the time inside epochs; ``queue_fill``: batches ready or under way for the next steps;
-            ``bad_records``: that were met; ``substituted``: how often another was shown in their place. And of
-            ``DaliLoader``, ``late_bytes``: that were read when their batch was due, since they were not in memory
-            by then: what the reading thread waited for.
+            ``images``: images handed out; ``images_per_s``: images per second of time inside epochs;
+            ``bytes_read``: size of their files; ``wait_s``: seconds the consumer waited for batches;
+            ``wait_fraction``: ``wait_s`` divided by the time inside epochs; ``queue_fill``: batches ready or in
+            progress for the next steps; ``bad_records``: number of distinct bad records met; ``substituted``:
+            number of substitutions. ``DaliLoader`` adds ``late_bytes``: bytes missing from the page cache when
+            their batch was needed, read synchronously.
         """
         busy_s = max(self._busy_s, 1e-9)
         return {
@@ -249,10 +248,10 @@ class Loader(ABC):
         }
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
-        """One epoch: the next one, or the rest of the one a loaded state was taken in.
+        """Iterate over one epoch: the next one, or the rest of the one that a loaded state was taken in.
 
-        The epoch begins with its first batch: an iterator that is made and left alone takes nothing away. Once
-        another iterator has begun, an older one that had not come to its end raises ``RuntimeError``.
+        The epoch begins with its first batch, so an unused iterator has no effect. Once another iterator has
+        begun, an older one that has not reached its end raises ``RuntimeError``.
         """
         self._check_open()
         return _EpochIterator(self)
@@ -267,7 +266,7 @@ class Loader(ABC):
         self._check_open()
         self._check_process()
         first = self._place.running is not asking
-        if self._handed_out_at is not None and not first:  # between epochs nobody waits for data
+        if self._handed_out_at is not None and not first:  # time between epochs does not count
             self._busy_s += begin - self._handed_out_at
         self._handed_out_at = None
         if first:
@@ -307,13 +306,13 @@ class Loader(ABC):
         self._place = self._place._replace(position=position)
 
     def _check_process(self) -> None:
-        """Refuse to go on in a forked process, where it would wait for threads that are not there."""
+        """Refuse to continue in a forked process, where it would wait for threads that do not exist."""
         if self._pid is None:
             self._pid = os.getpid()
         if self._pid != os.getpid():
             raise RuntimeError(
-                f"this {type(self).__name__} was used in process {self._pid}, of which this one is a fork without "
-                "its threads; make a new loader here"
+                f"this {type(self).__name__} was used in process {self._pid}; this process is a fork without its "
+                "threads; make a new loader here"
             )
 
     def __reduce__(self) -> Any:
@@ -324,21 +323,21 @@ class Loader(ABC):
 
     @abstractmethod
     def _queue_fill(self) -> int:
-        """Batches ready or under way for the next steps."""
+        """Number of batches ready or in progress for the next steps."""
 
     @abstractmethod
     def _batch_at(self, epoch: int, position: int) -> Batch:
         """The batch of this rank's step at a place; there is one.
 
-        Steps are usually asked for in order, so a backend works ahead; if another place is asked for, it drops
-        what it has. After any exception it must be able to give the same step again.
+        Steps are usually requested in order, so a backend works ahead; if another place is requested, it drops
+        what it has prepared. After any exception it must be able to give the same step again.
 
         Raises:
-            RecordError: with ``end``, if records of the step do not decode.
+            RecordError: with ``end``, if records of the step cannot be decoded.
         """
 
     def close(self) -> None:
-        """Free threads, processes and device memory; the loader cannot be used again."""
+        """Release threads, processes and device memory; the loader cannot be used again."""
         self._closed = True
         self._go_to(self._place._replace(running=None), because="the loader was closed")
 

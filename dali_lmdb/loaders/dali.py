@@ -40,45 +40,45 @@ _HW_DECODER_LOAD = 0.65
 
 
 def _usual_maximum(sizes: npt.NDArray[np.int32]) -> int:
-    """The 99th percentile: memory is set aside for a whole batch of it, and a giant would ask for too much."""
+    """The 99th percentile: memory is reserved for a whole batch of this size, so one giant must not decide it."""
     return int(np.quantile(sizes, 0.99, method="higher")) if len(sizes) else 0
 
 
 class DaliLoader(Loader):
     """One rank's batches of a store; ``for images, labels in loader`` is one epoch.
 
-    The bytes go from the store's map to DALI without a copy. With ``device="cuda"`` nvJPEG decodes them
-    (inside the crop's window only) and everything after runs on the GPU too.
+    The bytes go from the store's memory map to DALI without a copy. With ``device="cuda"`` nvJPEG decodes them
+    (inside the crop window only), and everything after that runs on the GPU too.
 
     Images are (n, 3, size, size) on the device, normalised, of ``dtype``; with ``layout="NHWC"`` the same
     shape on channels-last memory. ``dtype="uint8"`` gives pixels from 0 to 255, not normalised. Labels are
-    int64 (n,) on the device. A batch is DALI's memory until you drop it: ``clone()`` what you keep for long.
+    int64 (n,) on the device. A batch uses DALI's memory until you drop it: ``clone()`` what you keep for long.
 
     Args:
         store: a store or its path.
         transform: ``TrainTransform`` or ``EvalTransform``.
         batch_size: images of one rank's step.
         device: ``"cuda"``: torch's current CUDA device; ``"cpu"``: no GPU needed.
-        rank, world_size: by default the process group's, if there is one, else 0 and 1.
-        seed: of order and augmentation, the same on every rank.
+        rank, world_size: by default those of the process group, if there is one, else 0 and 1.
+        seed: seed of order and augmentation, the same on every rank.
         shuffle: ``"full"`` (default with TrainTransform), ``"block"`` or ``"none"`` (default otherwise).
         sampler: instead of every record once: record indices in the order to show them (a sequence, array or
             tensor; shuffled in every epoch if ``shuffle`` says so), or a PyTorch ``Sampler`` that gives the
             records of all ranks, the same on every rank (so not a ``DistributedSampler``). A ``Sampler`` is asked
             from a thread, and for the next epoch before this one is over; when a state is loaded, only its class
             and its length are compared.
-        weights: instead: one for each record; an epoch draws as many records as there are, with replacement.
-        last_batch: what becomes of records that do not fill a global step: ``"drop"`` (default with
+        weights: instead: a weight for each of the N records; an epoch draws N records, with replacement.
+        last_batch: what happens to records that do not fill a global step: ``"drop"`` (default with
             TrainTransform), ``"pad"`` from the epoch's beginning, or ``"short"`` (default otherwise): every
             record exactly once; ranks may then differ in their number of steps.
         dtype: ``"float32"``, ``"float16"`` or ``"uint8"``.
         layout: ``"NCHW"`` or ``"NHWC"``.
-        on_bad: what to do when records of a batch do not decode. ``"raise"``: ``RecordError`` with store, index,
-            name and cause; the next batch can be had after it. ``"substitute"``: the batch comes complete and in
-            its place, with other records of it in theirs, and a warning names them.
-        quarantine: a file that gets one JSON line for each bad record.
-        readahead_bytes: bytes read from cold storage ahead of the batch that is due; 0 turns it off.
-        num_threads: CPU threads of the pipeline; by default the cores shared by the node's ranks.
+        on_bad: what to do when records of a batch cannot be decoded. ``"raise"``: ``RecordError`` with store,
+            index, name and cause; iteration can continue with the next batch. ``"substitute"``: other records of
+            the batch are shown instead, and a warning names the bad ones.
+        quarantine: a file to which a JSON line is appended for each bad record.
+        readahead_bytes: bytes requested from cold storage ahead of the batch that is needed next; 0 turns it off.
+        num_threads: CPU threads of the pipeline; by default this rank's share of the node's cores.
         prefetch_queue_depth: batches DALI works on ahead.
         hw_decoder_load: share of a batch offered to the GPU's hardware JPEG engine, where it has one.
         return_index: yield ``(images, labels, records)``, with record indices int64 (n,) on the CPU.
@@ -159,20 +159,20 @@ class DaliLoader(Loader):
             height_hint=_usual_maximum(heights),
             width_hint=_usual_maximum(widths),
         )
-        # What runs in the reader's thread must not keep the loader alive: one that is dropped unclosed should go.
+        # The reader's thread must not keep the loader alive, so that one dropped without close() is freed.
         self._feed = partial(feed_without_copy, planner=self.planner)
         self._readahead_bytes = readahead_bytes
-        self._reader: BatchReader | None = None  # the newest; its source closes it
-        self._late_bytes_before = 0  # of those before it
+        self._reader: BatchReader | None = None  # the newest one; its source closes it
+        self._late_bytes_before = 0  # sum over earlier readers
         self._run: _Run | None = None
         self._probe = Probe(self.graph)
-        # Whether a record failed in an epoch (with that epoch's window), and why; None if it decoded.
+        # By (epoch, record), since windows differ: why the record failed to decode; None if it decoded.
         self._verdicts: dict[tuple[int, int], str | None] = {}
 
     def _batch_at(self, epoch: int, position: int) -> Batch:
         self._verdicts = {key: cause for key, cause in self._verdicts.items() if key[0] >= epoch}
-        # Put back when the step is complete: an exception in the middle of it leaves no pipeline that is elsewhere
-        # than it seems.
+        # Put back when the step is complete: after an exception in the middle of it there is no pipeline whose
+        # place is unknown.
         run, self._run = self._run, None
         try:
             if run is not None and run.next_place != (epoch, position):
@@ -215,7 +215,7 @@ class DaliLoader(Loader):
         return self._reader
 
     def _recover(self, error: RuntimeError, run: _Run) -> None:
-        """Find the bad records of a failed batch; returns if it can be repeated with others in their place."""
+        """Find the bad records of a failed batch; return if it can be repeated with substitutes for them."""
         error.__traceback__ = None  # it holds the pipeline, and a kept RecordError holds this error
         batch = run.source.in_flight[0] if run.source.in_flight else error
         if isinstance(batch, Exception):
@@ -223,7 +223,7 @@ class DaliLoader(Loader):
         plan = batch.plan
         failed = self._probe_records(plan, batch.feed, plan.records.tolist())
         if not failed:
-            raise error  # every record decodes alone: it is not about records
+            raise error  # every record decodes alone: the cause is another one
         known = {
             record: cause for (epoch, record), cause in self._verdicts.items() if cause and epoch == plan.epoch
         }
@@ -236,7 +236,7 @@ class DaliLoader(Loader):
             raise
 
     def _prepare(self, plan: BatchPlan, feed: Feed) -> InFlight:
-        """Before a batch goes to DALI: replace what is known to fail, so that the pipeline lives."""
+        """Substitute records that are known to fail before DALI gets the batch, so that the pipeline survives."""
         planned = InFlight(plan, feed, num_substituted=0)
         if not self.bad.met or self.bad.on_bad == "raise":
             return planned
@@ -253,7 +253,7 @@ class DaliLoader(Loader):
             shown = InFlight(replaced, self._feed(replaced), int((replaced.records != plan.records).sum()))
 
     def _probe_records(self, plan: BatchPlan, feed: Feed, records: list[int]) -> dict[int, str]:
-        """Decode some records of a batch one by one; the causes of those that fail."""
+        """Decode some records of a batch one by one; return the causes of those that fail."""
         wanted = {record for record in records if (plan.epoch, record) not in self._verdicts}
         for place, record in enumerate(plan.records.tolist()):
             if record in wanted:
@@ -263,7 +263,7 @@ class DaliLoader(Loader):
         return {record: cause for record, cause in verdicts.items() if cause is not None}
 
     def _cause(self, feed: Feed, place: int, record: int) -> str | None:
-        """Why a record does not decode; None if it does. DALI says little, so Pillow is asked too."""
+        """Why a record cannot be decoded; None if it can. DALI says little, so Pillow is tried too."""
         cause = self._probe.cause(feed, place)
         if cause is None:
             return None
@@ -277,7 +277,7 @@ class DaliLoader(Loader):
         return self._run.source.fill if self._run is not None else 0
 
     def close(self) -> None:
-        """Free the threads and the pipeline, its GPU memory too, then release the store's map."""
+        """Release the threads and the pipeline with its GPU memory, then the store's memory map."""
         super().close()
         run, self._run = self._run, None
         if run is not None:
@@ -308,12 +308,12 @@ class _Run:
             raise
 
     def going_on_at(self, epoch: int, position: int, reader: BatchReader) -> _Run | None:
-        """This run with batches from another place, what was in flight being dropped; None if that fails."""
+        """Drop the batches in flight and continue from another place; return None if only a new run can."""
         self.source.go_on_with(reader)
         for _ in range(len(self.source.in_flight)):
             try:
                 next(self._iterator)
-            except RuntimeError:  # a bad record of an epoch that was left early concerns nobody
+            except RuntimeError:  # a bad record of an epoch that was left early does not matter
                 self.stop()
                 return None
             self.source.in_flight.popleft()
@@ -336,7 +336,7 @@ class _Run:
         return outputs
 
     def stop(self) -> None:
-        """Drop the pipeline. A traceback may keep it alive, and it the source, whose bytes it reads in place."""
+        """Drop the pipeline; a traceback may keep it alive, and with it the source, whose bytes it reads."""
         self.source.stop()
         self._iterator = iter(())
 

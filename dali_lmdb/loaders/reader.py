@@ -16,13 +16,13 @@ from dali_lmdb.store.readahead import Readahead
 __all__ = ["READAHEAD_BYTES", "BatchReader", "Feed"]
 
 Feed = tuple[Any, ...]
-"""What DALI is given for one batch, see ``source.fields_of``."""
+"""DALI's input for one batch, see ``source.fields_of``."""
 
 READAHEAD_BYTES = 128 << 20
-"""Keeps a device of 1 GB/s busy through 100 ms of waiting, which is more than disks and most network file systems
-need."""
+"""Enough to keep a device of 1 GB/s busy with a latency of 100 ms, higher than that of disks and most network file
+systems."""
 
-# However small the batches: planning more of them would only keep the first one waiting.
+# A limit for small batches: planning more of them would only delay the first one.
 _AHEAD_BATCHES = 64
 _QUEUE_BATCHES = 2  # ready to be handed over; DALI's own prefetch queue comes on top
 
@@ -31,8 +31,8 @@ class BatchReader:
     """Endless batches of one rank from one place on, in order, epoch after epoch.
 
     Args:
-        planner: of this rank; there must be a step at the place.
-        feed_of: makes what DALI is given from a plan; runs in the thread.
+        planner: plans this rank's steps; there must be one at the place.
+        feed_of: makes DALI's input from a plan; called in the thread.
         epoch, start: the place of the first batch.
         readahead_bytes: bytes requested from cold storage ahead of the batch that is needed next; 0 turns reading
             ahead off.
@@ -79,7 +79,7 @@ class BatchReader:
 
     @property
     def fill(self) -> int:
-        """Batches that wait to be taken."""
+        """Number of batches that are ready."""
         return self._ready.qsize()
 
     def close(self) -> None:
@@ -113,7 +113,7 @@ class BatchReader:
             ):
                 try:
                     ahead.append(self._announced(next(plans)))
-                except Exception as raised:  # of a later batch: those before it come first
+                except Exception as raised:  # it belongs to a later batch: those before it come first
                     error = raised
                 else:
                     ahead_bytes += ahead[-1][1]
@@ -129,7 +129,7 @@ class BatchReader:
                 self._ready.put((plan, feed))
 
     def _announced(self, plan: BatchPlan) -> tuple[BatchPlan, int]:
-        """A plan with how many of its bytes the kernel was asked for."""
+        """The plan and the number of its bytes that the kernel was asked to read."""
         if self.readahead is None or not self.readahead.cold:
             return plan, 0
         num_bytes = int(self._planner.store.gather("num_bytes", plan.records).sum(dtype=np.int64))

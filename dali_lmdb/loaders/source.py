@@ -17,12 +17,12 @@ __all__ = ["Field", "InFlight", "Source", "feed_of", "fields_of"]
 
 
 class Field(NamedTuple):
-    """One of the arrays that DALI is given for a batch."""
+    """One of DALI's input arrays for a batch."""
 
     name: str
     dtype: type[np.generic]
     ndim: int
-    """Of one sample."""
+    """Number of dimensions of one sample."""
 
 
 _ALWAYS = (
@@ -41,12 +41,12 @@ _ERASE = (Field("erase_anchor", np.float32, 1), Field("erase_shape", np.float32,
 
 
 def fields_of(transform: Transform) -> tuple[Field, ...]:
-    """What DALI is given for a batch, in this order; names after ``records`` are those of ``Augmentation``."""
+    """DALI's inputs for a batch, in order; names after ``records`` are those of ``Augmentation``."""
     return _ALWAYS + _COLOR * transform.changes_color + _ERASE * transform.erases
 
 
 def feed_of(plan: BatchPlan, planner: Planner) -> Feed:
-    """A planned batch as the arrays of ``fields_of``, each with the batch as its outer dimension."""
+    """A planned batch as the arrays of ``fields_of``, each of shape (n, ...)."""
     augmentation = planner.augment(plan)._asdict()
     names = [field.name for field in fields_of(planner.transform)[3:]]
     encoded = planner.store.arrays(plan.records)
@@ -59,27 +59,27 @@ class InFlight(NamedTuple):
     plan: BatchPlan
     feed: Feed
     num_substituted: int
-    """Places at which another record is shown, since the planned one does not decode."""
+    """Number of records shown in place of planned ones that cannot be decoded."""
 
 
 class Source:
     """The callback of ``fn.external_source(batch=True, batch_info=True)``.
 
-    It never stops: DALI prefetches past the end of an epoch, so the source goes on with the next one, and
-    the loader counts.
+    It never stops: DALI prefetches past the end of an epoch, so the source continues with the next one, and the
+    loader counts the steps.
 
-    DALI calls it batches ahead of the loader, so an error of the reader would come too early, and cost the good
-    batches in flight. While there are some, it takes the place of its batch in ``in_flight``, and DALI is given
-    the last batch again.
+    DALI calls it several batches ahead of the loader, so raising an error of the reader at once would cost the
+    good batches in flight. While there are some, the error takes the place of its batch in ``in_flight``, and DALI
+    gets the last batch again.
 
     Args:
-        reader: where batches come from; the source closes it.
+        reader: gives the batches; the source closes it.
         prepare: called with each batch before DALI gets it; may substitute records.
 
     Attributes:
-        in_flight: batches given to DALI, in order, and errors in place of others; the loader takes out what DALI
-            gives back. This says which records a failed batch held, and keeps their bytes alive, since DALI reads
-            them in place (``no_copy``).
+        in_flight: batches given to DALI, in order, and errors in place of failed ones; the loader removes each
+            when DALI is done with it. It tells which records a failed batch held, and keeps their bytes alive,
+            since DALI reads them in place (``no_copy``).
     """
 
     def __init__(self, reader: BatchReader, prepare: Callable[[BatchPlan, Feed], InFlight]) -> None:
@@ -87,7 +87,7 @@ class Source:
         self._prepare: Callable[[BatchPlan, Feed], InFlight] | None = prepare
         self._stand_in: Feed | None = None
         self._reader: BatchReader | None = reader
-        # A source that is dropped unclosed must not leave the thread behind, so the thread does not hold it.
+        # So that a source dropped without close() ends the thread, which does not refer to it.
         self._close_reader = weakref.finalize(self, reader.close)
 
     def go_on_with(self, reader: BatchReader) -> None:
@@ -122,11 +122,11 @@ class Source:
 
     @property
     def fill(self) -> int:
-        """Batches in flight, or ready for DALI."""
+        """Number of batches in flight or ready for DALI."""
         return len(self.in_flight) + (self._reader.fill if self._reader is not None else 0)
 
     def stop(self) -> None:
-        """Give no more batches; those in flight stay, for a pipeline that may be at work on them."""
+        """Give no more batches; those in flight stay, since a pipeline may still be working on them."""
         self._close_reader()
         self._reader = self._prepare = None
 

@@ -72,7 +72,7 @@ class ImageFolderLMDB(Dataset[tuple[Any, Any]]):
 
     @property
     def samples(self) -> list[tuple[str, int]]:
-        """(name, label) of every record; ``ImageFolder`` has paths for names. Read anew each time."""
+        """(name, label) of every record; ``ImageFolder`` has paths instead of names. Read again each time."""
         return [(self.store.name(index), label) for index, label in enumerate(self.targets)]
 
     imgs = samples
@@ -116,20 +116,20 @@ _INTERPOLATIONS = {
 
 
 class _Decoded(NamedTuple):
-    """What a worker makes of a planned batch."""
+    """A planned batch, decoded by a worker."""
 
     images: torch.Tensor | None
-    """None if there is no batch to show."""
+    """None if the batch failed."""
     labels: torch.Tensor
-    """Empty if there is an error."""
+    """Empty if ``error`` is set."""
     records: torch.Tensor
     failed: dict[int, str]
     """Causes by record index, in the batch's order."""
     num_bytes: int
-    """Of the files that were read."""
+    """Size of the files that were read."""
     error: DaliLmdbError | None
-    """Why there is no batch, if not for ``failed`` alone; a value, since what a worker raises would come back as
-    its whole traceback."""
+    """Why the batch failed, if not for ``failed`` alone. A value, since a ``DataLoader`` replaces the message of
+    what a worker raises by a traceback."""
 
 
 class _PlannedImages(Dataset[_Decoded]):
@@ -147,7 +147,7 @@ class _PlannedImages(Dataset[_Decoded]):
         return self.decode(plan, following=())
 
     def decode(self, plan: BatchPlan, *, following: Iterable[int]) -> _Decoded:
-        """Decode a batch; ``following`` are the records that can stand in for it if all of its own fail."""
+        """Decode a batch; ``following`` are records to substitute if all of its own fail."""
         images, failed = dict[int, torch.Tensor](), dict[int, str]()
         shown, error, num_bytes = plan, None, 0
         try:
@@ -176,7 +176,7 @@ class _PlannedImages(Dataset[_Decoded]):
         return _Decoded(stacked, labels, records, failed, num_bytes, error)
 
     def _images(self, epoch: int, wanted: list[int]) -> tuple[dict[int, torch.Tensor], dict[int, str], int]:
-        """Images by record index; causes of those that failed, in the order asked for; bytes that were read."""
+        """Decode records: (images by record index, causes of failures in the order requested, bytes read)."""
         store, transform = self.store, self.transform
         images, failed, files = dict[int, torch.Tensor](), dict[int, str](), dict[int, Image.Image]()
         num_bytes = 0
@@ -252,8 +252,8 @@ class _Steps:
     """The sampler of a ``DataLoader``: planned batches, remembered until they come back decoded.
 
     Attributes:
-        in_flight: those that did not come back yet, in order.
-        error: what went wrong in planning; it ends the batches, to be raised after the last good one.
+        in_flight: plans of batches that have not come back yet, in order.
+        error: an error in planning, to be raised after the last good batch.
     """
 
     def __init__(self) -> None:
@@ -380,8 +380,8 @@ class TorchLoader(Loader):
         self._run: _Run | None = None
 
     def _batch_at(self, epoch: int, position: int) -> Batch:
-        # Put back when the step is complete: an exception in the middle of it leaves no workers that are elsewhere
-        # than it seems.
+        # Put back when the step is complete: after an exception in the middle of it there are no workers whose
+        # place is unknown.
         run, self._run = self._run, None
         if run is None:
             run = _Run(self._planned_images, num_workers=self._num_workers, pin_memory=self.device.type == "cuda")
@@ -393,7 +393,7 @@ class TorchLoader(Loader):
             raise
         assert (plan.epoch, plan.start) == (epoch, position)
         self._run = run
-        if decoded.images is None and self.bad.on_bad == "substitute":  # a worker does not know what follows
+        if decoded.images is None and self.bad.on_bad == "substitute":  # only the parent knows what follows
             decoded = self._planned_images.decode(plan, following=self.planner.following(plan))
         try:
             self.bad.report(decoded.failed)
@@ -428,7 +428,7 @@ def open_data(path: str | os.PathLike[str]) -> Store:
 
 
 def _check_temporary_folder() -> None:
-    """Make a socket as the workers do to hand over their batches: where they cannot, the parent waits for ever.
+    """Make a socket as the workers do to hand over their batches; if they cannot, the parent waits forever.
 
     The path of a Unix socket has at most 107 bytes, and some network file systems have no sockets.
     """
@@ -449,6 +449,6 @@ def _start_worker(_: int) -> None:
 def _show_unless_parent_is_gone(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
-    """The parent may be interrupted while it takes a batch: no error of the thread here that hands it over."""
+    """If the parent is interrupted while it takes a batch, show no error of the thread that hands it over."""
     if not issubclass(kind, ConnectionError | EOFError):
         sys.__excepthook__(kind, error, trace)
