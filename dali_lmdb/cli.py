@@ -12,7 +12,7 @@ from typing import Any
 import click
 from tqdm import tqdm
 
-from dali_lmdb.errors import DaliLmdbError
+from dali_lmdb.errors import DaliLmdbError, one_line
 
 __all__ = ["Command", "ProgressBar", "main"]
 
@@ -50,7 +50,7 @@ class Command(click.Command):
             try:
                 return super().invoke(ctx)
             except (DaliLmdbError, ValueError) as error:
-                raise click.ClickException(str(error)) from error
+                raise click.ClickException(one_line(str(error))) from error
             except BrokenPipeError:  # the reader of our output went away, as `head` does
                 sys.exit(1)
 
@@ -81,6 +81,7 @@ class ProgressBar:
         """
         if self._quiet:
             return
+        phase = one_line(phase)
         if not self._terminal:
             self._line(phase, done, total, num_bytes)
             return

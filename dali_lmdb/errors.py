@@ -30,11 +30,31 @@ __all__ = [
     "StoreError",
     "StoreFormatError",
     "StoreNotFoundError",
+    "one_line",
 ]
 
 
+def one_line(text: str) -> str:
+    r"""Text on one line: what is not printable is escaped, as in ``\n``, ``\x1b``, ``\u202e``.
+
+    Bytes of file names that are not UTF-8 become ``\xff``.
+    """
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else _escaped(char) for char in text)
+
+
+def _escaped(char: str) -> str:
+    if "\udc80" <= char <= "\udcff":  # surrogateescape
+        return f"\\x{ord(char) - 0xDC00:02x}"
+    return repr(char)[1:-1]
+
+
 class DaliLmdbError(Exception):
-    """Base of all errors of this package; the message is one line."""
+    """Base of all errors of this package; the message is one line, whatever is in the names it cites."""
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
 
 class StoreError(DaliLmdbError):

@@ -425,7 +425,7 @@ def test_names_with_line_breaks_stay_in_one_line(make, tmp_path):
     (folder / "a\nb.jpg").write_bytes(DAMAGE["scan cut off"])
     convert(tmp_path / "images", tmp_path / "x.lmdb")
     loader = make(tmp_path / "x.lmdb", quarantine=tmp_path / "bad.jsonl")
-    with pytest.raises(RecordError, match=r"record 3 \(one/a b.jpg\): "):
+    with pytest.raises(RecordError, match=r"record 3 \(one/a\\nb.jpg\): "):
         next(iter(loader))
     (line,) = (tmp_path / "bad.jsonl").read_text().splitlines()
     assert json.loads(line)["name"] == "one/a\nb.jpg"

@@ -15,6 +15,7 @@ from dali_lmdb.compare.handover import Handover, HandoverRound, measure_handover
 from dali_lmdb.compare.part import ReadingSettings
 from dali_lmdb.compare.report import spread
 from dali_lmdb.compare.throughput import BACKENDS, CompareSettings, Comparison, Round, compare_throughput
+from dali_lmdb.errors import one_line
 
 __all__ = ["main"]
 
@@ -119,7 +120,7 @@ def _head(result: Comparison | ColdComparison | Handover, *lines: str) -> str:
     machine = result.machine
     return "\n".join(
         [
-            f"{result.store}: {result.num_records:,} records, {result.image_bytes / 1e6:,.1f} MB",
+            f"{one_line(result.store)}: {result.num_records:,} records, {result.image_bytes / 1e6:,.1f} MB",
             *lines,
             f"{machine['gpu'] or 'no GPU used'}, {machine['cores']} cores of {machine['cpu']}",
             "",

@@ -19,7 +19,7 @@ from dali_lmdb.convert import ConvertSettings, Progress, Summary, convert
 from dali_lmdb.convert.ranks import Ranks, torchrun_ranks
 from dali_lmdb.convert.sources import KINDS, open_source
 from dali_lmdb.convert.sources.names import listed
-from dali_lmdb.errors import DaliLmdbError
+from dali_lmdb.errors import DaliLmdbError, one_line
 from dali_lmdb.store.layout import MAX_SHARDS
 
 __all__ = ["main"]
@@ -160,8 +160,9 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 def _sentence(summary: Summary) -> str:
     text = (
-        f"{summary.store}: {summary.records:,} records, {summary.classes:,} classes, {summary.bytes:,} bytes, "
-        f"{summary.seconds:.1f} s, {summary.images_per_s:,.0f} images/s, {summary.megabytes_per_s:,.0f} MB/s"
+        f"{one_line(summary.store)}: {summary.records:,} records, {summary.classes:,} classes, "
+        f"{summary.bytes:,} bytes, {summary.seconds:.1f} s, {summary.images_per_s:,.0f} images/s, "
+        f"{summary.megabytes_per_s:,.0f} MB/s"
     )
     text += f"\nnvJPEG decodes {summary.gpu:,} on the GPU, {summary.cpu:,} fall back to the CPU"
     if summary.none:
@@ -171,7 +172,7 @@ def _sentence(summary: Summary) -> str:
     not_stored = [(summary.skipped, "bad images"), (summary.left_out, "other files")]
     listed = " and ".join(f"{count:,} {what}" for count, what in not_stored if count)
     if listed:
-        text += f"\n{listed} left out, listed in {', '.join(summary.reports)}"
+        text += f"\n{listed} left out, listed in {', '.join(map(one_line, summary.reports))}"
     return text
 
 

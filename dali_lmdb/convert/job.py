@@ -28,7 +28,7 @@ from dali_lmdb.convert.journal import INDEX_ROW_COLUMNS, ROW_SCHEMA, Journal
 from dali_lmdb.convert.reading import Looked, look_at
 from dali_lmdb.convert.settings import ConvertSettings, Progress
 from dali_lmdb.convert.sources.base import Item, Source
-from dali_lmdb.errors import ConversionError
+from dali_lmdb.errors import ConversionError, one_line
 from dali_lmdb.store.layout import fingerprint
 from dali_lmdb.store.reader import FileStore
 from dali_lmdb.store.writer import StoreWriter
@@ -378,7 +378,7 @@ def _write_report(rows: Iterator[tuple[str, str]], path: Path) -> None:
             return
         with open(path, "w", encoding="utf-8") as file:
             for row in chain([("name", "reason"), first], rows):
-                file.write("\t".join(" ".join(text.split()) for text in row) + "\n")
+                file.write("\t".join(map(one_line, row)) + "\n")
     except OSError as error:
         raise ConversionError(
             f"{path}: cannot be written: {error.strerror}; mend it, then run the same command again to go on"

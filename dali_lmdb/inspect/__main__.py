@@ -12,9 +12,9 @@ from types import FrameType
 import click
 
 from dali_lmdb.cli import Command, ProgressBar
+from dali_lmdb.errors import one_line
 from dali_lmdb.inspect import Progress, Spread, StoreInfo, Verification, export, info, verify
 from dali_lmdb.inspect.export import SHARD_SIZE_BYTES
-from dali_lmdb.inspect.records import printable
 
 __all__ = ["export_command", "info_command", "verify_command"]
 
@@ -52,7 +52,7 @@ def verify_command(store: str, *, decode: bool, threads: int | None, as_json: bo
             click.echo(line)
         for note in found.notes:
             click.echo(f"note: {note}")
-        click.echo(_verdict(found))
+        click.echo(one_line(_verdict(found)))
     sys.exit(0 if found.clean else 1)
 
 
@@ -96,7 +96,7 @@ def export_command(
             sentence = "Stopped. Nothing was left behind; run the same command again to start over."
             raise KeyboardInterrupt(sentence) from None
     into = f"{done.tars:,} tars" if tar else f"{done.classes:,} class folders"
-    click.echo(f"{done.folder}: {done.records:,} records, {done.num_bytes:,} bytes, in {into}")
+    click.echo(one_line(f"{done.folder}: {done.records:,} records, {done.num_bytes:,} bytes, in {into}"))
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -142,7 +142,7 @@ def _table(found: StoreInfo) -> str:
     else:
         rows.insert(1, ("format", "classic database"))
     width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {printable(text)}" for name, text in rows)
+    return "\n".join(f"{name:<{width}}  {one_line(text)}" for name, text in rows)
 
 
 def _spread(of: str, spread: Spread | None) -> str:

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from dali_lmdb.convert.audit import BadImageError, check_decodes, read_header
 from dali_lmdb.errors import DaliLmdbError, StoreDamagedError
-from dali_lmdb.inspect.records import Progress, Values, in_order, printable, read_one, repeated, runs
+from dali_lmdb.inspect.records import Progress, Values, in_order, read_one, repeated, runs
 from dali_lmdb.store import FileStore, Kind, Store, layout
 from dali_lmdb.store.checksum import crc32
 from dali_lmdb.store.index import Index, Names
@@ -216,7 +216,7 @@ class FileCheck:
         self.findings.add(f"{self.path}: {what}")
 
     def _record_damaged(self, record: int, what: str) -> None:
-        name = f" ({printable(self.names[record].as_py())})" if self.names is not None else ""
+        name = f" ({self.names[record].as_py()})" if self.names is not None else ""
         self.findings.add(f"{self.path}: record {record}{name}: {what}")
 
     def _report_progress(self, phase: str, done: int, total: int) -> None:

@@ -24,7 +24,6 @@ __all__ = [
     "in_order",
     "names_of",
     "parts_of",
-    "printable",
     "repeated",
     "runs",
     "values_of",
@@ -79,11 +78,6 @@ def names_of(store: Store) -> pa.ChunkedArray:
         else:
             chunks.append(pa.array([part.name(index) for index in range(len(part))], pa.large_string()))
     return pa.chunked_array(chunks, pa.large_string())
-
-
-def printable(name: str) -> str:
-    r"""A name on one line: what is not printable becomes ``\n``, ``\x1b`` and so on."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in name)
 
 
 def repeated(names: pa.Array | pa.ChunkedArray) -> list[tuple[int, int]]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from dali_lmdb.errors import StoreDamagedError
+from dali_lmdb.errors import StoreDamagedError, one_line
 from dali_lmdb.inspect.checks import FileCheck, Findings, PayloadCheck, Show
 from dali_lmdb.inspect.records import default_threads
 from dali_lmdb.store import layout, open_store
@@ -85,9 +85,9 @@ def verify(
         num_bytes=findings.num_bytes,
         seconds=time.perf_counter() - begin,
         decoded=decode,
-        damage=tuple(findings.damage),
+        damage=tuple(map(one_line, findings.damage)),
         num_damage=findings.num_damage,
-        notes=tuple(findings.notes),
+        notes=tuple(map(one_line, findings.notes)),
     )
 
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from dali_lmdb.errors import RecordError
+from dali_lmdb.errors import RecordError, one_line
 from dali_lmdb.plan.batches import BatchPlan
 from dali_lmdb.store import Store
 
@@ -75,12 +75,12 @@ class BadRecords:
         for index, cause in failed.items():
             if index in self.met:
                 continue
-            name = self._store.where(index).removeprefix(f"{self._store.path}: ")
             self.met[index] = BadRecord(index, self._store.name(index), cause)
             if self._quarantine is not None:
                 self._list(self.met[index], self._quarantine)
             if self.on_bad == "substitute":
-                _log.warning("%s: %s cannot be decoded; substituted: %s", self._store.path, name, cause)
+                where = self._store.where(index)
+                _log.warning("%s cannot be decoded; substituted: %s", where, one_line(cause))
         if self.on_bad == "raise" and failed:
             index, cause = next(iter(failed.items()))
             more = f" (and {len(failed) - 1} more in its batch)" if len(failed) > 1 else ""
@@ -95,7 +95,8 @@ class BadRecords:
             with quarantine.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:  # no reason to stop a training run
-            _log.warning("%s: cannot be written: %s; not listed: %s", quarantine, error.strerror, line)
+            where = one_line(str(quarantine))
+            _log.warning("%s: cannot be written: %s; not listed: %s", where, error.strerror, line)
 
 
 def substituted(plan: BatchPlan, failed: Mapping[int, str], *, following: Iterable[int]) -> BatchPlan | None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dali_lmdb.errors import RecordError, StoreError
+from dali_lmdb.errors import RecordError, StoreError, one_line
 from dali_lmdb.store.checksum import crc32
 
 __all__ = ["Store"]
@@ -101,9 +101,9 @@ class Store(ABC):
     def where(self, index: int) -> str:
         """``STORE: record 41 (n01440764/x.JPEG)``, to begin an error message with."""
         try:
-            return f"{self.path}: record {index} ({' '.join(self.name(index).splitlines())})"
+            return one_line(f"{self.path}: record {index} ({self.name(index)})")
         except StoreError:
-            return f"{self.path}: record {index}"
+            return one_line(f"{self.path}: record {index}")
 
     def check(self, index: int) -> None:
         """Compare one record with its checksum.

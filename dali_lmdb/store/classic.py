@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from dali_lmdb.errors import RecordError, StoreDamagedError, StoreFormatError
+from dali_lmdb.errors import RecordError, StoreDamagedError, StoreFormatError, one_line
 from dali_lmdb.store import layout, sidecar
 from dali_lmdb.store.base import Store
 from dali_lmdb.store.checksum import crc32
@@ -169,7 +169,7 @@ class ClassicStore(Store):
         self._pages.let_go()
 
     def where(self, index: int) -> str:
-        return f"{self.path}: record {index} (key {self._key(index).decode('latin-1')!a})"
+        return one_line(f"{self.path}: record {index} (key {self._key(index).decode('latin-1')!a})")
 
     def __reduce__(self) -> Any:
         # An index that could not be kept beside the database goes along, so that workers need not make it again.
@@ -297,10 +297,11 @@ class ClassicStore(Store):
 
     def _make_index(self) -> sidecar.Columns:
         with sidecar.one_at_a_time(self.file):
+        path = one_line(str(self.path))
             columns = self._kept()  # another process may have made it while this one waited
             if columns is None:
                 level = logging.WARNING if self._stamp.size > _WORTH_A_WARNING_BYTES else logging.INFO
-                _log.log(level, "%s: a classic database without an index: reading it once to make one", self.path)
+                _log.log(level, "%s: a classic database without an index: reading it once to make one", path)
                 columns = self._read_all()
                 self._is_kept = sidecar.save(self.file, self._stamp, columns)
         return columns

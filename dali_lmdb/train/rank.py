@@ -12,6 +12,8 @@ import os
 import signal
 import sys
 
+from dali_lmdb.errors import one_line
+
 __all__ = ["show_progress"]
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -21,9 +23,16 @@ def show_progress(*, rank: int) -> None:
     """Print what the trainer logs, on rank 0 only."""
     logger = logging.getLogger("dali_lmdb")
     handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(_OneLine("%(message)s"))
     logger.addHandler(handler)
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+
+
+class _OneLine(logging.Formatter):
+    """Keeps a message on one line, whatever is in the names it cites."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return one_line(super().formatMessage(record))
 
 
 def _end_with_launcher() -> None:
