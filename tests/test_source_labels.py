@@ -100,6 +100,26 @@ def test_labels_that_do_not_fit_are_refused_naming_the_line_or_image(labels, mes
     assert str(path) in refused(message, flat, val_labels=path)
 
 
+@pytest.mark.parametrize(
+    ("line", "remedy"),
+    [
+        ("v_{}.jpg\tn0{}\t0\t32\t44\t62", "keep the first two of 6 columns: cut -f1,2 "),
+        ("v_{}.jpg n0{} 0 32 44 62", "keep the first two of 6 columns: cut -d' ' -f1,2 "),
+        ("v_{}.jpg,n0{}", "separate them by a blank or a tab"),
+        ("v_{}.jpg;n0{}", "separate them by a blank or a tab"),
+        ("n0{} v_{}.jpg", "expected a path and a label, or a label alone"),
+        ("v_{}.jpg", "expected a path and a label, or a label alone"),
+    ],
+    ids=["tabs", "blanks", "commas", "semicolons", "label first", "paths alone"],
+)
+def test_lines_of_other_columns_are_refused_saying_what_was_found(line, remedy, flat, tmp_path):
+    lines = [line.format(record, record) for record in range(4)]
+    path = write(tmp_path / "labels.txt", "\n".join(lines))
+    message = refused("label 1: ", flat, val_labels=path)
+    assert f"{lines[0]!r}, expected a path and a label" in message
+    assert remedy in message
+
+
 def test_missing_and_unreadable_labels_are_refused(flat, tmp_path):
     refused("nothing.txt: cannot be read", flat, val_labels=tmp_path / "nothing.txt")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")

@@ -19,6 +19,7 @@ __all__ = [
     "check_size",
     "identity_of_files",
     "image_files",
+    "lines_of",
     "list_folder",
 ]
 
@@ -105,6 +106,27 @@ def check_inside(path: str, *, root: str, follow_links: bool) -> None:
             f"{path}: a link that leads out of {root}, to {real}; remove it, or allow it with --follow-links "
             "(follow_links=True)"
         )
+
+
+def lines_of(path: Path, *, what: str) -> list[str]:
+    """The lines of a text file that are not blank, without their ends.
+
+    Args:
+        what: what is on them, for messages.
+
+    Raises:
+        SourceError: it cannot be read, is not UTF-8, or has no such line.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from error
+    lines = [line for line in text.split("\n") if line.strip()]
+    if not lines:
+        raise SourceError(f"{path}: no {what} in it; expected one on each line")
+    return lines
 
 
 class ImageFile:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from functools import cached_property, partial
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 from dali_lmdb.convert.sources.archive import Archive, Member
 from dali_lmdb.convert.sources.base import Item, Source, is_image_name, no_stamp
 from dali_lmdb.convert.sources.digest import NameDigest, digest_of_distinct
-from dali_lmdb.convert.sources.files import ImageFile, identity_of_files, image_files
+from dali_lmdb.convert.sources.files import ImageFile, identity_of_files, image_files, lines_of
 from dali_lmdb.convert.sources.names import (
     classes_of,
     integer,
@@ -161,15 +162,23 @@ def _without_top(images: list[Member]) -> list[str]:
 
 
 def _read_lines(path: Path) -> list[list[str]]:
-    """Of each line that is not blank: (path, label) or (label,)."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise SourceError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise SourceError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from error
-    # Paths may have blanks, labels do not.
-    lines = [line.strip().rsplit(None, 1) for line in text.split("\n") if line.strip()]
-    if not lines:
-        raise SourceError(f"{path}: no labels in it; expected one a line, or a path and a label")
+    """Of each line that is not blank: (path, label) or (label,).
+
+    Raises:
+        SourceError: as ``lines_of``; or a line is something else.
+    """
+    texts = [line.strip() for line in lines_of(path, what="labels")]
+    lines = [text.rsplit(None, 1) for text in texts]  # paths may have blanks, labels do not
+    for number, (text, line) in enumerate(zip(texts, lines, strict=True), start=1):
+        first = re.split("[,;]", line[0])[0]
+        if is_image_name(line[0]) if len(line) == 2 else not is_image_name(first):
+            continue
+        columns = text.split("\t") if "\t" in text else text.split()
+        remedy = "separate them by a blank or a tab"
+        if len(columns) > 2 and is_image_name(columns[0]):
+            option = "" if "\t" in text else "-d' ' "
+            remedy = f"keep the first two of {len(columns)} columns: cut {option}-f1,2 {path}"
+        raise SourceError(
+            f"{path}: label {number}: {text[:80]!r}, expected a path and a label, or a label alone; {remedy}"
+        )
     return lines
