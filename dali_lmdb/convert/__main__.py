@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, fields
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -18,6 +19,7 @@ from dali_lmdb.cli import Command, ProgressBar
 from dali_lmdb.convert import ConvertSettings, Progress, Summary, convert
 from dali_lmdb.convert.ranks import Ranks, torchrun_ranks
 from dali_lmdb.convert.sources import KINDS, open_source
+from dali_lmdb.convert.sources.files import lines_of
 from dali_lmdb.convert.sources.names import listed
 from dali_lmdb.errors import DaliLmdbError, one_line
 from dali_lmdb.store.layout import MAX_SHARDS
@@ -43,8 +45,13 @@ _DEFAULTS = {field.name: field.default for field in fields(ConvertSettings)}
 )
 @click.option("--follow-links", is_flag=True, help="Follow symbolic links that lead out of an image folder.")
 @click.option(
-    "--classes", metavar="NAME,NAME…", help="Keep only these classes, with SOURCE a store. Labels count anew."
+    "--classes",
+    multiple=True,
+    metavar="NAME,NAME…",
+    help="Keep only these classes, with SOURCE a store. Labels are renumbered. May be repeated: a NAME that has a "
+    "comma stands alone.",
 )
+@click.option("--classes-file", metavar="FILE", help="Keep only the classes in FILE, too: a name on each line.")
 @click.option(
     "--per-class",
     type=click.IntRange(min=1),
@@ -104,7 +111,8 @@ def main(
     kind: str | None,
     val_labels: str | None,
     follow_links: bool,
-    classes: str | None,
+    classes: tuple[str, ...],
+    classes_file: str | None,
     per_class: int | None,
     shards: int | None,
     restart: bool,
@@ -129,11 +137,12 @@ def main(
                 kind=kind,
                 val_labels=val_labels,
                 follow_links=follow_links,
-                classes=None if classes is None else classes.split(","),
+                classes=_class_names(classes, classes_file),
                 per_class=per_class,
             )
             if kind is None and images.kind == "imagenet-tar" and ranks.rank == 0:  # its classes are only names
-                click.echo(f"{source}: a tar for each class; classes: {listed(images.classes)}", err=True)
+                line = f"{source}: a tar for each class; classes: {listed(images.classes)}"
+                click.echo(one_line(line), err=True)
             summary = convert(
                 images,
                 store,
@@ -152,6 +161,13 @@ def main(
             raise KeyboardInterrupt("Stopped. Run the same command again to go on where it stopped.") from None
     if ranks.rank == 0:
         click.echo(json.dumps(asdict(summary)) if as_json else _sentence(summary))
+
+
+def _class_names(names: tuple[str, ...], file: str | None) -> list[str] | None:
+    """All that were given; None if none were."""
+    if file is None:
+        return list(names) or None
+    return [*names, *lines_of(Path(file), what="class names")]
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

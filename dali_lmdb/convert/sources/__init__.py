@@ -16,7 +16,7 @@ from dali_lmdb.convert.sources.look import kind_of, kind_of_several
 from dali_lmdb.convert.sources.manifest import ManifestSource
 from dali_lmdb.convert.sources.names import listed
 from dali_lmdb.convert.sources.patterns import matches_of
-from dali_lmdb.convert.sources.store import StoreSource
+from dali_lmdb.convert.sources.store import StoreSource, class_names
 from dali_lmdb.convert.sources.tar import ImageNetTarSource, TarSource
 from dali_lmdb.convert.sources.webdataset import WebDatasetSource
 from dali_lmdb.errors import SourceError
@@ -59,7 +59,8 @@ def open_source(
         kind: one of ``KINDS``; by default detected, and refused where it could be another.
         val_labels: the labels of a flat folder or tar of images, see ``FlatSource``.
         follow_links: follow symbolic links that lead out of a folder of images.
-        classes, per_class: which part of a store to take, see ``StoreSource``.
+        classes: names of the classes to take of a store, see ``store.class_names``.
+        per_class: records to take of each class of a store, see ``StoreSource``.
 
     Raises:
         ValueError: an unknown kind, or one that does not go with ``val_labels``, ``classes`` or ``per_class``.
@@ -140,4 +141,5 @@ def _open_lmdb(path: str, found: list[str], kind: str, part: dict[str, Any]) -> 
     if kind == "lmdb" and isinstance(store, ClassicStore):
         _no_part(part)
         return ClassicSource(found[0])
-    return StoreSource(store, **part)
+    classes = None if part["classes"] is None else class_names(part["classes"], store.classes)
+    return StoreSource(store, classes=classes, per_class=part["per_class"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from dali_lmdb.store import Store, open_store
 from dali_lmdb.store.checksum import crc32
 from dali_lmdb.store.classic import ClassicStore
 
-__all__ = ["StoreSource"]
+__all__ = ["StoreSource", "class_names"]
 
 _AT_A_TIME = 1 << 16  # records whose labels are looked at together
 
@@ -53,8 +53,8 @@ class StoreSource(Source):
         unknown = sorted(wanted - set(there))
         if unknown:
             raise SourceError(
-                f"{self._store.path}: no class {', '.join(map(repr, unknown[:5]))} in it; it has "
-                f"{len(there)}: {', '.join(there[:5])}, ..."
+                f"{self._store.path}: no class {', '.join(map(repr, unknown[:5]))} in it, it has {len(there)}: "
+                f"{', '.join(map(repr, there[:5]))}{', ...' if len(there) > 5 else ''}; choose some of these"
             )
         self._classes = [name for name in there if name in wanted]
         self._takes_all_classes = len(self._classes) == len(there)
@@ -110,6 +110,17 @@ class StoreSource(Source):
         except (StoreError, RecordError) as error:
             raise SourceError(str(error)) from error
         return data
+
+
+def class_names(given: Iterable[str], there: Iterable[str]) -> list[str]:
+    """Class names that were given one by one or with commas between.
+
+    Args:
+        given: what is one of ``there`` is that class, commas or not; all else is split at its commas.
+        there: the store's classes.
+    """
+    known = set(there)
+    return [name for text in given for name in ([text] if text in known else text.split(","))]
 
 
 def _copy(store: Store, index: int) -> bytes:
