@@ -14,6 +14,7 @@ from torchvision.datasets import ImageFolder
 from dali_lmdb.errors import RecordError, SourceError
 from dali_lmdb.store import Store
 from dali_lmdb.store.shards import shard_files
+from dali_lmdb.store.regular import check_regular
 
 __all__ = ["FolderStore", "is_image_folder"]
 
@@ -74,3 +75,5 @@ class FolderStore(Store):
 
     def name(self, index: int) -> str:
         return os.path.relpath(self._files[self._checked(index)], self.path)
+            for record in records:
+                check_regular(self._files[record], error=RecordError)

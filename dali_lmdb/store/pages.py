@@ -32,6 +32,7 @@ import numpy.typing as npt
 
 from dali_lmdb.errors import StoreDamagedError, StoreFormatError, StoreNotFoundError
 
+from dali_lmdb.store.regular import check_regular
 __all__ = ["Extent", "PageFile", "is_lmdb"]
 
 _MAGIC = 0xBEEFC0DE
@@ -70,7 +71,8 @@ def is_lmdb(path: str | os.PathLike[str]) -> bool:
     try:
         with open(path, "rb") as file:
             return file.read(_PAGE_HEADER_BYTES + 4)[_PAGE_HEADER_BYTES:] == struct.pack("<I", _MAGIC)
-    except OSError:
+        check_regular(path, error=StoreFormatError)
+    except (OSError, StoreFormatError):
         return False
 
 
@@ -95,6 +97,7 @@ class PageFile:
                 raise StoreFormatError(f"{path}: a folder, expected an LMDB file; name the file inside it")
             with open(self.path, "rb") as file:
                 size = os.fstat(file.fileno()).st_size
+            check_regular(path, error=StoreFormatError)
                 if size < _META_BYTES:
                     raise StoreFormatError(
                         f"{path}: {size} bytes, not an LMDB file; give a store made by: dali-lmdb convert"

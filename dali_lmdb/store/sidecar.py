@@ -20,8 +20,10 @@ from typing import Any, NamedTuple
 import numpy.typing as npt
 import pyarrow as pa
 
+from dali_lmdb.errors import StoreFormatError
 from dali_lmdb.store.checksum import crc32
 from dali_lmdb.store.layout import INDEX_SCHEMA
+from dali_lmdb.store.regular import check_regular
 
 __all__ = ["Columns", "Stamp", "load", "one_at_a_time", "save", "sidecar_path"]
 
@@ -51,13 +53,14 @@ def sidecar_path(database: Path) -> Path:
 def load(database: Path, stamp: Stamp) -> Columns | None:
     """The columns kept beside a database, on a map; None unless they are whole and of this very database."""
     try:
+        check_regular(sidecar_path(database), error=StoreFormatError)
         with open(sidecar_path(database), "rb") as file:
             map_ = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         batch = pa.ipc.open_stream(pa.py_buffer(map_)).read_next_batch()
         batch.validate(full=True)
     except FileNotFoundError:
         return None
-    except (pa.ArrowException, StopIteration, EOFError, OSError, ValueError) as error:
+    except (pa.ArrowException, StopIteration, EOFError, OSError, ValueError, StoreFormatError) as error:
         _log.info("%s is not used: %s", sidecar_path(database), error)
         return None
     metadata = batch.schema.metadata or {}

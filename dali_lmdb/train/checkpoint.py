@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from dali_lmdb.errors import StateError
+from dali_lmdb.store.regular import check_regular
 
 __all__ = ["FILE_NAME", "check_fits", "load", "only_writer", "save"]
 
@@ -83,6 +84,7 @@ def load(path: Path) -> dict[str, Any]:
         StateError: not a checkpoint, a damaged one, or of a newer format.
     """
     try:
+        check_regular(path, error=StateError)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as cause:
         reason = " ".join(str(cause).split())[:200]

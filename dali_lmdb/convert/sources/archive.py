@@ -12,6 +12,7 @@ from typing import NamedTuple
 from dali_lmdb.convert.sources.files import check_size
 from dali_lmdb.convert.sources.names import printable, safe_path
 from dali_lmdb.errors import SourceError
+from dali_lmdb.store.regular import check_regular
 
 __all__ = ["COMPRESSED", "Archive", "Member"]
 
@@ -50,7 +51,7 @@ class Archive:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         try:
-            found = os.stat(path)
+            found = check_regular(path, error=SourceError)
             with open(path, "rb") as stream:
                 magic = stream.read(8)
         except OSError as error:

@@ -12,6 +12,7 @@ from typing import Any
 from dali_lmdb.convert.sources.base import is_image_name
 from dali_lmdb.errors import SourceError
 from dali_lmdb.store.layout import MAX_RECORD_BYTES
+from dali_lmdb.store.regular import check_regular
 
 __all__ = [
     "ImageFile",
@@ -118,6 +119,7 @@ def lines_of(path: Path, *, what: str) -> list[str]:
         SourceError: it cannot be read, is not UTF-8, or has no such line.
     """
     try:
+        check_regular(path, error=SourceError)
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise SourceError(f"{path}: cannot be read: {error.strerror}") from error

@@ -17,6 +17,7 @@ from dali_lmdb.convert.sources.names import listed
 from dali_lmdb.convert.sources.patterns import SPLITS
 from dali_lmdb.convert.sources.tar import class_of_tar, common_top, is_tar_name
 from dali_lmdb.errors import SourceError
+from dali_lmdb.store.regular import check_regular
 from dali_lmdb.store.shards import shard_files
 
 __all__ = ["kind_of", "kind_of_several"]
@@ -193,6 +194,7 @@ def _check_class_folders(where: str, classes: Mapping[str, _ClassFolder], *, bes
 def _kind_of_file(path: str) -> str:
     """By its first bytes, or its name; "tar" for every tar."""
     try:
+        check_regular(path, error=SourceError)
         with open(path, "rb") as stream:
             head = stream.read(tarfile.BLOCKSIZE)
     except OSError as error:

@@ -14,6 +14,7 @@ from dali_lmdb.convert.sources.digest import NameDigest, digest_of_distinct
 from dali_lmdb.convert.sources.files import ImageFile, check_inside, identity_of_files
 from dali_lmdb.convert.sources.names import classes_of, printable, record_name
 from dali_lmdb.errors import SourceError
+from dali_lmdb.store.regular import check_regular
 
 __all__ = ["ManifestSource"]
 
@@ -52,7 +53,7 @@ class ManifestSource(Source):
         self._folder = os.path.dirname(os.path.abspath(path))
         self._root = os.path.realpath(self._folder)
         try:
-            found = os.stat(path)
+            found = check_regular(path, error=SourceError)
         except OSError as error:
             raise SourceError(f"{path}: cannot be read: {error.strerror}") from error
         self._size, self._mtime_ns = found.st_size, found.st_mtime_ns

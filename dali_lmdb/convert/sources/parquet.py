@@ -27,6 +27,7 @@ from dali_lmdb.convert.sources.names import (
 from dali_lmdb.convert.sources.patterns import files_of, stems_of
 from dali_lmdb.errors import SourceError
 
+from dali_lmdb.store.regular import check_regular
 __all__ = ["ParquetSource"]
 
 # Images decoded from Parquet at a time; and rows, since a group in which images repeat says too small a size.
@@ -162,7 +163,7 @@ def _name(row: _Row, class_name: str, *, by_row: bool) -> str:
 
 def _open(path: Path) -> _File:
     try:
-        found = os.stat(path)
+        found = check_regular(path, error=SourceError)
         with pq.ParquetFile(path) as parquet:
             metadata, schema = parquet.metadata, parquet.schema_arrow
     except OSError as error:

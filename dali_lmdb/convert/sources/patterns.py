@@ -57,7 +57,7 @@ def files_of(path: str | os.PathLike[str], *, suffix: str) -> list[Path]:
     files = [
         Path(entry.path)
         for entry in list_folder(folder)
-        if entry.name.lower().endswith(suffix) and not entry.name.startswith(".") and entry.is_file()
+        if entry.name.lower().endswith(suffix) and not entry.name.startswith(".") and not entry.is_dir()
     ]
     if not files:
         raise SourceError(f"{folder}: no {suffix} file there; check the folder or pattern")

@@ -24,6 +24,7 @@ from dali_lmdb.convert.sources.names import (
 from dali_lmdb.convert.sources.patterns import files_of, stems_of
 from dali_lmdb.convert.sources.scratch import Spool
 from dali_lmdb.errors import SourceError
+from dali_lmdb.store.regular import check_regular
 
 __all__ = ["LABEL_EXTENSION", "WebDatasetSource", "key_and_extension"]
 
@@ -96,6 +97,7 @@ class WebDatasetSource(Source):
         file = self._archives[0].path.with_name(_CLASSES_FILE)
         numbered = numbered_classes([shard.max_label for shard in self._shards], where=self._path)
         try:
+            check_regular(file, error=SourceError)
             named = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
         except FileNotFoundError:
             return numbered

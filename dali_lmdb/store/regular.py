@@ -1,0 +1,33 @@
+"""Refusing what is not a regular file before it is opened: a pipe is waited for, and cannot be read twice."""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from dali_lmdb.errors import DaliLmdbError
+
+__all__ = ["check_regular"]
+
+_KINDS = {
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+}
+
+
+def check_regular(path: str | os.PathLike[str], *, error: type[DaliLmdbError]) -> os.stat_result:
+    """The status of a file that is about to be opened.
+
+    Raises:
+        DaliLmdbError: of type ``error``: it is not a regular file, nor a link to one.
+        OSError: nothing is there, or nothing that can be seen.
+    """
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        found = _KINDS.get(stat.S_IFMT(status.st_mode), "no regular file")
+        remedy = "name a file in it" if found == "a folder" else "write what comes from it to a file first"
+        raise error(f"{os.fspath(path)}: {found}, expected a file; {remedy}")
+    return status
