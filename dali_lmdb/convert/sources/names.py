@@ -12,6 +12,8 @@ __all__ = [
     "integer",
     "listed",
     "numbered_classes",
+    "path_problem",
+    "plain_path",
     "printable",
     "record_name",
     "repeated_name",
@@ -31,15 +33,28 @@ def safe_path(name: str, *, where: object) -> str:
     Raises:
         SourceError: it is absolute, or has ``..`` or a NUL, so that it could name something outside.
     """
-    if name.startswith("/"):
-        reason = "an absolute name"
-    elif "\0" in name:
-        reason = "a name with a NUL"
-    elif ".." in name.split("/"):
-        reason = "a name that leaves its folder with '..'"
-    else:
-        return "/".join(part for part in name.split("/") if part not in ("", "."))
-    raise SourceError(f"{where}: {printable(name)!r}: {reason} is refused; name it relative to the top")
+    reason = path_problem(name)
+    if reason is not None:
+        raise SourceError(f"{where}: {printable(name)!r}: {reason} is refused; name it relative to the top")
+    return plain_path(name)
+
+
+def path_problem(name: str) -> str | None:
+    """Why a path could name something outside of its source, or None."""
+    return "an absolute name" if name.startswith("/") else _name_problem(name)
+
+
+def plain_path(name: str) -> str:
+    """A path without ``./`` and the like; "" for the top itself."""
+    return "/".join(part for part in name.split("/") if part not in ("", "."))
+
+
+def _name_problem(name: str) -> str | None:
+    if "\0" in name:
+        return "a name with a NUL"
+    if ".." in name.split("/"):
+        return "a name that leaves its folder with '..'"
+    return None
 
 
 def printable(name: str) -> str:
@@ -72,15 +87,25 @@ def classes_of(labels: Iterable[str], *, where: object) -> list[str]:
     return numbered_classes([number for number in numbers if number is not None], where=where)
 
 
-def check_classes(names: list[str], *, where: object) -> None:
-    """Refuse class names that could not be a folder's or that stand for two classes.
+def check_classes(names: list[str], *, where: object, are_folders: bool = False) -> None:
+    """Refuse class names that name nothing or stand for two classes.
+
+    Args:
+        are_folders: whether they are names of folders. A label need not be: ``/a/airfield`` is a class of
+            Places365, and ``.`` and ``/`` are classes of characters.
 
     Raises:
         SourceError: a name is empty, leaves its folder, or comes twice.
     """
     for name in names:
-        if not name or safe_path(name, where=where) != name:
-            raise SourceError(f"{where}: {printable(name)!r} as a class name, expected one that a folder can have")
+        reason = _name_problem(name)
+        if reason is not None:
+            raise SourceError(f"{where}: {printable(name)!r}: {reason} is refused; rename the class")
+        if not name or (are_folders and plain_path(name) != name):
+            expected = "one that a folder can have" if are_folders else "at least one character"
+            raise SourceError(
+                f"{where}: {printable(name)!r} as a class name, expected {expected}; rename the class"
+            )
     name_twice = repeated_name(names)
     if name_twice is not None:
         raise SourceError(f"{where}: two classes are named {printable(name_twice)!r}; give them different names")

@@ -21,13 +21,14 @@ from dali_lmdb.convert.sources.files import identity_of_files
 from dali_lmdb.convert.sources.names import (
     check_classes,
     numbered_classes,
+    path_problem,
+    plain_path,
     record_name,
-    safe_path,
 )
 from dali_lmdb.convert.sources.patterns import files_of, stems_of
 from dali_lmdb.errors import SourceError
-
 from dali_lmdb.store.regular import check_regular
+
 __all__ = ["ParquetSource"]
 
 # Images decoded from Parquet at a time; and rows, since a group in which images repeat says too small a size.
@@ -82,7 +83,7 @@ class ParquetSource(Source):
     The columns are those that the schema's Hugging Face metadata calls ``Image`` and ``ClassLabel``, whose
     names become the classes; without such metadata, ``image`` and ``label``, and the classes are ``"0"``,
     ``"1"`` ... A record's name is ``class/path`` of the image's ``path``, or ``class/file/row`` where it has
-    none, and for all records where paths repeat.
+    none, or one that is absolute or has ``..``, and for all records where paths repeat.
 
     Order: files by name, rows as they lie in the file. Images are read a few megabytes at a time, whatever
     the size of the row groups; what a file says of its row groups is in memory for one file at a time.
@@ -157,7 +158,8 @@ class ParquetSource(Source):
 
 
 def _name(row: _Row, class_name: str, *, by_row: bool) -> str:
-    path = "" if by_row or row.path is None else safe_path(row.path, where=f"{row.group.file.path}: row {row.row}")
+    """Of a record; what is no path inside a folder cannot be part of it."""
+    path = "" if by_row or row.path is None or path_problem(row.path) else plain_path(row.path)
     return record_name(class_name, path or f"{row.stem}/{row.row:08d}")
 
 
@@ -217,11 +219,15 @@ def _column_of(features: dict[str, dict[str, Any]], kind: str, usual: str, path:
 
 
 def _is_binary(kind: pa.DataType | None) -> bool:
-    return kind is not None and (pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+    return kind is not None and str(_value_type(kind)) in ("binary", "large_binary", "binary_view")
 
 
 def _is_text(kind: pa.DataType | None) -> bool:
-    return kind is not None and (pa.types.is_string(kind) or pa.types.is_large_string(kind))
+    return kind is not None and str(_value_type(kind)) in ("string", "large_string", "string_view")
+
+
+def _value_type(kind: pa.DataType) -> pa.DataType:
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
 def _metadata(file: _File) -> pq.FileMetaData:
@@ -262,7 +268,8 @@ def _labels_and_paths(group: _Group, first: int) -> Iterator[tuple[int, str | No
         labels = batch.column(columns.label).to_pylist()
         paths = [None] * len(labels)
         if columns.has_path:
-            paths = batch.column(columns.image).field("path").to_pylist()
+            raw = batch.column(columns.image).field("path").cast(pa.large_binary()).to_pylist()  # perhaps no UTF-8
+            paths = [None if path is None else path.decode(errors="backslashreplace") for path in raw]
         yield from zip(labels, paths, strict=True)
         first += len(labels)
 

@@ -55,7 +55,7 @@ class _ClassFolders(Source):
         found = sorted(self._find().items())
         if not found:
             raise SourceError(f"{self._path}: no class folders in it; expected CLASS/IMAGE members")
-        check_classes([class_name for class_name, _ in found], where=self._path)
+        check_classes([class_name for class_name, _ in found], where=self._path, are_folders=True)
         for class_name, folders in found:
             if not any(len(folder.images) for folder in folders):
                 raise SourceError(
