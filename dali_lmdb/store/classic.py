@@ -183,8 +183,9 @@ class ClassicStore(Store):
         length = self._pages.find(LENGTH_KEY)
         if length is None and self._pages.find(KEYS_KEY) is None:
             raise StoreFormatError(
-                f"{self.path}: an LMDB file without {LENGTH_KEY.decode()} and {KEYS_KEY.decode()}, not a classic "
-                "database; make a store with: dali-lmdb convert SOURCE STORE"
+                f"{self.path}: not a classic database, with {self._pages.describe()}; expected "
+                f"{LENGTH_KEY.decode()} or {KEYS_KEY.decode()}; if it is not a store either, unpack its images "
+                "into class folders and convert these"
             )
         if length is None:
             count = len(self._listed_keys())
@@ -296,8 +297,8 @@ class ClassicStore(Store):
         return columns
 
     def _make_index(self) -> sidecar.Columns:
-        with sidecar.one_at_a_time(self.file):
         path = one_line(str(self.path))
+        with sidecar.one_at_a_time(self.file):
             columns = self._kept()  # another process may have made it while this one waited
             if columns is None:
                 level = logging.WARNING if self._stamp.size > _WORTH_A_WARNING_BYTES else logging.INFO

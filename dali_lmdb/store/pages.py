@@ -24,6 +24,7 @@ import mmap
 import os
 import struct
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,8 +32,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dali_lmdb.errors import StoreDamagedError, StoreFormatError, StoreNotFoundError
-
 from dali_lmdb.store.regular import check_regular
+
 __all__ = ["Extent", "PageFile", "is_lmdb"]
 
 _MAGIC = 0xBEEFC0DE
@@ -47,6 +48,7 @@ _NODE = struct.Struct("<HHHH")
 _DB = struct.Struct("<IHHQQQQQ")  # pad, flags, depth, branch, leaf, overflow pages, entries, root
 _NO_PAGE = (1 << 64) - 1
 _LEAVES_MAPPED = 1024
+_KEYS_SHOWN = 3
 _MADV_DONTNEED = getattr(mmap, "MADV_DONTNEED", None)
 _MADV_RANDOM = getattr(mmap, "MADV_RANDOM", None)
 
@@ -69,9 +71,9 @@ class _Meta(NamedTuple):
 def is_lmdb(path: str | os.PathLike[str]) -> bool:
     """Whether a file begins as LMDB files do; False too if it cannot be read."""
     try:
+        check_regular(path, error=StoreFormatError)
         with open(path, "rb") as file:
             return file.read(_PAGE_HEADER_BYTES + 4)[_PAGE_HEADER_BYTES:] == struct.pack("<I", _MAGIC)
-        check_regular(path, error=StoreFormatError)
     except (OSError, StoreFormatError):
         return False
 
@@ -95,9 +97,9 @@ class PageFile:
         try:
             if self.path.is_dir():
                 raise StoreFormatError(f"{path}: a folder, expected an LMDB file; name the file inside it")
+            check_regular(path, error=StoreFormatError)
             with open(self.path, "rb") as file:
                 size = os.fstat(file.fileno()).st_size
-            check_regular(path, error=StoreFormatError)
                 if size < _META_BYTES:
                     raise StoreFormatError(
                         f"{path}: {size} bytes, not an LMDB file; give a store made by: dali-lmdb convert"
@@ -183,6 +185,19 @@ class PageFile:
         for _, base, pointers in self._leaves():
             for pointer in pointers:
                 yield self._key(base, pointer), self._value(base, pointer, look=False)
+
+    def describe(self) -> str:
+        """``3 keys: 'image-1', 'label-1', 'num-samples'``: what an LMDB file of an unknown layout holds.
+
+        Raises:
+            StoreDamagedError: a page is damaged.
+        """
+        keys = (self._key(base, pointer) for _, base, pointers in self._leaves() for pointer in pointers)
+        first = [ascii(key.decode("latin-1")) for key in islice(keys, _KEYS_SHOWN)]
+        if self.entries > len(first):
+            first.append("...")
+        count = f"{self.entries:,} key{'s' if self.entries != 1 else ''}"
+        return f"{count}: {', '.join(first)}" if first else count
 
     def leaf_of(self, key: bytes) -> Extent:
         """The leaf page in which a key is or would be; (0, 0) in an empty file."""

@@ -40,8 +40,9 @@ class FileStore(Store):
         meta = pages.find(layout.META_KEY)
         if meta is None or pages.find(layout.index_key(0)) is None:
             raise StoreFormatError(
-                f"{path}: an LMDB file, but not a finished store of dali_lmdb; "
-                "make one with: dali-lmdb convert SOURCE STORE"
+                f"{path}: an unfinished store, or an LMDB file of another layout, with {pages.describe()}; "
+                f"expected {layout.META_KEY.decode()} as in a store, or __len__ or __keys__ as in a classic "
+                "database; finish its conversion, or unpack its images into class folders and convert these"
             )
         self.meta = layout.Meta.from_bytes(bytes(pages.view(meta)), path=path)
         self._index = Index(pages, self.meta)
