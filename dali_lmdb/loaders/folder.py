@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from dali_lmdb.errors import RecordError, SourceError
 from dali_lmdb.store import Store
-from dali_lmdb.store.shards import shard_files
 from dali_lmdb.store.regular import check_regular
+from dali_lmdb.store.shards import shard_files
 
 __all__ = ["FolderStore", "is_image_folder"]
 
@@ -25,10 +26,24 @@ def is_image_folder(path: str | os.PathLike[str]) -> bool:
     return folder.is_dir() and not (folder / "data.mdb").is_file() and not shard_files(folder)
 
 
+class _ClassFolders(ImageFolder):
+    """An ``ImageFolder`` that does not ask for images in hidden folders; these are classes if they have some."""
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        found = super().find_classes(directory)[0]
+        classes = [name for name in found if not name.startswith(".") or _has_images(Path(directory) / name)]
+        return classes, {name: label for label, name in enumerate(classes)}
+
+
+def _has_images(folder: Path) -> bool:
+    return any(name.lower().endswith(IMG_EXTENSIONS) for _, _, names in os.walk(folder) for name in names)
+
+
 class FolderStore(Store):
     """The records of a folder with one folder for each class, found by torchvision's ``ImageFolder``.
 
-    Only labels and names are known; there is no index with sizes or checksums.
+    A hidden folder (``.git``) is a class only if it has images, as when converting. Only labels and names are
+    known; there is no index with sizes or checksums.
 
     Raises:
         SourceError: no such folder, no class folders in it, or a class without images.
@@ -37,7 +52,7 @@ class FolderStore(Store):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         try:
-            folder = ImageFolder(str(path))
+            folder = _ClassFolders(str(path))
         except (OSError, RuntimeError) as error:
             raise SourceError(
                 f"{path}: cannot be read as an image folder: {error}; expected CLASS/IMAGE files"
@@ -69,11 +84,11 @@ class FolderStore(Store):
 
     def arrays(self, records: npt.NDArray[np.int64]) -> list[npt.NDArray[np.uint8]]:
         try:
+            for record in records:
+                check_regular(self._files[record], error=RecordError)
             return [np.fromfile(self._files[record], dtype=np.uint8) for record in records]
         except OSError as error:
             raise RecordError(f"{error.filename}: cannot be read: {error.strerror}") from error
 
     def name(self, index: int) -> str:
         return os.path.relpath(self._files[self._checked(index)], self.path)
-            for record in records:
-                check_regular(self._files[record], error=RecordError)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dali_lmdb.convert.sources.base import IMAGE_EXTENSIONS, Item, Source
+from dali_lmdb.convert.sources.base import IMAGE_EXTENSIONS, Item, Source, is_image_name
 from dali_lmdb.convert.sources.files import (
     ImageFile,
     check_inside,
@@ -23,8 +23,13 @@ from dali_lmdb.errors import SourceError
 __all__ = ["FolderSource"]
 
 
+_LEVELS_BELOW, _FOLDERS_BELOW = 3, 100  # searched for the data set where there are no images
+
+
 class FolderSource(Source):
     """Classes are the folder's sub-folders, sorted; images lie in them at any depth.
+
+    A hidden folder (``.git``) is a class only if it has images.
 
     Order: classes, then the images of each as ``files.image_files`` gives them, which is ``ImageFolder``'s
     order. One class's file names are held in memory at a time.
@@ -50,14 +55,16 @@ class FolderSource(Source):
         self._folders: list[str] = []
         beside: list[str] = []
         for entry in list_folder(str(path)):
-            if entry.is_dir():
+            if entry.is_dir() and entry.name.startswith(".") and not _has_images(entry.path):
+                beside.append(entry.name + "/")
+            elif entry.is_dir():
                 check_inside(entry.path, root=self._root, follow_links=follow_links)
                 self._folders.append(entry.name)
             else:
                 beside.append(entry.name)
         self._beside = _packed(beside)
         if not self._folders:
-            raise SourceError(f"{path}: no class folders in it; expected CLASS/IMAGE files")
+            raise SourceError(f"{path}: no class folders in it; {_advice(path, 'expected CLASS/IMAGE files')}")
         self._check_distinct(self._folders)
 
     @property
@@ -88,7 +95,7 @@ class FolderSource(Source):
             for name in _unpacked(listed.spool.whole(number)):
                 yield printable(name), "its name does not end as an image's"
         for name in _unpacked(self._beside):
-            yield printable(name), "in no class folder"
+            yield printable(name), "a hidden folder without images" if name.endswith("/") else "in no class folder"
 
     def identity(self) -> dict[str, Any]:
         return {
@@ -124,7 +131,7 @@ class FolderSource(Source):
         if not names:
             raise SourceError(
                 f"{top}: no image in this class folder (expected files ending in "
-                f"{' '.join(IMAGE_EXTENSIONS)}); remove the folder or add images"
+                f"{' '.join(IMAGE_EXTENSIONS)}); {_advice(self.path, 'remove the folder or add images')}"
             )
         if others is not None:
             others.extend(file[prefix:] for file in found)
@@ -162,6 +169,34 @@ class _Listing(NamedTuple):
     """Where in it those of each class are."""
     others: list[int]
     """Where those of the files are that are no images by their name, of each class with some."""
+
+
+def _advice(top: str | os.PathLike[str], otherwise: str) -> str:
+    """Which folder below looks like the data set; if none does, ``otherwise``."""
+    level = [str(top)]
+    for _ in range(_LEVELS_BELOW):
+        level = [inside.path for folder in level for inside in _folders_in(folder)][:_FOLDERS_BELOW]
+        for folder in level:
+            suffixes = {os.path.splitext(entry.name)[1] for entry in list_folder(folder) if entry.is_file()}
+            packed = sorted(suffixes & {".parquet", ".tar", ".lmdb"})
+            if packed:
+                return f"{folder} has {packed[0]} files, give that"
+            num_classes = sum(
+                any(is_image_name(entry.name) for entry in list_folder(inside.path))
+                for inside in _folders_in(folder)
+            )
+            if num_classes > 1:
+                return f"{folder} has {num_classes} folders of images, give that if they are the classes"
+    return otherwise
+
+
+def _has_images(folder: str) -> bool:
+    """Whether there are images at any depth, links left aside."""
+    return any(is_image_name(name) for _, _, names in os.walk(folder) for name in names)
+
+
+def _folders_in(folder: str) -> list[os.DirEntry[str]]:
+    return [entry for entry in list_folder(folder) if entry.is_dir() and not entry.name.startswith(".")]
 
 
 def _packed(names: list[str]) -> bytes:

@@ -118,7 +118,8 @@ class TarSource(_ClassFolders):
         for member in archive.members(is_image_name):
             folder, _, name = member.path.rpartition("/")
             if member.is_folder:
-                _ = tables[member.path]  # makes one, so that an empty class is noticed
+                if "/." not in f"/{member.path}":  # a hidden folder is a class only if it has images
+                    _ = tables[member.path]  # makes one, so that an empty class is noticed
             else:
                 tables[folder].add(name, member.offset, member.size)
         self._loose = tables.pop("", MemberTable(spool))
