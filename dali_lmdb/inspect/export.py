@@ -166,7 +166,7 @@ def _check_target(target: Path) -> None:
     except OSError as error:
         raise ConversionError(f"{target}: cannot be read: {error.strerror}; choose another") from error
     if not empty:
-        raise ConversionError(f"{target}: exists and is not empty; choose another name or remove it")
+        raise ConversionError(f"{target}: exists and is not empty; choose another name")
 
 
 def _sync_file_system(folder: Path) -> None:
@@ -190,7 +190,11 @@ class _FolderWriter:
 
     def run(self, progress: _Show | None) -> None:
         """Make all folders, then write all files in threads."""
-        self.paths = record_paths(self.store, fold_case=not tells_case_apart(self.folder))
+        self.paths = record_paths(
+            self.store,
+            fold_case=not tells_case_apart(self.folder),
+            max_name_bytes=os.pathconf(self.folder, "PC_NAME_MAX"),
+        )
         folders = set(self.store.classes)  # those without records too, so that labels stay what they are
         for chunk in self.paths.chunks:
             folders |= {path.rpartition("/")[0] for path in chunk.to_pylist()}
@@ -306,7 +310,9 @@ def _check_labels(store: Store) -> None:
 def _check_class_lines(store: Store) -> None:
     for name in store.classes:
         if name.splitlines() != [name] or not name.isprintable():
-            raise ConversionError(f"{store.path}: class {name!r} cannot be a line of {_CLASSES_FILE}")
+            raise ConversionError(
+                f"{store.path}: class {name!r} cannot be a line of {_CLASSES_FILE}; export it without --tar"
+            )
 
 
 def _extension(name: str, kind: int) -> str:

@@ -16,14 +16,16 @@ from dali_lmdb.store import Store
 __all__ = ["record_paths", "tells_case_apart"]
 
 _USE_TAR = "export it with --tar, which does without names"
+_SHOWN = 80  # characters of a name in a message
 _AT_ONCE = 1 << 16  # names that are Python strings at a time
 
 
-def record_paths(store: Store, *, fold_case: bool) -> pa.ChunkedArray:
+def record_paths(store: Store, *, fold_case: bool, max_name_bytes: int = 255) -> pa.ChunkedArray:
     """Where each record goes inside a folder: its name, below its class's folder if the name does not begin so.
 
     Args:
         fold_case: whether names that differ in case only are the same file.
+        max_name_bytes: the longest name of a file or folder that the file system takes; most take 255.
 
     Returns:
         Strings, as many as records; all of them relative, without ``..``, and different.
@@ -34,17 +36,22 @@ def record_paths(store: Store, *, fold_case: bool) -> pa.ChunkedArray:
     """
     classes = store.classes
     for name in classes:
-        if "/" in name or _path_problem(name):
-            raise ConversionError(f"{store.path}: class {name!r} cannot be a folder's name; {_USE_TAR}")
+        problem = "has a slash" if "/" in name else _path_problem(name, max_name_bytes)
+        if problem:
+            raise ConversionError(
+                f"{store.path}: class {_shortened(name)} cannot be a folder's name: it {problem}; {_USE_TAR}"
+            )
     names, chunks = names_of(store), []
     for start in range(0, len(store), _AT_ONCE):
         run = range(start, min(start + _AT_ONCE, len(store)))
         paths = []
         labels = store.gather("label", np.arange(run.start, run.stop)).tolist()
         for record, label, name in zip(run, labels, names[run.start : run.stop].to_pylist(), strict=True):
-            problem = _path_problem(name)
+            problem = _path_problem(name, max_name_bytes)
             if problem:
-                raise RecordError(f"{store.path}: record {record}: its name {name!r} {problem}; {_USE_TAR}")
+                raise RecordError(
+                    f"{store.path}: record {record}: its name {_shortened(name)} {problem}; {_USE_TAR}"
+                )
             paths.append(name if name.startswith(classes[label] + "/") else f"{classes[label]}/{name}")
         chunks.append(pa.array(paths, pa.large_string()))
     paths = pa.chunked_array(chunks, pa.large_string())
@@ -52,7 +59,11 @@ def record_paths(store: Store, *, fold_case: bool) -> pa.ChunkedArray:
     return paths
 
 
-def _path_problem(name: str) -> str | None:
+def _shortened(name: str) -> str:
+    return repr(name if len(name) <= _SHOWN else name[:_SHOWN] + "...")
+
+
+def _path_problem(name: str, max_name_bytes: int) -> str | None:
     """Why a name cannot be a path inside a folder, or None."""
     if name.startswith("/"):
         return "is absolute"
@@ -63,9 +74,11 @@ def _path_problem(name: str) -> str | None:
     if "" in name.split("/") or "." in name.split("/"):
         return "is not a plain path"
     try:
-        os.fsencode(name)
+        longest = max(map(len, os.fsencode(name).split(b"/")))
     except UnicodeEncodeError:
         return "is not Unicode text"
+    if longest > max_name_bytes:
+        return f"needs {longest} bytes, a file's name has at most {max_name_bytes} there"
     return None
 
 
