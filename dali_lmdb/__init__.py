@@ -6,6 +6,7 @@ The names below are imported when first used, so that ``import dali_lmdb`` needs
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from dali_lmdb.errors import DaliLmdbError, RecordError, SourceError, StateError, StoreError
@@ -42,6 +43,21 @@ __all__ = [
     "TrainTransform",
     "open_store",
 ]
+
+
+def _open_standard_descriptors() -> None:
+    """Open /dev/null for each of descriptors 0 to 2 that is closed, as daemons leave them.
+
+    Otherwise a data file would take the number, and what C libraries print there would land in it.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # closed: the next open takes its number, the lowest free one
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+
+
+_open_standard_descriptors()  # before anything is imported that could open files
 
 
 def __getattr__(name: str) -> Any:

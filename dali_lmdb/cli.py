@@ -1,20 +1,26 @@
-"""The command ``dali-lmdb``, and what all commands share: our errors and Ctrl-C become a line and an exit code."""
+"""The command ``dali-lmdb``, and what all commands share.
+
+Our errors, Ctrl-C and an output that cannot be written become one line and an exit code. Standard streams may be
+closed, as daemons start commands: that is the same as /dev/null.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
 import click
 from tqdm import tqdm
 
 from dali_lmdb.errors import DaliLmdbError, one_line
 
-__all__ = ["Command", "ProgressBar", "main"]
+__all__ = ["Command", "ProgressBar", "main", "print_progress", "print_result"]
 
 _COMMANDS = {
     "compare": "dali_lmdb.compare.__main__:main",
@@ -38,7 +44,21 @@ def _stopping() -> Iterator[None]:
         sys.exit(_INTERRUPTED)
 
 
-class Command(click.Command):
+class _StandardStreams(click.Command):
+    """A command that runs with any standard streams, and says in one line that it cannot write to stdout."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+            if getattr(sys, name) is None:  # its descriptor was closed when Python started
+                setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+        return super().main(*args, **kwargs)
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        with _stdout_errors():  # prints --help and --version
+            return super().make_context(*args, **kwargs)
+
+
+class Command(_StandardStreams):
     """A command whose ``DaliLmdbError`` and ``ValueError`` become ``Error: ...`` and exit code 1.
 
     ``ValueError`` is what the library raises for arguments that do not fit together or do not fit the data.
@@ -51,8 +71,46 @@ class Command(click.Command):
                 return super().invoke(ctx)
             except (DaliLmdbError, ValueError) as error:
                 raise click.ClickException(one_line(str(error))) from error
-            except BrokenPipeError:  # the reader of our output went away, as `head` does
+            except BrokenPipeError:  # the reader of our progress went away
                 sys.exit(1)
+
+
+def print_result(text: str, *, done: str | None = None) -> None:
+    """Print a command's result to stdout.
+
+    Args:
+        done: what has been made all the same, for the message if ``text`` cannot be written.
+    """
+    with _stdout_errors("" if done is None else f"; {done} is complete"):
+        click.echo(text)
+
+
+def print_progress(text: str) -> None:
+    """Print a line to stderr; work goes on if it cannot be written, unless its reader went away."""
+    try:
+        click.echo(text, err=True)
+    except BrokenPipeError:
+        raise
+    except OSError:
+        _discard_output(sys.stderr)
+
+
+@contextmanager
+def _stdout_errors(note: str = "") -> Iterator[None]:
+    """Turn an error in writing to stdout into one line; without a word if its reader went away, as `head` does."""
+    try:
+        yield
+    except OSError as error:
+        _discard_output(sys.stdout)
+        if isinstance(error, BrokenPipeError):
+            sys.exit(1)
+        raise click.ClickException(f"standard output: cannot be written: {error.strerror}{note}") from error
+
+
+def _discard_output(stream: TextIO) -> None:
+    """Send what a stream could not write, and what follows, to /dev/null: Python would try again at its end."""
+    with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
 
 
 class ProgressBar:
@@ -66,7 +124,7 @@ class ProgressBar:
     def __init__(self, *, quiet: bool = False, unit: str = "images") -> None:
         self._bar: tqdm[Any] | None = None
         self._phase = ""
-        self._terminal = sys.stderr.isatty()
+        self._terminal = sys.stderr is not None and sys.stderr.isatty()
         self._quiet = quiet and not self._terminal
         self._unit = unit
         self._begin = self._last = time.monotonic()
@@ -98,7 +156,7 @@ class ProgressBar:
             return
         self._last = now
         rate = num_bytes / 1e6 / (now - self._begin)
-        click.echo(f"{phase}: {done:,} of {total:,} {self._unit}, {rate:,.0f} MB/s", err=True)
+        print_progress(f"{phase}: {done:,} of {total:,} {self._unit}, {rate:,.0f} MB/s")
 
     def close(self) -> None:
         """Leave the bar as it is."""
@@ -113,7 +171,7 @@ class ProgressBar:
         self.close()
 
 
-class _Commands(click.Group):
+class _Commands(_StandardStreams, click.Group):
     """Imports a command when it is asked for: converting needs no torch, training no converter."""
 
     def invoke(self, ctx: click.Context) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from dali_lmdb.cli import Command
+from dali_lmdb.cli import Command, print_progress, print_result
 from dali_lmdb.compare.cold import COLD_WAYS, ColdComparison, ColdRound, compare_cold
 from dali_lmdb.compare.handover import Handover, HandoverRound, measure_handover
 from dali_lmdb.compare.part import ReadingSettings
@@ -75,15 +75,15 @@ def main(store: str, *, task: str, as_json: bool, **options: Any) -> None:
     given = _given(task, options)
     if task == "cold":
         cold = compare_cold(store, settings=ReadingSettings(**given), progress=_report_cold)
-        click.echo(json.dumps(cold.to_dict()) if as_json else _cold_table(cold))
+        print_result(json.dumps(cold.to_dict()) if as_json else _cold_table(cold))
     elif task == "handover":
         handover = measure_handover(store, settings=ReadingSettings(**given), progress=_report_handover)
-        click.echo(json.dumps(handover.to_dict()) if as_json else _handover_table(handover))
+        print_result(json.dumps(handover.to_dict()) if as_json else _handover_table(handover))
     else:
         images = given.pop("images", None)
         settings = CompareSettings(task=task, **given)  # type: ignore[arg-type]
         found = compare_throughput(store, images=images, settings=settings, progress=_report)
-        click.echo(json.dumps(found.to_dict()) if as_json else _table(found))
+        print_result(json.dumps(found.to_dict()) if as_json else _table(found))
 
 
 def _given(task: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def _given(task: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _progress(number: int, what: str) -> None:
-    click.echo(f"{f'round {number}' if number else 'warm-up'}: {what}", err=True)
+    print_progress(f"{f'round {number}' if number else 'warm-up'}: {what}")
 
 
 def _report(done: Round) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from dali_lmdb.cli import Command, ProgressBar
+from dali_lmdb.cli import Command, ProgressBar, print_result
 from dali_lmdb.convert import ConvertSettings, Progress, Summary, convert
 from dali_lmdb.convert.ranks import Ranks, torchrun_ranks
 from dali_lmdb.convert.sources import KINDS, open_source
@@ -160,7 +160,7 @@ def main(
         except KeyboardInterrupt:
             raise KeyboardInterrupt("Stopped. Run the same command again to go on where it stopped.") from None
     if ranks.rank == 0:
-        click.echo(json.dumps(asdict(summary)) if as_json else _sentence(summary))
+        print_result(json.dumps(asdict(summary)) if as_json else _sentence(summary), done=summary.store)
 
 
 def _class_names(names: tuple[str, ...], file: str | None) -> list[str] | None:

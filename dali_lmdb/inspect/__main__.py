@@ -11,7 +11,7 @@ from types import FrameType
 
 import click
 
-from dali_lmdb.cli import Command, ProgressBar
+from dali_lmdb.cli import Command, ProgressBar, print_result
 from dali_lmdb.errors import one_line
 from dali_lmdb.inspect import Progress, Spread, StoreInfo, Verification, export, info, verify
 from dali_lmdb.inspect.export import SHARD_SIZE_BYTES
@@ -30,7 +30,7 @@ def info_command(store: str, *, as_json: bool) -> None:
     Only the index is read, so the answer comes at once.
     """
     found = info(store)
-    click.echo(json.dumps(asdict(found)) if as_json else _table(found))
+    print_result(json.dumps(asdict(found)) if as_json else _table(found))
 
 
 @click.command("verify", cls=Command, context_settings=_HELP)
@@ -46,13 +46,10 @@ def verify_command(store: str, *, decode: bool, threads: int | None, as_json: bo
     with ProgressBar(quiet=as_json, unit="records") as bar:
         found = verify(store, decode=decode, num_threads=threads, progress=_shown_by(bar))
     if as_json:
-        click.echo(json.dumps({"clean": found.clean, **asdict(found)}))
+        print_result(json.dumps({"clean": found.clean, **asdict(found)}))
     else:
-        for line in found.damage:
-            click.echo(line)
-        for note in found.notes:
-            click.echo(f"note: {note}")
-        click.echo(one_line(_verdict(found)))
+        notes = [f"note: {note}" for note in found.notes]
+        print_result("\n".join([*found.damage, *notes, one_line(_verdict(found))]))
     sys.exit(0 if found.clean else 1)
 
 
@@ -96,7 +93,8 @@ def export_command(
             sentence = "Stopped. Nothing was left behind; run the same command again to start over."
             raise KeyboardInterrupt(sentence) from None
     into = f"{done.tars:,} tars" if tar else f"{done.classes:,} class folders"
-    click.echo(one_line(f"{done.folder}: {done.records:,} records, {done.num_bytes:,} bytes, in {into}"))
+    done_line = one_line(f"{done.folder}: {done.records:,} records, {done.num_bytes:,} bytes, in {into}")
+    print_result(done_line, done=done.folder)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
