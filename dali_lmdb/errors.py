@@ -10,7 +10,7 @@
     ├── RecordError              one record cannot be read or decoded
     ├── SourceError              images to convert or to read are missing or unusable
     ├── ConversionError          a store cannot be written
-    ├── StateError               a saved state belongs to other data or settings
+    ├── StateError               a saved state belongs to other data or settings, or cannot be written
     └── DeviceError              the device that was asked for is not there
 
 Wrong arguments raise ``ValueError``; our own bugs raise ``AssertionError``. The commands
@@ -92,7 +92,7 @@ class ConversionError(DaliLmdbError):
 
 
 class StateError(DaliLmdbError):
-    """A saved state belongs to other data or other settings."""
+    """A saved state belongs to other data or other settings; or it, or a run's log, cannot be written."""
 
 
 class DeviceError(DaliLmdbError):

@@ -9,6 +9,7 @@ Files, for a target ``NAME.lmdb`` (all beside it, so that publishing is one rena
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
 from collections import deque
@@ -380,6 +381,8 @@ def _write_report(rows: Iterator[tuple[str, str]], path: Path) -> None:
             for row in chain([("name", "reason"), first], rows):
                 file.write("\t".join(map(one_line, row)) + "\n")
     except OSError as error:
+        with contextlib.suppress(OSError):
+            path.unlink()  # half a list would look like a whole one
         raise ConversionError(
             f"{path}: cannot be written: {error.strerror}; mend it, then run the same command again to go on"
         ) from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import io
 import logging
 import os
 from collections.abc import Iterable, Mapping
@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 
 from dali_lmdb.errors import RecordError, one_line
+from dali_lmdb.loaders.lines import write_line
 from dali_lmdb.plan.batches import BatchPlan
 from dali_lmdb.store import Store
 
@@ -92,8 +93,8 @@ class BadRecords:
     def _list(self, bad: BadRecord, quarantine: Path) -> None:
         line = {"store": str(self._store.path), **asdict(bad)}
         try:
-            with quarantine.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            with io.FileIO(quarantine, "a") as file:
+                write_line(file, line)
         except OSError as error:  # no reason to stop a training run
             where = one_line(str(quarantine))
             _log.warning("%s: cannot be written: %s; not listed: %s", where, error.strerror, line)

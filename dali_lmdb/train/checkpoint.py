@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import os
 import pickle
 from collections.abc import Iterator, Sequence
@@ -29,10 +30,13 @@ def only_writer(folder: Path) -> Iterator[None]:
     """Hold a folder, which is made, against other runs; nothing is left behind, however this process ends.
 
     Raises:
-        StateError: another run holds it.
+        StateError: another run holds it, or it cannot be made.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise StateError(f"{folder}: cannot be made: {error.strerror}; choose another --output") from error
     _locked.add(descriptor)
     try:
         try:
@@ -62,31 +66,50 @@ os.register_at_fork(after_in_child=_let_go)
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
-    """Write ``content`` to ``path``; a crash at any instant leaves the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write ``content`` to ``path``; a crash at any instant leaves the old file or the new one.
+
+    Raises:
+        StateError: it cannot be written; the old file is still there.
+    """
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        torch.save({"format": FORMAT_VERSION, **content}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    folder = os.open(path.parent, os.O_RDONLY)
+    buffer = io.BytesIO()  # torch.save to a file would hide why that cannot be written
+    torch.save({"format": FORMAT_VERSION, **content}, buffer)
     try:
-        os.fsync(folder)  # the rename itself must survive a power cut
-    finally:
-        os.close(folder)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(partial, "wb") as file:
+                file.write(buffer.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the rename itself must survive a power cut
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise StateError(
+            f"{path}: cannot be written: {error.strerror}; fix that, then go on from the last one with --resume"
+        ) from error
 
 
 def load(path: Path) -> dict[str, Any]:
     """Read what :func:`save` wrote, onto the CPU. Nothing in the file is executed.
 
     Raises:
-        StateError: not a checkpoint, a damaged one, or of a newer format.
+        StateError: not a checkpoint, a damaged one, or of a newer format; or it cannot be read.
     """
     try:
         check_regular(path, error=StateError)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as cause:
+    except OSError as error:
+        raise StateError(
+            f"{path}: cannot be read: {error.strerror or error}; fix that or choose another --output"
+        ) from error
+    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as cause:
         reason = " ".join(str(cause).split())[:200]
         raise StateError(f"{path}: not a readable checkpoint: {reason}; remove it to start over") from cause
     if not isinstance(content, dict) or "format" not in content:

@@ -6,6 +6,7 @@ same elastic launcher that torchrun is made of, so a rank cannot tell the differ
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -150,20 +151,19 @@ def run_rank(function: Callable[[], object], *, show_errors: bool) -> None:
     except KeyboardInterrupt:
         _end_process(128 + signal.SIGINT)
     except DaliLmdbError as error:
-        if show_errors:
-            print(f"Error: {error}", file=sys.stderr)
-        _end_process(1)
+        _end_process(1, f"Error: {error}\n" if show_errors else "")
     except Exception:
-        if show_errors:
-            traceback.print_exc()
-        _end_process(1)
+        _end_process(1, traceback.format_exc() if show_errors else "")
 
 
-def _end_process(code: int) -> NoReturn:
+def _end_process(code: int, message: str = "") -> NoReturn:
     # A normal exit would first wait for decoder threads, worker processes and NCCL, which may be waiting
-    # for the ranks that wait for this one.
-    sys.stdout.flush()
-    sys.stderr.flush()
+    # for the ranks that wait for this one. So would they if an error in printing kept this one from its end.
+    with contextlib.suppress(Exception):
+        sys.stderr.write(message)
+        sys.stderr.flush()
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
     os._exit(code)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import io
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -12,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from dali_lmdb.errors import StateError
+from dali_lmdb.loaders.lines import write_line
 
 __all__ = ["EvaluationSums", "JsonLog", "StepMeter"]
 
@@ -126,21 +130,39 @@ class JsonLog:
     Args:
         path: the file, or None to write nothing.
         append: keep the lines that are there.
+
+    Raises:
+        StateError: it cannot be written; the lines before are whole.
     """
 
     def __init__(self, path: str | Path | None, *, append: bool) -> None:
-        # Line buffered: a run that is killed has logged all that it did.
-        self._file = None if path is None else open(path, "a" if append else "w", buffering=1)  # noqa: SIM115
+        self._path = path
+        self._file: io.FileIO | None = None
+        if path is not None:
+            with self._errors():
+                # Unbuffered: a run that is killed has logged all that it did.
+                self._file = io.FileIO(path, "a" if append else "w")
 
     def write(self, **values: float) -> None:
         """Add one object."""
         if self._file is not None:
-            self._file.write(json.dumps(values, allow_nan=False) + "\n")
+            with self._errors():
+                write_line(self._file, values)
 
     def close(self) -> None:
         """Close the file."""
         if self._file is not None:
-            self._file.close()
+            with self._errors():  # network file systems may say only now that they are full
+                self._file.close()
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StateError(
+                f"{self._path}: cannot be written: {error.strerror}; fix that or choose another --log-json"
+            ) from error
 
     def __enter__(self) -> JsonLog:
         return self

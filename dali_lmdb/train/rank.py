@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import logging
 import os
 import signal
 import sys
+from typing import TextIO
 
 from dali_lmdb.errors import one_line
 
@@ -22,7 +24,7 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 def show_progress(*, rank: int) -> None:
     """Print what the trainer logs, on rank 0 only."""
     logger = logging.getLogger("dali_lmdb")
-    handler = logging.StreamHandler(sys.stdout)
+    handler = _Printer(sys.stdout)
     handler.setFormatter(_OneLine("%(message)s"))
     logger.addHandler(handler)
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
@@ -33,6 +35,21 @@ class _OneLine(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         return one_line(super().formatMessage(record))
+
+
+class _Printer(logging.StreamHandler[TextIO]):
+    """Prints to stdout while that can be written; it is no reason to stop a training run when it cannot."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        logging.getLogger("dali_lmdb").removeHandler(self)
+        with contextlib.suppress(OSError):
+            # Python would try again at its end, and exit with code 120.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            print(f"standard output: cannot be written: {error.strerror}; training goes on", file=sys.stderr)
 
 
 def _end_with_launcher() -> None:

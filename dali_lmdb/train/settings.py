@@ -198,7 +198,7 @@ def _check_batch(num_records: int, *, settings: TrainSettings, world_size: int) 
 
 def _check_checkpoint(settings: TrainSettings, *, classes: Sequence[str]) -> None:
     path = settings.checkpoint_path
-    if path is None or not path.exists():
+    if path is None or not os.path.exists(path):  # Path.exists raises where the name is too long
         return
     if not settings.resume:
         raise ValueError(f"{path} exists; go on from it with --resume, or choose another --output")
@@ -209,11 +209,11 @@ def _check_files(settings: TrainSettings) -> None:
     """Make the output folder and make sure that the log can be written; leave nothing else behind."""
     if settings.log_json is not None:
         log = Path(settings.log_json)
-        if log.is_dir():
+        if os.path.isdir(log):
             raise ValueError(f"--log-json {log}: a folder, expected a file")
         if not log.absolute().parent.is_dir():
             raise ValueError(f"--log-json {log}: no folder {log.absolute().parent}; make it first")
-        if not os.access(log if log.exists() else log.absolute().parent, os.W_OK):
+        if not os.access(log if os.path.exists(log) else log.absolute().parent, os.W_OK):
             raise ValueError(f"--log-json {log}: not writable; choose another file")
     if settings.output is not None:
         try:

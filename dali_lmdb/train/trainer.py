@@ -44,7 +44,8 @@ def train(settings: TrainSettings) -> list[dict[str, float]]:
 
     Raises:
         StoreError, SourceError, RecordError, DeviceError: data or GPUs are missing or bad.
-        StateError: the checkpoint is of another data set, model or seed, or another run writes to ``output``.
+        StateError: the checkpoint is of another data set, model or seed, another run writes to ``output``, or the
+            checkpoint or the log cannot be written.
         FloatingPointError: the loss is not finite any more.
     """
     ranks = Ranks.from_environment() or Ranks()
