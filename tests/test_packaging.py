@@ -28,13 +28,14 @@ TOP_LEVEL = {
 # Which layers each layer may import from: errors <- store <- plan <- loaders <- train, compare.
 MAY_IMPORT = {
     "errors": set(),
-    "store": {"errors"},
-    "convert": {"errors", "store"},
-    "inspect": {"errors", "store", "convert"},
-    "plan": {"errors", "store"},
-    "loaders": {"errors", "store", "plan"},
-    "train": {"errors", "store", "plan", "loaders"},
-    "compare": {"errors", "store", "plan", "loaders"},
+    "disk": {"errors"},
+    "store": {"errors", "disk"},
+    "convert": {"errors", "disk", "store"},
+    "inspect": {"errors", "disk", "store", "convert"},
+    "plan": {"errors", "disk", "store"},
+    "loaders": {"errors", "disk", "store", "plan"},
+    "train": {"errors", "disk", "store", "plan", "loaders"},
+    "compare": {"errors", "disk", "store", "plan", "loaders"},
 }
 
 # The top of the package: what users see and the commands; these may import from every layer.

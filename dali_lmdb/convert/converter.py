@@ -27,6 +27,7 @@ from dali_lmdb.convert.ranks import Ranks
 from dali_lmdb.convert.settings import ConvertSettings, Progress, Summary
 from dali_lmdb.convert.sources import open_source
 from dali_lmdb.convert.sources.base import Item, Source
+from dali_lmdb.disk import sync_folder
 from dali_lmdb.errors import ConversionError, DaliLmdbError
 from dali_lmdb.store.layout import MAX_SHARDS, Change, Decoders, shard_path
 from dali_lmdb.store.reader import FileStore
@@ -291,21 +292,12 @@ def _publish(everything: Sequence[Files]) -> None:
         for files in everything:
             if files.partial.exists():
                 os.rename(files.partial, files.target)
-        _sync_folder(everything[0].target.parent)
+        sync_folder(everything[0].target.parent)
     except OSError as error:
         raise ConversionError(
             f"{everything[0].target}: cannot be published: {error.strerror}; "
             "mend it, then run the same command again"
         ) from error
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make renames in the folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _summarise(target: Path, everything: Sequence[Files], seconds: float) -> Summary:

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from dali_lmdb.disk import sync_folder
 from dali_lmdb.errors import ConversionError, RecordError
 from dali_lmdb.inspect.paths import record_paths, tells_case_apart
 from dali_lmdb.inspect.records import (
@@ -142,7 +143,7 @@ def _publishing(target: Path) -> Iterator[Path]:
         yield partial
         _sync_file_system(partial)
         os.rename(partial, target)
-        _sync_file_system(target.parent)
+        sync_folder(target.parent)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise ConversionError(f"{target}: cannot be written: {error.strerror}; nothing was left there") from error

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from dali_lmdb.disk import sync_folder
 from dali_lmdb.errors import StateError
 from dali_lmdb.store.regular import check_regular
 
@@ -85,11 +86,7 @@ def save(path: Path, content: dict[str, Any]) -> None:
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the rename itself must survive a power cut
-        finally:
-            os.close(folder)
+        sync_folder(path.parent)
     except OSError as error:
         raise StateError(
             f"{path}: cannot be written: {error.strerror}; fix that, then go on from the last one with --resume"
