@@ -1,16 +1,88 @@
-"""What file systems do not all offer."""
+"""What the operating system refuses about files, in one line with advice that fits; and renames that last."""
 
 from __future__ import annotations
 
 import errno
 import os
+import pwd
+import resource
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["sync_folder"]
+from dali_lmdb.errors import DaliLmdbError
 
+__all__ = ["lack_of_descriptors", "os_errors", "refusal", "sync_folder"]
+
+_NOT_OFFERED = "its file system does not offer this; use another disk"
+_LOST = "the network file system lost it; check the mount, then try again"
+_ADVICE = {
+    errno.ENOENT: "is it still there?",
+    errno.ENOTDIR: "a part of its path is not a folder; check the path",
+    errno.EISDIR: "it is a folder; name a file",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "its symbolic links lead in a circle; name the file itself",
+    errno.EROFS: "its file system is read-only; use another disk or mount it writable",
+    errno.ENOSPC: "make room on its disk",
+    errno.EDQUOT: "your quota there is used up; make room or use another disk",
+    errno.EFBIG: "a file may not be so large there; raise the limit with: ulimit -f, or use another file system",
+    errno.EIO: "the device failed; read the kernel's log (dmesg) and check the disk",
+    errno.ENFILE: "the machine's limit of open files is reached; close programs or raise fs.file-max",
+    errno.ENOMEM: "no memory or address space is left; free some or raise ulimit -v and vm.max_map_count",
+    errno.ENODEV: "its file system cannot map files into memory; copy it to a local disk",
+    errno.EINVAL: _NOT_OFFERED,
+    errno.ENOSYS: _NOT_OFFERED,
+    errno.ENOLCK: _NOT_OFFERED,
+    errno.EOPNOTSUPP: _NOT_OFFERED,
+    errno.ESTALE: _LOST,
+    errno.ENOTCONN: _LOST,
+    errno.ETIMEDOUT: _LOST,
+    errno.EBUSY: "something else uses it; stop that or choose another name",
+}
 # fsync(2) of a folder where a file system has none: EINVAL on old CIFS and DrvFs, ENOSYS and EOPNOTSUPP on FUSE;
 # PostgreSQL's fsync_fname_ext passes over EBADF, too. Such a file system could not keep more than it does.
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)
+_SPARE_DESCRIPTORS = 256  # asked for beyond what is needed, where the hard limit allows it
+
+
+def refusal(path: str | os.PathLike[str], what: str, error: OSError, *, then: str = "") -> str:
+    """``PATH: WHAT: CAUSE; ADVICE``, one line.
+
+    Args:
+        path: the file or folder that the error is about.
+        what: what could not be done, such as ``"cannot be read"``.
+        then: what to do once the advice is followed, such as ``"then run the same command again"``.
+    """
+    if error.errno in (errno.EACCES, errno.EPERM):
+        advice = _about_permissions(Path(path))
+    elif error.errno == errno.EMFILE:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        advice = f"this process may have {_limit(soft)} open files (hard limit {_limit(hard)})"
+        advice += "; raise the limit with: ulimit -n"
+    else:
+        advice = _ADVICE.get(error.errno or 0, "check the path and its disk")
+    cause = error.strerror or str(error)
+    return f"{os.fspath(path)}: {what}: {cause}; {advice}{', ' if then else ''}{then}"
+
+
+@contextmanager
+def os_errors(
+    path: str | os.PathLike[str], what: str, kind: type[DaliLmdbError], *, then: str = ""
+) -> Iterator[None]:
+    """Raise an ``OSError`` from inside as ``kind``, see ``refusal``; but a broken pipe as it is.
+
+    Args:
+        path: what the error is about, unless it names a file itself.
+        what, then: see ``refusal``.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        named = error.filename if isinstance(error.filename, str | bytes) else path
+        raise kind(refusal(os.fsdecode(named), what, error, then=then)) from error
 
 
 def sync_folder(folder: Path) -> None:
@@ -30,3 +102,56 @@ def sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def lack_of_descriptors(count: int) -> str | None:
+    """Raise this process's soft limit of open files for ``count`` more of them.
+
+    Returns:
+        None; or, where the hard limit is below that, a phrase with both numbers and what to do.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = _num_open(soft) + count
+    wanted = needed + _SPARE_DESCRIPTORS
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft == resource.RLIM_INFINITY or needed <= soft:
+        return None
+    return f"needs {needed} open files, the limit is {hard}; raise it with: ulimit -n {wanted}"
+
+
+def _num_open(limit: int) -> int:
+    try:
+        return len(os.listdir("/proc/self/fd"))
+    except OSError as error:  # no /proc, or all are open
+        return limit if error.errno == errno.EMFILE else 0
+
+
+def _limit(value: int) -> str:
+    return "unlimited" if value == resource.RLIM_INFINITY else str(value)
+
+
+def _about_permissions(path: Path) -> str:
+    """Whose the file is that may not be used, or the folder in which nothing may be made or found."""
+    for place in (path, *path.absolute().parents):
+        try:
+            status = os.stat(place)
+        except OSError:  # not there, or in a folder that may not be entered
+            continue
+        it = "it" if place == path else f"its folder {place}"
+        mode = stat.filemode(status.st_mode)
+        if status.st_uid == os.geteuid():
+            return f"{it} is yours, with mode {mode}; change that with chmod, or use another path"
+        owner = _user(status.st_uid)
+        return f"{it} belongs to {owner}, with mode {mode}, and you are {_user(os.geteuid())}; " + (
+            f"ask {owner} for access, or use another path"
+        )
+    return "check its permissions"
+
+
+def _user(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"user {uid}"

@@ -1,7 +1,8 @@
-"""What is kept where a file system does not offer all that others do."""
+"""What is said, and kept, where the operating system refuses something about a file."""
 
 import errno
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -9,10 +10,17 @@ import tempfile
 import traceback
 from pathlib import Path
 
+import numpy as np
 import pytest
+from image_sets import make_image_folder
 
-from dali_lmdb.disk import sync_folder
+from dali_lmdb.convert import convert
+from dali_lmdb.disk import refusal, sync_folder
 from dali_lmdb.errors import ConversionError, StoreError
+from dali_lmdb.store import open_store
+from dali_lmdb.store.plain import plain_reading
+from dali_lmdb.store.readahead import Readahead
+from dali_lmdb.store.structure import check_structure
 
 NOBODY = 65534
 
@@ -76,6 +84,19 @@ def shim(tmp_path_factory):
 def run(*arguments, **environment):
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def command(*arguments, limits="", **environment):
+    """Run ``dali-lmdb`` in a shell that first sets limits."""
+    line = f'{limits} exec "$0" -m dali_lmdb "$@"'
+    return subprocess.run(
+        ["bash", "-c", line, sys.executable, *map(str, arguments)],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
@@ -153,7 +174,7 @@ def test_a_disk_that_fails_to_sync_a_folder_is_told_and_the_conversion_can_end(s
     arguments = ("-m", "dali_lmdb", "convert", image_folder, target)
     done = shim(errno.EIO, "sync", *arguments, folders=True)
     assert done.returncode == 1
-    assert done.stderr.startswith(f"Error: {target}: cannot be published: Input/output error;")
+    assert done.stderr.startswith(f"Error: {target}: cannot be published: Input/output error; the device failed;")
     assert run(*arguments).returncode == 0
 
 
@@ -164,3 +185,214 @@ def test_a_file_that_cannot_be_synced_is_a_failure(shim, image_folder, tmp_path,
     assert done.stderr.startswith(f"Error: {tmp_path / 'x.lmdb.partial'}: cannot be written: ")
     assert os.strerror(code) in done.stderr
     assert not (tmp_path / "x.lmdb").exists()
+
+
+# --- maps
+
+
+def test_a_file_system_without_maps_is_told_as_that(shim, store_path, image_folder, tmp_path):
+    done = shim(errno.ENODEV, "mmap", "-m", "dali_lmdb", "info", store_path)
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"Error: {store_path}: cannot be read: No such device; "
+        "its file system cannot map files into memory; copy it to a local disk\n"
+    )
+    done = shim(errno.ENODEV, "mmap", "-m", "dali_lmdb", "convert", image_folder, tmp_path / "x.lmdb")
+    assert done.returncode == 1
+    assert "cannot map files into memory" in done.stderr
+    assert "make room" not in done.stderr
+
+
+def test_too_little_address_space_is_told_as_that(store_path, tmp_path):
+    giant = tmp_path / "giant.lmdb"
+    shutil.copy(store_path, giant)
+    os.truncate(giant, 1 << 42)  # sparse
+    done = command("info", giant, limits="ulimit -v 67108864;")
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"Error: {giant}: cannot be read: Cannot allocate memory; no memory or address")
+    assert "ulimit -v" in done.stderr
+
+
+# --- open files
+
+
+def test_too_few_open_files_for_all_shards_are_told_with_both_numbers(image_folder, tmp_path):
+    done = command("convert", image_folder, tmp_path / "x.lmdb", "--shards", 12, limits="ulimit -n 20;")
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"Error: {tmp_path / 'x.lmdb'}: converting to 12 files needs ")
+    needed = int(done.stderr.split(" needs ")[1].split()[0])
+    assert f"needs {needed} open files, the limit is 20; raise it with: ulimit -n " in done.stderr
+    assert "--shards" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+    done = command("convert", image_folder, tmp_path / "x.lmdb", "--shards", 12, limits=f"ulimit -n {needed};")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_soft_limit_of_open_files_is_raised_to_write_and_to_read_a_set(image_folder, tmp_path):
+    target = tmp_path / "x.lmdb"
+    done = command("convert", image_folder, target, "--shards", 24, limits="ulimit -Sn 20;")
+    assert done.returncode == 0, done.stderr
+    done = command("info", target, limits="ulimit -Sn 20;")
+    assert done.returncode == 0, done.stderr
+    done = command("info", target, limits="ulimit -n 20;")
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"Error: {target}: a set of 24 shards needs ")
+    assert " open files, the limit is 20; raise it with: ulimit -n " in done.stderr
+
+
+@pytest.mark.parametrize("use", [open_store, check_structure])
+def test_too_many_open_files_are_no_damage(store_path, use):
+    pytest.importorskip("lmdb.verify")  # and imported before no more files can be opened
+
+    def work():
+        os.open(store_path, os.O_RDONLY)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        use(store_path)
+
+    message = in_child(work)
+    assert message.startswith(f"{store_path}: cannot be read: Too many open files; this process may have 3 open")
+    assert message.endswith("raise the limit with: ulimit -n")
+
+
+def test_liblmdbs_own_errors_of_the_system_are_told_with_their_advice(store_path):
+    def work():
+        store = open_store(store_path)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        with plain_reading(store):
+            pass
+
+    assert "Too many open files; this process may have 3 open files" in in_child(work)
+
+
+# --- what belongs to others
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be two users")
+@pytest.mark.parametrize("ending", [".partial", ".partial-journal"])
+@pytest.mark.parametrize("restart", [False, True], ids=["goes on", "restarts"])
+def test_an_interrupted_conversion_of_another_user_is_told_with_their_name(shared_folder, ending, restart):
+    images, target = make_image_folder(shared_folder / "images"), shared_folder / "x.lmdb"
+    beside = Path(f"{target}{ending}")
+    beside.write_bytes(b"")
+    beside.chmod(0o600)
+
+    def work():
+        os.seteuid(NOBODY)
+        convert(images, target, restart=restart)
+
+    message = in_child(work)
+    assert message.startswith(f"{beside}: ")
+    assert "it belongs to root, with mode -rw-------, and you are nobody; ask root for access" in message
+    assert "\n" not in message
+    assert {path.name for path in shared_folder.iterdir()} == {"images", beside.name}
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everything")
+def test_a_journal_that_may_not_be_written_is_told_with_its_mode(image_folder, tmp_path):
+    journal = tmp_path / "x.lmdb.partial-journal"
+    journal.touch(0o444)
+    with pytest.raises(ConversionError, match=r"it is yours, with mode -r--r--r--; change that with chmod"):
+        convert(image_folder, tmp_path / "x.lmdb")
+
+
+def test_a_folder_in_place_of_a_partial_file_is_told_in_one_line(image_folder, tmp_path):
+    (tmp_path / "x.lmdb.partial").mkdir()
+    with pytest.raises(ConversionError, match=r"x\.lmdb\.partial: cannot be read or written: Is a directory; "):
+        convert(image_folder, tmp_path / "x.lmdb")
+
+
+def test_a_read_only_file_system_is_not_called_a_matter_of_permissions(image_folder, tmp_path):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(folder)]
+    mounted = subprocess.run(mount, capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"mounting is not allowed here: {mounted.stderr.decode().strip()}")
+    try:
+        with pytest.raises(
+            ConversionError, match="not writable: Read-only file system; its file system is read-only"
+        ):
+            convert(image_folder, folder / "x.lmdb")
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+# --- reading
+
+
+def test_a_pipe_is_refused_before_it_is_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    done = command("info", tmp_path / "pipe", limits="ulimit -t 60;")
+    assert done.returncode == 1
+    assert "a pipe, socket or device, expected an LMDB file; write it to a file" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("make", "advice"),
+    [
+        (lambda folder: folder / ("x" * 300), "File name too long; choose a shorter name"),
+        (lambda folder: link(folder / "a", to=folder / "a"), "symbolic links lead in a circle"),
+        (lambda folder: folder / "file" / "x.lmdb", "Not a directory; a part of its path is not a folder"),
+    ],
+    ids=["too long", "circle", "in a file"],
+)
+def test_paths_that_cannot_be_followed_are_told_as_that(tmp_path, make, advice):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(StoreError) as info:
+        open_store(make(tmp_path))
+    assert advice in str(info.value)
+    assert "permission" not in str(info.value)
+
+
+def link(path, *, to):
+    path.symlink_to(to)
+    return path
+
+
+def test_a_descriptor_that_fails_while_it_is_read_ahead_is_an_error_of_the_store(store_path):
+    readahead = Readahead(open_store(store_path))
+    records = np.arange(4)
+    readahead.wait(records)
+    [descriptor] = readahead._files.values()
+    unreadable = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(unreadable, descriptor)
+    os.close(unreadable)
+    with pytest.raises(StoreError, match="cannot be read ahead: Bad file descriptor"):
+        readahead.wait(records)
+    readahead.close()
+
+
+# --- the words
+
+
+@pytest.mark.parametrize(
+    ("code", "advice"),
+    [
+        (errno.EROFS, "its file system is read-only"),
+        (errno.ENOSPC, "make room"),
+        (errno.EDQUOT, "quota"),
+        (errno.EFBIG, "ulimit -f"),
+        (errno.EIO, "check the disk"),
+        (errno.EMFILE, "ulimit -n"),
+        (errno.ENFILE, "fs.file-max"),
+        (errno.ENOMEM, "ulimit -v"),
+        (errno.ENODEV, "copy it to a local disk"),
+        (errno.ENAMETOOLONG, "shorter name"),
+        (errno.ELOOP, "circle"),
+        (errno.ESTALE, "mount"),
+        (errno.EXDEV, "check the path"),
+    ],
+)
+def test_each_cause_has_its_own_advice_and_only_permissions_are_called_so(tmp_path, code, advice):
+    message = refusal(tmp_path, "cannot be read", OSError(code, os.strerror(code)), then="then try again")
+    assert message.startswith(f"{tmp_path}: cannot be read: {os.strerror(code)}; ")
+    assert advice in message
+    assert message.endswith(", then try again")
+    assert "permission" not in message
+    assert "chmod" not in message
+    assert "\n" not in message
+
+
+def test_a_file_that_is_not_there_yet_is_refused_with_the_owner_of_its_folder(tmp_path):
+    message = refusal(tmp_path / "x", "cannot be made", OSError(errno.EACCES, "Permission denied"))
+    assert f"its folder {tmp_path} is yours, with mode drwx------" in message

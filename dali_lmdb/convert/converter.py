@@ -6,10 +6,10 @@ Killed at any instant, the same call goes on after the last commit; see ``job.py
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
-import resource
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +27,7 @@ from dali_lmdb.convert.ranks import Ranks
 from dali_lmdb.convert.settings import ConvertSettings, Progress, Summary
 from dali_lmdb.convert.sources import open_source
 from dali_lmdb.convert.sources.base import Item, Source
-from dali_lmdb.disk import sync_folder
+from dali_lmdb.disk import lack_of_descriptors, os_errors, refusal, sync_folder
 from dali_lmdb.errors import ConversionError, DaliLmdbError
 from dali_lmdb.store.layout import MAX_SHARDS, Change, Decoders, shard_path
 from dali_lmdb.store.reader import FileStore
@@ -37,7 +37,10 @@ __all__ = ["convert"]
 
 T = TypeVar("T")
 
-_OTHER_DESCRIPTORS = 256  # besides the journals
+# Open at once besides the journals, and a file of the source in each thread: the partial file (3), archives, lists
+# that are kept in temporary files, modules that are imported late.
+_OTHER_DESCRIPTORS = 16
+_ANY_FAILURE = "cannot be read or written"
 MAX_NAME_BYTES = 255  # of a file in most file systems of Linux (NAME_MAX)
 
 
@@ -85,16 +88,19 @@ def convert(
         raise ConversionError(f"{os.fspath(target)!r}: expected the name of the file to make, such as train.lmdb")
     paths = [target] if shards is None else [shard_path(target, index, shards) for index in range(shards)]
     everything = [Files(path) for path in paths]
-    _check_target(target, everything)
+    num_threads = num_threads or max(2, len(os.sched_getaffinity(0)))
+    with os_errors(target, _ANY_FAILURE, ConversionError):
+        _check_target(target, everything)
     # Runs of shards, so that each rank goes through the source's list once.
     bounds = [len(paths) * rank // ranks.world_size for rank in range(ranks.world_size + 1)]
     mine = range(bounds[ranks.rank], bounds[ranks.rank + 1])
-    with contextlib.ExitStack() as stack:
+    with os_errors(target, _ANY_FAILURE, ConversionError), contextlib.ExitStack() as stack:
         jobs: list[Job] = []
 
         def write() -> _Written:
             parts = _parts(source, settings, target, shards)
             published = _all_published(everything)
+            _check_descriptors(target, num_journals=len(mine), num_threads=num_threads)
             journals = _open_journals(stack, [everything[index] for index in mine])
             for index, journal in zip(mine, journals, strict=True):
                 job = Job(
@@ -103,7 +109,7 @@ def convert(
                     settings,
                     files=everything[index],
                     journal=journal,
-                    num_threads=num_threads or max(2, len(os.sched_getaffinity(0))),
+                    num_threads=num_threads,
                     progress=progress,
                 )
                 jobs.append(job)
@@ -120,19 +126,20 @@ def convert(
             if ranks.rank == 0:
                 _publish(everything)
 
-        all_written = _together(ranks, write)
+        all_written = _together(ranks, write, target)
         _check_bad(all_written, settings, target)
-        _together(ranks, finish)
-        _together(ranks, publish)
+        _together(ranks, finish, target)
+        _together(ranks, publish, target)
         for index in mine:
             everything[index].journal.unlink(missing_ok=True)
-    return _summarise(target, everything, time.perf_counter() - begin)
+        return _summarise(target, everything, time.perf_counter() - begin)
 
 
-def _together(ranks: Ranks, work: Callable[[], T]) -> list[T]:
+def _together(ranks: Ranks, work: Callable[[], T], target: Path) -> list[T]:
     """What ``work`` returns on each rank, when all have done it; if it fails on one, it fails on all."""
     try:
-        result = work()
+        with os_errors(target, _ANY_FAILURE, ConversionError):
+            result = work()
     except DaliLmdbError as error:
         ranks.agree(error, None)
         raise
@@ -150,12 +157,14 @@ class _Written:
     """Of each of its shards."""
 
 
+def _check_descriptors(target: Path, *, num_journals: int, num_threads: int) -> None:
+    lack = lack_of_descriptors(num_journals + num_threads + _OTHER_DESCRIPTORS)
+    if lack is not None:
+        raise ConversionError(f"{target}: converting to {num_journals} files {lack}, or use fewer --shards")
+
+
 def _open_journals(stack: contextlib.ExitStack, files: Sequence[Files]) -> list[Journal]:
     """Take hold of all of a rank's targets until everything is published, so that no other gets in between."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = len(files) + _OTHER_DESCRIPTORS
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed if hard == resource.RLIM_INFINITY else hard, hard))
     journals = []
     for one in files:
         journals.append(stack.enter_context(Journal(one.journal)))
@@ -211,7 +220,7 @@ def _check_bad(all_written: Sequence[_Written], settings: ConvertSettings, targe
     reports = ", ".join(report for one in all_written for report in one.reports)
     if bad and settings.on_bad == "fail":
         raise ConversionError(
-            f"{target}: {bad} of {bad + records} images are bad, see {reports}; nothing was published; mend them "
+            f"{target}: {bad} of {bad + records} images are bad, see {reports}; nothing was published; fix them "
             "and use --restart, or leave them out with --on-bad skip"
         )
     if records == 0:
@@ -228,27 +237,22 @@ def _set_name(source: Source, settings: ConvertSettings, all_written: Sequence[_
 def _check_target(target: Path, everything: Sequence[Files]) -> None:
     """Refuse a target that cannot be written, or that would not be what its name then opens."""
     folder = target.parent
-    try:
-        is_taken, is_folder = target.is_dir(), folder.is_dir()
-        os.path.lexists(everything[-1].journal)
-        others = {Path(file) for file in shard_files(target) or []} if is_folder else set()
-    except OSError as error:  # a name too long, a folder that may not be looked into
-        raise ConversionError(f"{target}: cannot be written: {error.strerror}; choose another name") from error
-    if is_taken:
+    if target.is_dir():
         raise ConversionError(f"{target}: a folder, expected the name of the file to make, such as train.lmdb")
     if target.is_symlink() and not target.exists():
         raise ConversionError(f"{target}: a link to nothing, which would be replaced; name {os.readlink(target)}")
-    if not is_folder:
+    if not folder.is_dir():
         raise ConversionError(f"{target}: its folder {folder} does not exist; make it first")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise ConversionError(f"{target}: its folder {folder} is not writable; choose another or change it")
+        code = errno.EROFS if os.statvfs(folder).f_flag & os.ST_RDONLY else errno.EACCES
+        raise ConversionError(refusal(folder, "not writable", OSError(code, os.strerror(code))))
     longest = max(len(os.fsencode(files.journal.name)) for files in everything)
     if longest > MAX_NAME_BYTES:
         raise ConversionError(
             f"{target}: its name is too long by {longest - MAX_NAME_BYTES} bytes, with what is added to it during "
             "the conversion; choose a shorter one"
         )
-    others -= {files.target for files in everything}
+    others = {Path(file) for file in shard_files(target) or []} - {files.target for files in everything}
     if others or (len(everything) > 1 and os.path.lexists(target)):
         found = min(others, default=target)
         raise ConversionError(f"{target}: {found.name} is there, which opens by the same name; remove it first")
@@ -288,16 +292,12 @@ def _parts(source: Source, settings: ConvertSettings, target: Path, shards: int 
 
 
 def _publish(everything: Sequence[Files]) -> None:
-    try:
+    then = "then run the same command again to go on"
+    with os_errors(everything[0].target, "cannot be published", ConversionError, then=then):
         for files in everything:
             if files.partial.exists():
                 os.rename(files.partial, files.target)
         sync_folder(everything[0].target.parent)
-    except OSError as error:
-        raise ConversionError(
-            f"{everything[0].target}: cannot be published: {error.strerror}; "
-            "mend it, then run the same command again"
-        ) from error
 
 
 def _summarise(target: Path, everything: Sequence[Files], seconds: float) -> Summary:

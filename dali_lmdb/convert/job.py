@@ -9,7 +9,6 @@ Files, for a target ``NAME.lmdb`` (all beside it, so that publishing is one rena
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import time
 from collections import deque
@@ -29,6 +28,7 @@ from dali_lmdb.convert.journal import INDEX_ROW_COLUMNS, ROW_SCHEMA, Journal
 from dali_lmdb.convert.reading import Looked, look_at
 from dali_lmdb.convert.settings import ConvertSettings, Progress
 from dali_lmdb.convert.sources.base import Item, Source
+from dali_lmdb.disk import os_errors
 from dali_lmdb.errors import ConversionError, one_line
 from dali_lmdb.store.layout import fingerprint
 from dali_lmdb.store.reader import FileStore
@@ -372,17 +372,15 @@ class _Rows:
 
 def _write_report(rows: Iterator[tuple[str, str]], path: Path) -> None:
     """List what is not stored, ``name TAB reason`` a line; no file if that is nothing."""
-    try:
-        first = next(rows, None)
+    first = next(rows, None)
+    with os_errors(path, "cannot be written", ConversionError, then="then run the same command again to go on"):
         if first is None:
             path.unlink(missing_ok=True)
             return
-        with open(path, "w", encoding="utf-8") as file:
-            for row in chain([("name", "reason"), first], rows):
-                file.write("\t".join(map(one_line, row)) + "\n")
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            path.unlink()  # half a list would look like a whole one
-        raise ConversionError(
-            f"{path}: cannot be written: {error.strerror}; mend it, then run the same command again to go on"
-        ) from error
+        try:
+            with open(path, "w", encoding="utf-8") as file:
+                for row in chain([("name", "reason"), first], rows):
+                    file.write("\t".join(map(one_line, row)) + "\n")
+        except BaseException:
+            path.unlink(missing_ok=True)  # half a list would look like a whole one
+            raise

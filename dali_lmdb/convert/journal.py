@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from dali_lmdb.disk import os_errors
 from dali_lmdb.errors import ConversionError
 from dali_lmdb.store.checksum import crc32
 from dali_lmdb.store.layout import INDEX_SCHEMA
@@ -41,6 +42,7 @@ ROW_SCHEMA = pa.schema(
     ]
 )
 _FRAME = struct.Struct("<II")
+_GO_ON = "then run the same command again to go on"
 
 
 class Journal:
@@ -58,25 +60,20 @@ class Journal:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        try:
+        is_there = os.path.lexists(path)
+        what = "of an interrupted conversion, cannot be continued" if is_there else "cannot be made"
+        with os_errors(path, what, ConversionError):
             # Unbuffered, so that nothing is left to be written when it is closed.
             self._file = open(path, "a+b", buffering=0)  # noqa: SIM115  closed by close()
-        except OSError as error:
-            raise ConversionError(
-                f"{path}: cannot be written: {error.strerror}; check the target's folder"
-            ) from error
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.close()
-            raise ConversionError(f"{path}: another converter is writing this target; let it finish") from None
-        except OSError as error:
-            self._file.close()
-            raise ConversionError(f"{path}: cannot be locked: {error.strerror}; choose another disk") from error
         self.header: dict[str, Any] | None = None
-        for payload, end in self._frames():
-            self.header, self._body = json.loads(payload), end
-            break
+        try:
+            self._lock()
+            for payload, end in self._frames():
+                self.header, self._body = json.loads(payload), end
+                break
+        except BaseException:
+            self._file.close()
+            raise
 
     def start(self, header: dict[str, Any]) -> None:
         """Begin anew: forget what is there and write the first frame."""
@@ -154,6 +151,15 @@ class Journal:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _lock(self) -> None:
+        with os_errors(self.path, "cannot be locked", ConversionError):
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConversionError(
+                    f"{self.path}: another converter is writing this target; let it finish"
+                ) from None
+
     def _batches(self) -> Iterator[tuple[pa.RecordBatch, int]]:
         """(rows, end of their frames) of each commit."""
         last: tuple[pa.RecordBatch, int] | None = None
@@ -183,23 +189,16 @@ class Journal:
             yield payload, position
 
     def _write(self, payload: Any) -> int:
-        try:
-            frame = memoryview(_FRAME.pack(len(payload), crc32(payload)) + bytes(payload))
+        frame = memoryview(_FRAME.pack(len(payload), crc32(payload)) + bytes(payload))
+        with os_errors(self.path, "cannot be written", ConversionError, then=_GO_ON):
             while frame:  # a write may be short
                 frame = frame[self._file.write(frame) :]
-        except OSError as error:
-            raise ConversionError(
-                f"{self.path}: cannot be written: {error.strerror}; make room or mend the disk, "
-                "then run the same command again to go on"
-            ) from error
         return self._file.tell()
 
     def _cut(self, end: int) -> None:
-        try:
+        with os_errors(self.path, "cannot be written", ConversionError, then=_GO_ON):
             self._file.truncate(end)
             self._file.seek(end)
-        except OSError as error:
-            raise ConversionError(f"{self.path}: cannot be written: {error.strerror}; mend the disk") from error
 
 
 def _rows_of_records(batch: pa.RecordBatch, count: int) -> int:

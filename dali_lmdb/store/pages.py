@@ -19,7 +19,6 @@ Format: LMDB 0.9, data version 1, little-endian, 64 bit; names as in liblmdb's `
 
 from __future__ import annotations
 
-import errno
 import mmap
 import os
 import struct
@@ -31,7 +30,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from dali_lmdb.errors import StoreDamagedError, StoreFormatError, StoreNotFoundError
+from dali_lmdb.disk import refusal
+from dali_lmdb.errors import StoreDamagedError, StoreError, StoreFormatError, StoreNotFoundError
 from dali_lmdb.store.regular import check_regular
 
 __all__ = ["Extent", "PageFile", "is_lmdb"]
@@ -69,13 +69,18 @@ class _Meta(NamedTuple):
 
 
 def is_lmdb(path: str | os.PathLike[str]) -> bool:
-    """Whether a file begins as LMDB files do; False too if it cannot be read."""
+    """Whether a path is a file that begins as LMDB files do.
+
+    Raises:
+        StoreError: the file cannot be read.
+    """
+    if not os.path.isfile(path):
+        return False
     try:
-        check_regular(path, error=StoreFormatError)
         with open(path, "rb") as file:
             return file.read(_PAGE_HEADER_BYTES + 4)[_PAGE_HEADER_BYTES:] == struct.pack("<I", _MAGIC)
-    except (OSError, StoreFormatError):
-        return False
+    except OSError as error:
+        raise StoreError(refusal(path, "cannot be read", error)) from error
 
 
 class PageFile:
@@ -88,7 +93,8 @@ class PageFile:
 
     Raises:
         StoreNotFoundError: no file at ``path``.
-        StoreFormatError: a folder, or not an LMDB file of data version 1.
+        StoreError: it cannot be read or mapped.
+        StoreFormatError: a folder or a pipe, or not an LMDB file of data version 1.
         StoreDamagedError: the file is shorter than its pages.
     """
 
@@ -110,8 +116,7 @@ class PageFile:
                 f"no store at {path}; make one with: dali-lmdb convert IMAGES {path}"
             ) from None
         except OSError as error:
-            advice = "raise the limit with: ulimit -n" if error.errno == errno.EMFILE else "check its permissions"
-            raise StoreNotFoundError(f"{path}: cannot be read: {error.strerror}; {advice}") from None
+            raise StoreError(refusal(path, "cannot be read", error)) from error
         if _MADV_RANDOM is not None:
             map_.madvise(_MADV_RANDOM)  # records are read in random order; the kernel's guess would be wrong
         self.data: npt.NDArray[np.uint8] = np.frombuffer(map_, dtype=np.uint8)

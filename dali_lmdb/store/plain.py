@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import bisect
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import lmdb
 
+from dali_lmdb.disk import refusal
 from dali_lmdb.errors import StoreError, StoreFormatError
 from dali_lmdb.store import layout
 from dali_lmdb.store.base import Store
@@ -56,6 +58,10 @@ def _transaction(path: Path) -> Iterator[lmdb.Transaction]:
     try:
         environment = lmdb.open(str(path), subdir=False, readonly=True, lock=False, readahead=False)
     except lmdb.Error as error:
+        code = getattr(error, "code", 0)  # the system's errno; LMDB's own are negative, py-lmdb's are 0
+        if code > 0:
+            cause = OSError(code, os.strerror(code))
+            raise StoreError(refusal(path, "liblmdb cannot open it", cause)) from error
         raise StoreError(f"{path}: liblmdb cannot open it: {error}; close it elsewhere in this process") from error
     try:
         with environment.begin(buffers=True) as transaction:

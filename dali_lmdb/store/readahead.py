@@ -11,7 +11,6 @@ device's queue is full. So a few threads do it; they exist from the first record
 
 from __future__ import annotations
 
-import errno
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,12 +18,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from dali_lmdb.disk import refusal
 from dali_lmdb.errors import StoreError
 from dali_lmdb.store.base import Store
 
 __all__ = ["Readahead"]
 
-_COLD = (errno.EAGAIN, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 _STAY_COLD = 64
 """Batches that must be found in memory one after the other before announcing stops."""
 # Linux only; elsewhere every record counts as cold, which is right and only slower.
@@ -98,8 +97,7 @@ class Readahead:
             try:
                 self._files[path] = os.open(path, os.O_RDONLY)
             except OSError as error:
-                advice = "raise the limit with: ulimit -n" if error.errno == errno.EMFILE else "is it still there?"
-                raise StoreError(f"{path}: cannot be read ahead: {error.strerror}; {advice}") from error
+                raise StoreError(refusal(path, "cannot be read ahead", error)) from error
             # A read that misses then fetches just its own range.
             os.posix_fadvise(self._files[path], 0, 0, os.POSIX_FADV_RANDOM)
         return self._files[path]
@@ -119,17 +117,19 @@ class Readahead:
             return length == 0
         try:
             os.preadv(descriptor, self._probe, offset + length - 1, _NOWAIT)
-        except OSError as error:
-            if error.errno in _COLD:
-                return False
-            raise
+        except OSError:  # EAGAIN: it is not; another error shows again when it is read
+            return False
         return True
 
     def _read(self, range_: Range) -> None:
         """Wait for a range by reading it; unlike touching a map, that lets other threads run."""
         descriptor, offset, length = range_
         while length > 0:
-            count = os.preadv(descriptor, [self._scratch[:length]], offset)
+            try:
+                count = os.preadv(descriptor, [self._scratch[:length]], offset)
+            except OSError as error:
+                path = next(path for path, opened in self._files.items() if opened == descriptor)
+                raise StoreError(refusal(path, "cannot be read ahead", error)) from error
             if count == 0:
                 return  # behind the end of the file; reading the record will say so
             offset, length = offset + count, length - count

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,7 @@ class FileStore(Store):
         pages = PageFile(path)
         meta = pages.find(layout.META_KEY)
         if meta is None or pages.find(layout.index_key(0)) is None:
-            raise StoreFormatError(
-                f"{path}: an unfinished store, or an LMDB file of another layout, with {pages.describe()}; "
-                f"expected {layout.META_KEY.decode()} as in a store, or __len__ or __keys__ as in a classic "
-                "database; finish its conversion, or unpack its images into class folders and convert these"
-            )
+            raise StoreFormatError(f"{path}: {_what_else(pages)}")
         self.meta = layout.Meta.from_bytes(bytes(pages.view(meta)), path=path)
         self._index = Index(pages, self.meta)
         self._names = Names(pages, self.meta)
@@ -132,3 +129,17 @@ class FileStore(Store):
         if extent is None or extent.length != int(self.gather("num_bytes", np.array([index]))[0]):
             raise StoreDamagedError(f"{self.path}: damaged: record {index} is missing; convert it again")
         return extent
+
+
+def _what_else(pages: PageFile) -> str:
+    """What an LMDB file is that is no store, and what to do."""
+    keys = [key for key, _ in islice(pages.items(), 1)]
+    if not keys:
+        return "an LMDB file without records, expected a store; name another or convert the images again"
+    if keys[0] == layout.record_key(0):
+        return "an unfinished store; run its conversion again to go on"
+    return (
+        f"an LMDB file of another layout, with {pages.describe()}; expected {layout.META_KEY.decode()} as in a "
+        "store, or __len__ or __keys__ as in a classic database; unpack its images into class folders and convert "
+        "these"
+    )

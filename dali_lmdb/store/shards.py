@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dali_lmdb.errors import StoreFormatError, StoreNotFoundError
+from dali_lmdb.disk import lack_of_descriptors
+from dali_lmdb.errors import StoreError, StoreFormatError, StoreNotFoundError
 from dali_lmdb.store import layout
 from dali_lmdb.store.base import Store
 from dali_lmdb.store.pages import is_lmdb
@@ -60,7 +61,7 @@ class ShardedStore(Store):
     Raises:
         StoreNotFoundError: no shard there.
         StoreFormatError: a shard is missing, or belongs to another set.
-        StoreError: a shard cannot be opened.
+        StoreError: a shard cannot be opened, or there are more than this process may open.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -68,6 +69,9 @@ class ShardedStore(Store):
         files = shard_files(path)
         if not files:
             raise StoreNotFoundError(f"{path}: no shards there; expected files like NAME-00000-of-00004.lmdb")
+        lack = lack_of_descriptors(len(files))  # a map keeps its file open
+        if lack is not None:
+            raise StoreError(f"{path}: a set of {len(files)} shards {lack}")
         self.shards = [FileStore(file) for file in files]
         _check_set(self.path, self.shards)
         self._starts = np.cumsum([0, *(len(shard) for shard in self.shards)])

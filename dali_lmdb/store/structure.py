@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 
+from dali_lmdb.disk import refusal
+from dali_lmdb.errors import StoreError
+
 __all__ = ["check_structure"]
 
 
@@ -14,6 +17,9 @@ def check_structure(path: str | os.PathLike[str]) -> list[str] | None:
 
     Returns:
         What is wrong, a phrase each (200 at most); None where py-lmdb is too old (< 3) to check it.
+
+    Raises:
+        StoreError: the file cannot be read.
     """
     try:
         from lmdb.verify import verify
@@ -21,5 +27,7 @@ def check_structure(path: str | os.PathLike[str]) -> list[str] | None:
         return None
     try:
         return [f"structure: {problem}" for problem in verify(os.fspath(path), subdir=False)]
+    except OSError as error:
+        raise StoreError(refusal(path, "cannot be read", error)) from error
     except Exception as error:  # a damaged file may break any assumption of the walk
         return [f"structure: {error or type(error).__name__}"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from dali_lmdb.errors import ConversionError, StoreError
+from dali_lmdb.disk import refusal
+from dali_lmdb.errors import ConversionError, StoreDamagedError, StoreError, StoreFormatError
 from dali_lmdb.store import layout
 from dali_lmdb.store.checksum import crc32
 from dali_lmdb.store.pages import PageFile
@@ -66,9 +68,13 @@ class StoreWriter:
             )
         except (lmdb.Error, OSError) as error:
             raise self._refused(error) from error
-        self._need_bytes = os.path.getsize(path)
-        # Not the environment's sync: that reads the map, which may be mapped afresh meanwhile.
-        self._descriptor = os.open(path, os.O_RDONLY)
+        try:
+            self._need_bytes = os.path.getsize(path)
+            # Not the environment's sync: that reads the map, which may be mapped afresh meanwhile.
+            self._descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            self._env.close()
+            raise self._refused(error) from error
         self._flusher = ThreadPoolExecutor(1)
         self._flush: Future[None] | None = None
         self._unflushed_bytes = 0
@@ -224,13 +230,20 @@ class StoreWriter:
                 raise self._refused(error) from error
 
     def _refused(self, error: BaseException) -> ConversionError:
-        # A write that is cut short, as on a full disk, is an input/output error to LMDB.
-        disk = os.statvfs(self.path.parent)
-        free_mb = disk.f_bavail * disk.f_frsize / 1e6
-        return ConversionError(
-            f"{self.path}: cannot be written: {error} ({free_mb:,.1f} MB free there); make room or mend the disk, "
-            "then run the same command again to go on"
-        )
+        then = "then run the same command again to go on"
+        code = (error.errno if isinstance(error, OSError) else getattr(error, "code", 0)) or 0
+        if code in (errno.EIO, errno.ENOSPC, 0):
+            # A write that is cut short, as on a full disk, is EIO to LMDB; py-lmdb 1 has no codes.
+            disk = os.statvfs(self.path.parent)
+            free_mb = disk.f_bavail * disk.f_frsize / 1e6
+            return ConversionError(
+                f"{self.path}: cannot be written: {error} ({free_mb:,.1f} MB free there); make room, raise the "
+                f"limits (quota, ulimit -f) or check the disk, {then}"
+            )
+        if code > 0:
+            cause = OSError(code, os.strerror(code))
+            return ConversionError(refusal(self.path, "cannot be written", cause, then=then))
+        return ConversionError(f"{self.path}: cannot be written: {error}; use --restart")
 
     def _writing(self) -> _Transaction:
         return _Transaction(self)
@@ -247,7 +260,10 @@ class _Transaction:
 
     def __init__(self, writer: StoreWriter) -> None:
         self._writer = writer
-        self._transaction = writer._env.begin(write=True)
+        try:
+            self._transaction = writer._env.begin(write=True)
+        except lmdb.Error as error:
+            raise writer._refused(error) from error
 
     def __enter__(self) -> lmdb.Transaction:
         return self._transaction.__enter__()
@@ -274,8 +290,10 @@ def _what_is_there(path: Path) -> tuple[int, bool]:
         for piece in layout.pieces_of(num_records, layout.PIECE_RECORDS):
             pages.record_extents(piece.start, piece.stop)
         return num_records, pages.find(layout.META_KEY) is not None
-    except StoreError as error:
+    except (StoreDamagedError, StoreFormatError) as error:
         raise ConversionError(f"{path}: the interrupted conversion is damaged ({error}); use --restart") from error
+    except StoreError as error:
+        raise ConversionError(f"{error}, then run the same command again to go on") from error
 
 
 def _num_reserved(pages: PageFile) -> int:
