@@ -31,7 +31,7 @@ from dali_lmdb.disk import lack_of_descriptors, os_errors, refusal, sync_folder
 from dali_lmdb.errors import ConversionError, DaliLmdbError
 from dali_lmdb.store.layout import MAX_SHARDS, Change, Decoders, shard_path
 from dali_lmdb.store.reader import FileStore
-from dali_lmdb.store.shards import shard_files
+from dali_lmdb.store.shards import BESIDE, set_files, shard_name
 
 __all__ = ["convert"]
 
@@ -124,6 +124,7 @@ def convert(
 
         def publish() -> None:
             if ranks.rank == 0:
+                _check_name(target, everything)  # another conversion may have published meanwhile
                 _publish(everything)
 
         all_written = _together(ranks, write, target)
@@ -207,7 +208,7 @@ def _check_published(job: Job, *, restart: bool, published: bool) -> None:
     """Refuse a target that exists, unless this very conversion was killed while it published."""
     is_ours = job.is_same() or (published and job.journal.header is None)
     if job.files.partial.exists() or not is_ours:
-        raise ConversionError(f"{job.files.target}: already exists; remove it or choose another name")
+        raise ConversionError(f"{job.files.target}: already exists; choose another name")
     if restart:
         raise ConversionError(
             f"{job.files.target}: already published by the interrupted conversion; remove it to start over"
@@ -252,10 +253,24 @@ def _check_target(target: Path, everything: Sequence[Files]) -> None:
             f"{target}: its name is too long by {longest - MAX_NAME_BYTES} bytes, with what is added to it during "
             "the conversion; choose a shorter one"
         )
-    others = {Path(file) for file in shard_files(target) or []} - {files.target for files in everything}
-    if others or (len(everything) > 1 and os.path.lexists(target)):
-        found = min(others, default=target)
-        raise ConversionError(f"{target}: {found.name} is there, which opens by the same name; remove it first")
+    _check_name(target, everything)
+
+
+def _check_name(target: Path, everything: Sequence[Files]) -> None:
+    """Refuse a name that stands for something else already, or for what is kept beside another store."""
+    ending = next((ending for ending in BESIDE if target.name.endswith(ending)), None)
+    if ending is not None:
+        raise ConversionError(f"{target}: names that end in {ending} are for files beside a store; choose another")
+    mine = {files.target for files in everything}
+    there = [file for file in set_files(target) if file not in mine]
+    if target not in mine:
+        there += [target] if os.path.lexists(target) else []
+    elif (shard := shard_name(target)) is not None:  # a store of its own, which the shards' name would open, too
+        there += [f for f in set_files(target.with_name(shard.set_name)) if not f.match(shard.pattern())]
+    if there:
+        raise ConversionError(
+            f"{target}: {there[0].name} is there, which opens by the same name; choose another name"
+        )
 
 
 @contextlib.contextmanager

@@ -204,7 +204,8 @@ class Job:
                     self._finish(shard)
         finished = next(path for path in (self.files.target, self.files.partial) if path.exists())
         if FileStore(finished).meta.shard != shard:
-            raise ConversionError(f"{finished}: a shard of another conversion; remove it and use --restart")
+            advice = "choose another name" if finished == self.files.target else "use --restart"
+            raise ConversionError(f"{finished}: a shard of another conversion; {advice}")
 
     def is_same(self) -> bool:
         """Whether the journal is of this conversion."""

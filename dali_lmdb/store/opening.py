@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from dali_lmdb.store.base import Store
 from dali_lmdb.store.classic import ClassicStore, database_file, is_classic
 from dali_lmdb.store.pages import PageFile
 from dali_lmdb.store.reader import FileStore
-from dali_lmdb.store.shards import ShardedStore, shard_files
+from dali_lmdb.store.shards import ShardedStore, shard_files, shard_name
 
 __all__ = ["open_store"]
 
@@ -29,13 +30,17 @@ def open_store(path: str | os.PathLike[str]) -> Store:
         raise StoreNotFoundError("the store's path is empty; expected a file, a folder of shards or a pattern")
     if shard_files(path):
         return ShardedStore(path)
+    if glob.has_magic(os.fspath(path)) and not os.path.lexists(path):
+        raise StoreNotFoundError(
+            f"no store at {path}, and no file matches that pattern; name files that are there"
+        )
     if is_classic(PageFile(database_file(path))):
         return ClassicStore(path)
     store = FileStore(path)
     if store.meta.shard is not None:
-        count = store.meta.shard.get("count")
-        raise StoreFormatError(
-            f"{path}: one of {count} shards; name the set: {Path(path).parent / '*-of-*'}, its folder, "
-            "or the name it was converted to"
-        )
+        shard = shard_name(path)
+        advice = "give it back its name, then name the set"
+        if shard is not None:
+            advice = f"name the set: {Path(path).with_name(shard.set_name)}"
+        raise StoreFormatError(f"{path}: one of {store.meta.shard.get('count')} shards; {advice}")
     return store

@@ -7,46 +7,107 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from dali_lmdb.disk import lack_of_descriptors
+from dali_lmdb.disk import lack_of_descriptors, refusal
 from dali_lmdb.errors import StoreError, StoreFormatError, StoreNotFoundError
 from dali_lmdb.store import layout
 from dali_lmdb.store.base import Store
 from dali_lmdb.store.pages import is_lmdb
 from dali_lmdb.store.reader import FileStore
 
-__all__ = ["ShardedStore", "shard_files"]
+__all__ = ["BESIDE", "ShardName", "ShardedStore", "set_files", "shard_files", "shard_name"]
 
-_SHARD = re.compile(r".*-(\d{5})-of-(\d{5})(\.[^.]*)?")
+BESIDE = (".partial", ".partial-journal", ".bad.tsv", ".dali-index")
+"""Endings of the files that are kept beside a store under its name; no store's own name ends in one."""
+_MOST_SHOWN = 5  # files in a message
+_SHARD = re.compile(r"(.*[^.].*)-([0-9]{5})-of-([0-9]{5})(\.[^.]*)?", re.DOTALL)
+
+
+class ShardName(NamedTuple):
+    """What a shard's file name says; sorts shards by set and position."""
+
+    set_name: str
+    """The name that the set was converted to, ``train.lmdb``."""
+    num_shards: int
+    position: int
+
+    def pattern(self) -> str:
+        """A glob pattern that matches the shards of this set and no others."""
+        path = Path(self.set_name)
+        return f"{glob.escape(path.stem)}-?????-of-{self.num_shards:05d}{glob.escape(path.suffix)}"
+
+
+def shard_name(file: str | os.PathLike[str]) -> ShardName | None:
+    """The inverse of ``layout.shard_path``; None for a file that is not named like a shard."""
+    match = _SHARD.fullmatch(os.path.basename(file))
+    if match is None:
+        return None
+    stem, index, count, suffix = match.groups(default="")
+    return ShardName(stem + suffix, int(count), int(index)) if int(index) < int(count) else None
+
+
+def set_files(path: Path) -> list[Path]:
+    """The shards that were converted to the name ``path``, whatever their number; empty if there are none.
+
+    Raises:
+        OSError: the folder cannot be listed.
+        StoreError: a shard cannot be read.
+    """
+    return _shards_in(path.parent, set_name=path.name)
 
 
 def shard_files(path: str | os.PathLike[str]) -> list[Path] | None:
-    """The files of the set that ``path`` names, sorted; None if it does not name a set.
+    """The files of the set that ``path`` names, in order; None if it does not name a set.
 
-    A set is named by a glob pattern (``train-*.lmdb``), by the folder that holds nothing but its shards, or by
-    the name it was converted to (``train.lmdb`` for ``train-00000-of-00004.lmdb`` and so on).
+    A set is named by the name it was converted to (``train.lmdb`` for ``train-00000-of-00004.lmdb`` and so on), by
+    a glob pattern (``train-*.lmdb``), or by the folder that holds its shards and no other store. Where a folder
+    or a pattern stands for more than that, all of it is here, and ``ShardedStore`` refuses it.
+
+    Raises:
+        StoreError: a folder cannot be listed, or a file cannot be read.
     """
     path = Path(path)
     try:
-        path.exists()
-    except OSError:  # a name too long, a folder that may not be looked into: opening it will say so
-        return None
-    if path.is_dir():
-        # Parquet and tar shards are named alike.
-        found = [file for file in path.iterdir() if _SHARD.fullmatch(file.name) and is_lmdb(file)]
-    elif path.exists():
-        return None
-    else:
-        pattern = f"{glob.escape(path.stem)}-*-of-*{glob.escape(path.suffix)}"
-        found = [file for file in path.parent.glob(pattern) if _SHARD.fullmatch(file.name)]
-        if not found and glob.has_magic(str(path)):
-            found = [Path(file) for file in glob.glob(str(path))]
-    return sorted(found) or None
+        if os.path.isdir(path):
+            return _with_other_stores(path, _shards_in(path)) or None
+        if os.path.lexists(path):
+            return None
+        found = set_files(path)
+    except (FileNotFoundError, NotADirectoryError):  # a pattern of folders, too
+        found = []
+    except OSError as error:
+        raise StoreError(refusal(path.parent, "cannot be listed", error)) from error
+    if not found and glob.has_magic(str(path)):
+        found = sorted((Path(file) for file in glob.glob(str(path)) if not file.endswith(BESIDE)), key=_in_order)
+    return found or None
+
+
+def _shards_in(folder: Path, *, set_name: str | None = None) -> list[Path]:
+    """The shards in a folder, by set and position: all, or those of one name. Parquet shards are named alike."""
+    named = [(shard, folder / name) for name in os.listdir(folder) if (shard := shard_name(name))]
+    sets = [
+        [file for _, file in one]
+        for (found, _), one in groupby(sorted(named), key=lambda pair: pair[0][:2])
+        if set_name in (None, found)
+    ]
+    return [file for files in sets if any(map(is_lmdb, files)) for file in files]
+
+
+def _with_other_stores(folder: Path, shards: list[Path]) -> list[Path]:
+    """Shards, and the other LMDB files of their folder, of which there should be none."""
+    suffixes = {".mdb", *(file.suffix for file in shards)}
+    others = {folder / name for name in os.listdir(folder) if os.path.splitext(name)[1] in suffixes}
+    return shards and shards + sorted(filter(is_lmdb, others.difference(shards)))
+
+
+def _in_order(file: Path) -> tuple[ShardName, Path]:
+    return shard_name(file) or ShardName("", 0, 0), file
 
 
 class ShardedStore(Store):
@@ -60,7 +121,7 @@ class ShardedStore(Store):
 
     Raises:
         StoreNotFoundError: no shard there.
-        StoreFormatError: a shard is missing, or belongs to another set.
+        StoreFormatError: a shard is missing, or belongs to another set; or the path names several sets.
         StoreError: a shard cannot be opened, or there are more than this process may open.
     """
 
@@ -69,6 +130,7 @@ class ShardedStore(Store):
         files = shard_files(path)
         if not files:
             raise StoreNotFoundError(f"{path}: no shards there; expected files like NAME-00000-of-00004.lmdb")
+        _check_one_set(self.path, files)
         lack = lack_of_descriptors(len(files))  # a map keeps its file open
         if lack is not None:
             raise StoreError(f"{path}: a set of {len(files)} shards {lack}")
@@ -139,24 +201,43 @@ class ShardedStore(Store):
         return shard.name(int(inside[0]))
 
 
+def _check_one_set(path: Path, files: Sequence[Path]) -> None:
+    """Refuse files whose names are those of several sets, or of a set and other stores."""
+    first: dict[tuple[str, int] | None, Path] = {}
+    for file in files:
+        shard = shard_name(file)
+        first.setdefault(None if shard is None else (shard.set_name, shard.num_shards), file)
+    if len(first) > 1:
+        shown = list(first.values())[:_MOST_SHOWN]
+        found = " and ".join(file.name for file in shown)
+        names = " or ".join(repr(_name_of_set(file)) for file in shown)
+        raise StoreFormatError(f"{path}: stands for {found}, expected the shards of one set; name {names}")
+
+
+def _name_of_set(file: Path) -> str:
+    """A path that stands for the set of a shard and for nothing else, or for another store."""
+    shard = shard_name(file)
+    return str(file) if shard is None else os.path.join(glob.escape(str(file.parent)), shard.pattern())
+
+
 def _check_set(path: Path, shards: Sequence[FileStore]) -> None:
-    """Refuse a set with a shard missing, doubled or of another set."""
-    first = shards[0].meta.shard
-    if first is None:
+    """Refuse a set with a shard missing, renamed or of another conversion."""
+    alone = next((shard for shard in shards if shard.meta.shard is None), None)
+    if alone is not None:
+        raise StoreFormatError(f"{path}: {alone.path} is a store of its own, not a shard; name that file")
+    sets = [(shard.meta.shard or {}).get("set") for shard in shards]
+    odd = next((shard for shard, name in zip(shards, sets, strict=True) if name != sets[0]), None)
+    if odd is not None or any(shard.classes != shards[0].classes for shard in shards):
         raise StoreFormatError(
-            f"{shards[0].path}: a store of its own, not a shard; name one file, or the shards of one set"
-        )
-    sets = {(shard.meta.shard or {}).get("set") for shard in shards}
-    if len(sets) > 1 or any(shard.classes != shards[0].classes for shard in shards):
-        odd = next((s for s in shards if (s.meta.shard or {}).get("set") != first.get("set")), shards[-1])
-        raise StoreFormatError(
-            f"{path}: {odd.path.name} belongs to another set than {shards[0].path.name}; name one set's shards"
+            f"{path}: {(odd or shards[-1]).path.name} belongs to another conversion than {shards[0].path.name}; "
+            "put the shards of one conversion there"
         )
     indices = [(shard.meta.shard or {}).get("index") for shard in shards]
-    count = first.get("count")
+    count = (shards[0].meta.shard or {}).get("count")
     if indices != list(range(len(shards))) or count != len(shards):
         missing = sorted(set(range(count if isinstance(count, int) else 0)) - set(indices))
+        what = f"missing: {missing[:_MOST_SHOWN]}" if missing else "their names do not say which is which"
         raise StoreFormatError(
-            f"{path}: {len(shards)} shards, expected {count}; missing: {missing or 'none, one is there twice'}; "
-            "run the conversion again or copy the missing files"
+            f"{path}: {len(shards)} shards, expected {count} in order; {what}; "
+            "run the conversion again, or copy the missing files under their own names"
         )
