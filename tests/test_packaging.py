@@ -21,6 +21,7 @@ TOP_LEVEL = {
     "README.md",
     "LICENSE",
     ".ci",
+    ".github",
     ".gitignore",
     ".ruff.toml",
 }
