@@ -320,13 +320,6 @@ def test_a_read_only_file_system_is_not_called_a_matter_of_permissions(image_fol
 # --- reading
 
 
-def test_a_pipe_is_refused_before_it_is_opened(tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    done = command("info", tmp_path / "pipe", limits="ulimit -t 60;")
-    assert done.returncode == 1
-    assert "a pipe, socket or device, expected an LMDB file; write it to a file" in done.stderr
-
-
 @pytest.mark.parametrize(
     ("make", "advice"),
     [
