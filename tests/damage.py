@@ -62,8 +62,19 @@ DAMAGE = {
 """Bytes that neither DALI nor Pillow decodes, in any graph, by what is wrong with them; those with a frame header
 have ``size_of(9)``."""
 
+NO_IMAGE = "not a JPEG, PNG, WebP, GIF, BMP, TIFF, JPEG 2000, AVIF or PPM image"
+"""The cause where a file is of no kind that is read."""
+
 ZEROED_SCAN = _JPEG[: _scan(_JPEG)] + bytes(len(_JPEG) - _scan(_JPEG) - 2) + b"\xff\xd9"
 """Damage that neither notices: zeros are valid code words; of a noise image of ``size_of(9)``."""
+
+
+def giant_png():
+    """A small PNG that claims 60,000 x 50,000 pixels."""
+    png = encoded(np.zeros((16, 16), np.uint8), "PNG")
+    at = png.index(b"IHDR")
+    claims = b"IHDR" + (60_000).to_bytes(4, "big") + (50_000).to_bytes(4, "big") + png[at + 12 : at + 17]
+    return png[:at] + claims + zlib.crc32(claims).to_bytes(4, "big") + png[at + len(claims) + 4 :]
 
 
 def write_store(path, values, *, sizes=None):

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import traceback
 import tracemalloc
-import zlib
 from pathlib import Path
 from threading import Thread
 
@@ -1269,26 +1268,3 @@ def test_killed_between_transactions_of_a_journalled_run_it_goes_on_from_the_las
     assert convert(source, target, settings=settings).skipped == 1
     assert len(source.read) == 24 - 7
     assert content(target) == content(store_path)
-
-
-def make_giant(png):
-    """Let the bytes of a file that holds a PNG claim 60,000 x 50,000 pixels."""
-    at = png.index(b"IHDR")
-    claims = b"IHDR" + (60_000).to_bytes(4, "big") + (50_000).to_bytes(4, "big") + png[at + 12 : at + 17]
-    return png[:at] + claims + zlib.crc32(claims).to_bytes(4, "big") + png[at + len(claims) + 4 :]
-
-
-@pytest.mark.parametrize(
-    ("kind", "reason"),
-    [
-        ("PNG", "60000 x 50000 pixels, more than the limit of 20000"),
-        ("ICO", "more pixels than the limit of 20000"),  # a PNG within; Pillow does not tell its size
-    ],
-)
-def test_what_pillow_finds_too_large_is_refused_in_the_words_for_a_jpeg(images, target, kind, reason):
-    path = images / "ant" / "giant.png"
-    Image.new("L", (16, 16)).save(path, kind)
-    path.write_bytes(make_giant(path.read_bytes()))
-    summary = convert(images, target, settings=ConvertSettings(max_pixels=20_000, on_bad="skip"))
-    (report,) = summary.reports
-    assert Path(report).read_text().splitlines()[1:] == [f"ant/giant.png\t{reason}"]

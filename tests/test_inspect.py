@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from click.testing import CliRunner
+from damage import NO_IMAGE
 from image_sets import make_image_folder, save_noise
 from PIL import Image
 
@@ -299,7 +300,7 @@ def test_verify_compares_sizes_and_kinds_with_the_images(mixed_folder, tmp_path)
     assert [line.split(": ", 1)[1] for line in verify(path).damage] == [
         "record 1 (bee/1.png): PNG, 90 x 10 pixels, the index says PNG, 91 x 10 pixels",
         "record 2 (ant/2.jpg): JPEG_GRAYSCALE, 31 x 33 pixels, the index says JPEG_BASELINE, 31 x 33 pixels",
-        "record 3 (bee/3.jpg): not an image that Pillow knows, the index says BMP, 5 x 5 pixels",
+        f"record 3 (bee/3.jpg): {NO_IMAGE}, the index says BMP, 5 x 5 pixels",
     ]
 
 

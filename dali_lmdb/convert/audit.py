@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import io
-
 import simplejpeg
-from PIL import Image
 
-from dali_lmdb.store.header import MAX_PIXELS, BadImageError, Header, read_header
+from dali_lmdb.store.header import MAX_PIXELS, Header, read_header
+from dali_lmdb.store.images import BadImageError, open_image
 
 __all__ = ["MAX_PIXELS", "BadImageError", "Header", "check_decodes", "read_header"]
 
 
-def check_decodes(data: bytes) -> None:
+def check_decodes(data: bytes, *, max_pixels: int | None) -> None:
     """Decode an image fully, and reject what libjpeg only warns about.
 
     Pillow ignores libjpeg's warnings (data that ends early, bad Huffman codes, bytes left over) and shows grey
     or garbage for the rest of such an image; simplejpeg's strict mode reports them. So Pillow parses a JPEG and
     simplejpeg decodes it; what TurboJPEG does not take, and all else, Pillow decodes.
 
+    Args:
+        max_pixels: as ``read_header``; None where that has checked it.
+
     Raises:
         BadImageError: it does not decode, or not without a warning.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with open_image(data, max_pixels=max_pixels) as image:
             components = len(image.getbands())
             if data[:2] != b"\xff\xd8" or not _decodes_strictly(data, components=components):
                 # All entropy-coded data is read; of a JPEG, only the inverse transform is done at 1/8 of the size.
@@ -31,10 +32,8 @@ def check_decodes(data: bytes) -> None:
                 image.load()
     except BadImageError:
         raise
-    except Image.UnidentifiedImageError:
-        raise BadImageError("not an image that Pillow knows") from None
     except Exception as error:  # Pillow's decoders raise almost anything on damaged files
-        raise BadImageError(f"does not decode: {error}") from error
+        raise BadImageError.of(error, what="does not decode: ") from error
 
 
 def _decodes_strictly(data: bytes, *, components: int) -> bool:

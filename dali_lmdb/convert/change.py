@@ -7,6 +7,7 @@ import io
 from PIL import Image
 
 from dali_lmdb.convert.audit import BadImageError, Header, read_header
+from dali_lmdb.store.images import open_image
 from dali_lmdb.store.layout import Change, Kind
 
 __all__ = ["QUALITY", "change_image"]
@@ -42,7 +43,7 @@ def change_image(
     if change == Change.NONE:
         return data, header, change
     try:
-        with Image.open(io.BytesIO(data)) as opened:
+        with open_image(data, max_pixels=None) as opened:  # `header` is within the limit
             image = opened.convert("RGB")
         if Change.RESIZED in change and resize is not None:
             short = min(image.size)
@@ -52,6 +53,6 @@ def change_image(
         encoded = io.BytesIO()
         image.save(encoded, "JPEG", quality=quality)
     except Exception as error:  # Pillow raises almost anything on damaged files, and on more than 65,500 pixels
-        raise BadImageError(f"cannot be encoded anew: {error}") from error
+        raise BadImageError.of(error, what="cannot be encoded anew: ") from error
     data = encoded.getvalue()
     return data, read_header(data, max_pixels=max_pixels), change

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -19,7 +18,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from PIL import Image
 
 from dali_lmdb.convert.job import Files, Job, NameBlocks, Part
 from dali_lmdb.convert.journal import Journal
@@ -114,8 +112,7 @@ def convert(
                 )
                 jobs.append(job)
             items = islice(source.items(), sum(part.num_items for part in parts[: mine.start]), None)
-            with _pixel_limit(settings.max_pixels):
-                return _write(jobs, items, target=target, restart=restart, published=published)
+            return _write(jobs, items, target=target, restart=restart, published=published)
 
         def finish() -> None:
             set_name = _set_name(source, settings, all_written)
@@ -271,19 +268,6 @@ def _check_name(target: Path, everything: Sequence[Files]) -> None:
         raise ConversionError(
             f"{target}: {there[0].name} is there, which opens by the same name; choose another name"
         )
-
-
-@contextlib.contextmanager
-def _pixel_limit(max_pixels: int) -> Iterator[None]:
-    """Let our limit of pixels decide, not Pillow's."""
-    before = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = max_pixels
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = before
 
 
 def _parts(source: Source, settings: ConvertSettings, target: Path, shards: int | None) -> list[Part]:

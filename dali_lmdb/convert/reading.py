@@ -86,7 +86,7 @@ def _look(item: Item, settings: ConvertSettings) -> Looked:
         try:
             header = read_header(data, max_pixels=settings.max_pixels)
             if settings.check == "decode":
-                check_decodes(data)
+                check_decodes(data, max_pixels=None)
             data, header, change = change_image(
                 data,
                 header,

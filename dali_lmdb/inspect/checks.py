@@ -9,11 +9,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from dali_lmdb.convert.audit import BadImageError, check_decodes, read_header
+from dali_lmdb.convert.audit import check_decodes, read_header
 from dali_lmdb.errors import DaliLmdbError, StoreDamagedError
 from dali_lmdb.inspect.records import Progress, Values, in_order, read_one, repeated, runs
 from dali_lmdb.store import FileStore, Kind, Store, layout
 from dali_lmdb.store.checksum import crc32
+from dali_lmdb.store.images import BadImageError, pixel_limit
 from dali_lmdb.store.index import Index, Names
 from dali_lmdb.store.pages import Extent, PageFile
 from dali_lmdb.store.structure import check_structure
@@ -22,8 +23,6 @@ __all__ = ["MAX_LISTED", "FileCheck", "Findings", "PayloadCheck", "Show"]
 
 MAX_LISTED = 10_000
 """Damage beyond so many lines is counted, not listed."""
-
-_NO_LIMIT = 1 << 62  # of pixels: what was stored passed the converter's limit
 
 Show = Callable[[Progress], None]
 
@@ -201,16 +200,17 @@ class FileCheck:
         if crc32(data) != columns["crc32"][record]:
             return "wrong checksum"
         expected = tuple(int(columns[name][record]) for name in ("kind", "height", "width"))
+        max_pixels = pixel_limit(*expected[1:])
         if expected == (Kind.UNKNOWN, 0, 0):
             result.unseen += 1
         else:
             try:
-                found = read_header(data, max_pixels=_NO_LIMIT)
+                found = read_header(data, max_pixels=max_pixels)
             except BadImageError as error:
                 return f"{error}, the index says {_describe(*expected)}"
             if found != expected:
                 return f"{_describe(*found)}, the index says {_describe(*expected)}"
-        return _decoding_problem(data) if self.decode else None
+        return _decoding_problem(data, max_pixels) if self.decode else None
 
     def _damaged(self, what: str) -> None:
         self.findings.add(f"{self.path}: {what}")
@@ -265,15 +265,15 @@ class PayloadCheck:
                 continue
             result.records += 1
             result.num_bytes += len(data)
-            what = _decoding_problem(data) if self.decode else None
+            what = _decoding_problem(data, pixel_limit(0, 0)) if self.decode else None
             if what is not None:
                 result.damage.append((record, f"{self.store.where(record)}: {what}"))
         return result
 
 
-def _decoding_problem(data: bytes) -> str | None:
+def _decoding_problem(data: bytes, max_pixels: int | None) -> str | None:
     try:
-        check_decodes(data)
+        check_decodes(data, max_pixels=max_pixels)
     except BadImageError as error:
         return str(error)
     return None

@@ -267,7 +267,7 @@ class DaliLoader(Loader):
         cause = self._probe.cause(feed, place)
         if cause is None:
             return None
-        other = pillow_cause(self.store.read(record))
+        other = pillow_cause(self.store, record)
         return f"DALI: {cause}; Pillow{f': {other}' if other else ' decodes it'}"
 
     def stats(self) -> dict[str, float]:

@@ -43,7 +43,7 @@ class FolderStore(Store):
     """The records of a folder with one folder for each class, found by torchvision's ``ImageFolder``.
 
     A hidden folder (``.git``) is a class only if it has images, as when converting. Only labels and names are
-    known; there is no index with sizes or checksums.
+    known; there is no index with checksums, and all sizes are 0.
 
     Raises:
         SourceError: no such folder, no class folders in it, or a class without images.
@@ -75,8 +75,10 @@ class FolderStore(Store):
         return self._fingerprint
 
     def column(self, name: str) -> npt.NDArray[Any]:
+        if name in ("height", "width"):
+            return np.zeros(len(self), dtype=np.int32)
         if name != "label":
-            raise KeyError(f"an image folder has no column {name!r}, only 'label'")
+            raise KeyError(f"an image folder has no column {name!r}, only 'label', 'height' and 'width'")
         return self._labels
 
     def gather(self, name: str, records: npt.NDArray[np.int64]) -> npt.NDArray[Any]:

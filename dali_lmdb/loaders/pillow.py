@@ -1,53 +1,27 @@
-"""Images through Pillow, as torchvision's ``ImageFolder`` reads them; what goes wrong has a cause fit to show."""
+"""Records through Pillow, as torchvision's ``ImageFolder`` reads them."""
 
 from __future__ import annotations
 
-import io
+import numpy as np
+import numpy.typing as npt
 
-from PIL import Image
+from dali_lmdb.store import Store
+from dali_lmdb.store.images import BadImageError, open_image, pixel_limit, to_rgb
 
-__all__ = ["PillowError", "open_image", "pillow_cause", "to_rgb"]
-
-
-class PillowError(Exception):
-    """Pillow does not decode an image; the message is the cause, in one line."""
-
-    @classmethod
-    def of(cls, error: Exception) -> PillowError:
-        """What Pillow raised, told in one line."""
-        if isinstance(error, Image.UnidentifiedImageError):  # its message is the address of our buffer
-            return cls("not an image that Pillow knows")
-        return cls(" ".join(str(error).split()) or type(error).__name__)
+__all__ = ["pillow_cause", "pixel_limits"]
 
 
-def open_image(data: bytes | memoryview) -> Image.Image:
-    """An image whose header is read, and nothing else.
+def pixel_limits(store: Store, records: npt.NDArray[np.int64]) -> list[int | None]:
+    """``max_pixels`` for ``open_image``, for each of some records."""
+    heights, widths = (store.gather(name, records).tolist() for name in ("height", "width"))
+    return [pixel_limit(height, width) for height, width in zip(heights, widths, strict=True)]
 
-    Raises:
-        PillowError: it is not an image, or its header is damaged.
-    """
+
+def pillow_cause(store: Store, record: int) -> str | None:
+    """Why Pillow does not decode a record; None if it does."""
+    (limit,) = pixel_limits(store, np.array([record]))
     try:
-        return Image.open(io.BytesIO(data))
-    except Exception as error:  # Pillow's parsers raise almost anything on damaged files
-        raise PillowError.of(error) from error
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Decode an opened image.
-
-    Raises:
-        PillowError: it does not decode.
-    """
-    try:
-        return image.convert("RGB")
-    except Exception as error:
-        raise PillowError.of(error) from error
-
-
-def pillow_cause(data: bytes | memoryview) -> str | None:
-    """Why Pillow does not decode an image; None if it does."""
-    try:
-        to_rgb(open_image(data))
-    except PillowError as error:
+        to_rgb(open_image(store.read(record), max_pixels=limit))
+    except BadImageError as error:
         return str(error)
     return None

@@ -22,12 +22,13 @@ from dali_lmdb.errors import DaliLmdbError, RecordError
 from dali_lmdb.loaders.bad import OnBad, nothing_decodes, substituted
 from dali_lmdb.loaders.base import Batch, Loader
 from dali_lmdb.loaders.folder import FolderStore, is_image_folder
-from dali_lmdb.loaders.pillow import PillowError, open_image, to_rgb
+from dali_lmdb.loaders.pillow import pixel_limits
 from dali_lmdb.loaders.settings import Device, Dtype, Layout, LoaderSettings, default_num_threads
 from dali_lmdb.plan.augment import Augmentation, TrainTransform, Transform
 from dali_lmdb.plan.batches import BatchPlan, Planner
 from dali_lmdb.plan.order import LastBatch, Shuffle
 from dali_lmdb.store import Store, open_store
+from dali_lmdb.store.images import BadImageError, crop, open_image, to_rgb
 
 __all__ = ["ImageFolderLMDB", "TorchLoader"]
 
@@ -89,9 +90,10 @@ class ImageFolderLMDB(Dataset[tuple[Any, Any]]):
         """
         if index < 0:
             index += len(self)
+        raw, (limit,) = self.store.read(index), pixel_limits(self.store, np.array([index]))
         try:
-            image: Any = to_rgb(open_image(self.store.read(index)))
-        except PillowError as error:
+            image: Any = to_rgb(open_image(raw, max_pixels=limit))
+        except BadImageError as error:
             raise RecordError(
                 f"{self.store.where(index)}: not an image that Pillow decodes: {error}; convert again without it "
                 "(--on-bad skip --check decode)"
@@ -180,12 +182,12 @@ class _PlannedImages(Dataset[_Decoded]):
         store, transform = self.store, self.transform
         images, failed, files = dict[int, torch.Tensor](), dict[int, str](), dict[int, Image.Image]()
         num_bytes = 0
-        for record in wanted:
+        for record, limit in zip(wanted, pixel_limits(store, np.array(wanted, dtype=np.int64)), strict=True):
             try:
                 raw = store.read(record)
                 num_bytes += len(raw)
-                files[record] = open_image(raw)
-            except (PillowError, RecordError) as error:
+                files[record] = open_image(raw, max_pixels=limit)
+            except (BadImageError, RecordError) as error:
                 failed[record] = str(error)
         # Opening reads the header only: the sizes, which an image folder has no index of.
         records = np.array(list(files), dtype=np.int64)
@@ -194,7 +196,7 @@ class _PlannedImages(Dataset[_Decoded]):
         for position, (record, file) in enumerate(files.items()):
             try:
                 image = to_rgb(file)
-            except PillowError as error:
+            except BadImageError as error:
                 failed[record] = str(error)
             else:
                 cropped = _crop(image, transform, augmentation, position)
@@ -224,7 +226,7 @@ def _crop(image: Any, transform: Transform, augmentation: Augmentation, position
         return F.center_crop(F.resize(image, transform.resize, interpolation), size)
     top, left = augmentation.anchors[position].tolist()
     height, width = augmentation.shapes[position].tolist()
-    image = F.resized_crop(image, top, left, height, width, size, interpolation)
+    image = F.resize(crop(image, top=top, left=left, height=height, width=width), size, interpolation)
     if transform.changes_color:
         image = _twist_color(image, augmentation, position)
     return F.hflip(image) if augmentation.mirror[position] else image

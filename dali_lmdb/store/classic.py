@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -13,13 +12,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from dali_lmdb.errors import RecordError, StoreDamagedError, StoreFormatError, one_line
 from dali_lmdb.store import layout, sidecar
 from dali_lmdb.store.base import Store
 from dali_lmdb.store.checksum import crc32
-from dali_lmdb.store.header import BadImageError, read_header
+from dali_lmdb.store.header import read_header
+from dali_lmdb.store.images import BadImageError
 from dali_lmdb.store.pages import Extent, PageFile
 from dali_lmdb.store.payload import (
     Located,
@@ -321,9 +320,7 @@ class ClassicStore(Store):
                     columns[name][index] = value
 
         threads = max(4, len(os.sched_getaffinity(0)))
-        with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
-            # Our own limit of pixels decides, not Pillow's warning.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with ThreadPoolExecutor(threads) as pool:
             try:
                 for _ in pool.map(look_at, range(0, len(self), _RECORDS_AT_ONCE)):
                     pass

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import struct
 from typing import NamedTuple
 
-from PIL import Image
-
+from dali_lmdb.store.images import BadImageError, check_pixels, open_image
 from dali_lmdb.store.layout import Kind
 
-__all__ = ["MAX_PIXELS", "BadImageError", "Header", "read_header"]
+__all__ = ["MAX_PIXELS", "Header", "read_header"]
 
 MAX_PIXELS = 89_478_485
 """Default limit of height x width: Pillow's MAX_IMAGE_PIXELS, 256 MB as RGB and alpha in 8 bit."""
@@ -22,7 +20,6 @@ _PILLOW_KINDS = {
     "TIFF": Kind.TIFF,
     "GIF": Kind.GIF,
     "PPM": Kind.PNM,
-    "JPEG": Kind.UNKNOWN,  # read by _jpeg_header
 }
 
 # Markers of ITU T.81, table B.1.
@@ -30,10 +27,6 @@ _SOI, _EOI, _SOS, _TEM = 0xD8, 0xD9, 0xDA, 0x01
 _SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # start of frame, without DHT, JPG, DAC
 _BASELINE, _EXTENDED, _PROGRESSIVE = 0xC0, 0xC1, 0xC2
 _FRAME = struct.Struct(">BHHB")  # precision, height, width, components
-
-
-class BadImageError(Exception):
-    """An image that a store should not hold; the message is the reason."""
 
 
 class Header(NamedTuple):
@@ -45,8 +38,11 @@ class Header(NamedTuple):
     width: int
 
 
-def read_header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Header:
+def read_header(data: bytes, *, max_pixels: int | None = MAX_PIXELS) -> Header:
     """Kind and size of an image from its first bytes; nothing is decoded.
+
+    Args:
+        max_pixels: refuse larger ones; None is no limit.
 
     Raises:
         BadImageError: not an image, a damaged header, or more than ``max_pixels``.
@@ -56,42 +52,14 @@ def read_header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Header:
     header = _jpeg_header(data) if data[:2] == b"\xff\xd8" else _pillow_header(data, max_pixels)
     if header.height < 1 or header.width < 1:
         raise BadImageError(f"size {header.width} x {header.height}")
-    if header.height * header.width > max_pixels:
-        raise _too_large((header.width, header.height), limit=max_pixels)
+    check_pixels((header.width, header.height), max_pixels)
     return header
 
 
-def _too_large(size: tuple[int, int] | None, *, limit: int) -> BadImageError:
-    """The error for an image of (width, height); None where the size is not known."""
-    if size is None:
-        return BadImageError(f"more pixels than the limit of {limit}")
-    return BadImageError(f"{size[0]} x {size[1]} pixels, more than the limit of {limit}")
-
-
-def _pillow_header(data: bytes, max_pixels: int) -> Header:
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            width, height = image.size
-            return Header(_PILLOW_KINDS.get(image.format or "", Kind.OTHER), height, width)
-    except Image.UnidentifiedImageError:
-        raise BadImageError("not an image that Pillow knows") from None
-    except Image.DecompressionBombError:
-        # Pillow opens nothing of more than twice its own limit, and tells only the product.
-        raise _too_large(_size_of_giant(data), limit=max_pixels) from None
-    except Exception as error:  # Pillow's parsers raise almost anything on damaged files
-        raise BadImageError(f"damaged header: {error}") from error
-
-
-def _size_of_giant(data: bytes) -> tuple[int, int] | None:
-    """Width and height of an image that ``Image.open`` refuses, from the parser that it would take."""
-    for factory, accept in list(Image.OPEN.values()):
-        try:
-            if accept is None or accept(data[:16]) is True:
-                with factory(io.BytesIO(data), "") as image:
-                    return image.size
-        except Exception:  # a parser of another kind of image, or one that looks at the size itself
-            continue
-    return None
+def _pillow_header(data: bytes, max_pixels: int | None) -> Header:
+    with open_image(data, max_pixels=max_pixels) as image:
+        width, height = image.size
+        return Header(_PILLOW_KINDS.get(image.format or "", Kind.OTHER), height, width)
 
 
 def _jpeg_header(data: bytes) -> Header:

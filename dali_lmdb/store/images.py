@@ -1,0 +1,140 @@
+"""Images opened with Pillow: only the kinds of file that a store may hold, and with a limit of pixels for each.
+
+``Image.open`` tries everything that Pillow and the program have registered, also what starts other programs (EPS),
+and its limit of pixels is a global of the whole program. So the plugin of each kind is called directly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import struct
+from collections.abc import Callable
+from contextvars import ContextVar
+from types import FunctionType, SimpleNamespace
+from typing import Any
+
+# Importing a plugin registers its kind in Image.OPEN.
+from PIL import (  # noqa: F401
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    ImageFile,
+    Jpeg2KImagePlugin,
+    JpegImagePlugin,
+    PngImagePlugin,
+    PpmImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
+
+with contextlib.suppress(ImportError):  # new in Pillow 11.3
+    from PIL import AvifImagePlugin  # noqa: F401
+
+__all__ = ["BadImageError", "check_pixels", "crop", "open_image", "pixel_limit", "to_rgb"]
+
+_max_pixels: ContextVar[int | None] = ContextVar("max_pixels", default=None)
+
+
+class BadImageError(Exception):
+    """An image that cannot be read, or that a store should not hold; the message is the reason, in one line."""
+
+    @classmethod
+    def of(cls, error: Exception, *, what: str = "") -> BadImageError:
+        """The reason that Pillow gives."""
+        return cls(what + (" ".join(str(error).split()) or type(error).__name__))
+
+
+def check_pixels(size: tuple[int, int], max_pixels: int | None) -> None:
+    """Raise ``BadImageError`` for a (width, height) of more than ``max_pixels``; None is no limit."""
+    if max_pixels is not None and size[0] * size[1] > max_pixels:
+        raise BadImageError(f"{size[0]} x {size[1]} pixels, more than the limit of {max_pixels}")
+
+
+def pixel_limit(height: int, width: int) -> int | None:
+    """``max_pixels`` of an image whose size in the index is this, 0 if unknown.
+
+    A size in the index passed a limit when it was written. Anything else has Pillow's: twice ``MAX_IMAGE_PIXELS``,
+    which the program may have set.
+    """
+    return None if Image.MAX_IMAGE_PIXELS is None else max(height * width, 2 * Image.MAX_IMAGE_PIXELS)
+
+
+def _with_our_limit(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A plugin's method with ``max_pixels`` of ``open_image`` in the place of Pillow's global limit."""
+
+    def check(size: tuple[int, int], **_: Any) -> None:
+        check_pixels(size, _max_pixels.get())
+
+    assert isinstance(method, FunctionType)
+    image = SimpleNamespace(**vars(Image) | {"_decompression_bomb_check": check})
+    names = method.__globals__ | {"Image": image}
+    return FunctionType(method.__code__, names, method.__name__, method.__defaults__, method.__closure__)
+
+
+# The plugins that check sizes by themselves, before they allocate memory. All others leave it to Image.open.
+
+
+class _WebPFile(WebPImagePlugin.WebPImageFile):
+    _open = _with_our_limit(WebPImagePlugin.WebPImageFile._open)
+
+
+class _GifFile(GifImagePlugin.GifImageFile):
+    _seek = _with_our_limit(GifImagePlugin.GifImageFile._seek)
+
+
+class _TiffFile(TiffImagePlugin.TiffImageFile):
+    load_prepare = _with_our_limit(TiffImagePlugin.TiffImageFile.load_prepare)
+
+
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM")
+_OURS: dict[str, Any] = {"WEBP": _WebPFile, "GIF": _GifFile, "TIFF": _TiffFile}
+_NO_IMAGE = "not a JPEG, PNG, WebP, GIF, BMP, TIFF, JPEG 2000, AVIF or PPM image"
+
+
+def open_image(data: bytes | memoryview, *, max_pixels: int | None) -> ImageFile.ImageFile:
+    """An image whose header is read, and nothing else.
+
+    Args:
+        max_pixels: refuse larger ones; None where a limit was checked before. Pillow's own limit is not applied.
+
+    Raises:
+        BadImageError: not an image, a damaged header, or more than ``max_pixels``.
+    """
+    start = bytes(data[:16])
+    token = _max_pixels.set(max_pixels)
+    try:
+        for name in _FORMATS:
+            factory, accept = Image.OPEN.get(name, (None, None))
+            if factory is None or accept is None or accept(start) is not True:
+                continue
+            try:
+                image: ImageFile.ImageFile = _OURS.get(name, factory)(io.BytesIO(data), "")
+            except (SyntaxError, IndexError, TypeError, struct.error):  # not of this kind, as in Image.open
+                continue
+            check_pixels(image.size, max_pixels)
+            return image
+    except BadImageError:
+        raise
+    except Exception as error:  # Pillow's parsers raise almost anything on damaged files
+        raise BadImageError.of(error, what="damaged header: ") from error
+    finally:
+        _max_pixels.reset(token)
+    raise BadImageError(_NO_IMAGE)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Decode an opened image, as ``convert("RGB")``.
+
+    Raises:
+        BadImageError: it does not decode.
+    """
+    try:
+        return image.convert("RGB")
+    except Exception as error:  # Pillow's decoders raise almost anything on damaged files
+        raise BadImageError.of(error) from error
+
+
+def crop(image: Image.Image, *, top: int, left: int, height: int, width: int) -> Image.Image:
+    """``Image.crop`` of a decoded image, without Pillow's limit of pixels."""
+    return image._new(image.im.crop((left, top, left + width, top + height)))
