@@ -32,6 +32,7 @@ from dali_lmdb.plan.augment import Transform
 from dali_lmdb.plan.batches import BatchPlan
 from dali_lmdb.plan.order import LastBatch, Shuffle
 from dali_lmdb.store import Store, open_store
+from dali_lmdb.store.classic import ClassicStore
 
 __all__ = ["DaliLoader"]
 
@@ -141,7 +142,8 @@ class DaliLoader(Loader):
         store = store if isinstance(store, Store) else open_store(store)
         super().__init__(store, settings)
         heights, widths = store.column("height"), store.column("width")
-        if len(store) and min(heights.min(), widths.min()) < 1:
+        # A classic database has sizes of whatever is an image, so there every record is bad.
+        if len(store) and not heights.any() and not isinstance(store, ClassicStore):
             raise StoreFormatError(
                 f"{store.path}: the index has no image sizes (it was converted with --check none), which crops "
                 "need; convert it again with --check header"
@@ -268,6 +270,8 @@ class DaliLoader(Loader):
         if cause is None:
             return None
         other = pillow_cause(self.store, record)
+        if feed[0][place].shape() == [0]:  # not DALI's verdict, it was given nothing
+            return other or "the index has no size of it; convert it again with --check header"
         return f"DALI: {cause}; Pillow{f': {other}' if other else ' decodes it'}"
 
     def stats(self) -> dict[str, float]:

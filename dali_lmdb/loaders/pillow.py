@@ -8,7 +8,10 @@ import numpy.typing as npt
 from dali_lmdb.store import Store
 from dali_lmdb.store.images import BadImageError, open_image, pixel_limit, to_rgb
 
-__all__ = ["pillow_cause", "pixel_limits"]
+__all__ = ["REFUSED", "pillow_cause", "pixel_limits"]
+
+REFUSED: npt.NDArray[np.uint8] = np.empty(0, np.uint8)
+"""What DALI is given for a record that it must not decode: an empty file, which it refuses."""
 
 
 def pixel_limits(store: Store, records: npt.NDArray[np.int64]) -> list[int | None]:

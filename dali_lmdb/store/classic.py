@@ -17,7 +17,7 @@ from dali_lmdb.errors import RecordError, StoreDamagedError, StoreFormatError, o
 from dali_lmdb.store import layout, sidecar
 from dali_lmdb.store.base import Store
 from dali_lmdb.store.checksum import crc32
-from dali_lmdb.store.header import read_header
+from dali_lmdb.store.header import MAX_PIXELS, read_header
 from dali_lmdb.store.images import BadImageError
 from dali_lmdb.store.pages import Extent, PageFile
 from dali_lmdb.store.payload import (
@@ -36,6 +36,7 @@ KEYS_KEY = b"__keys__"
 
 # Labels are positions in a list of classes, so a damaged one must not ask for a list that fills the memory.
 _MAX_CLASSES = 1 << 20
+_MAX_PIXELS = 2 * MAX_PIXELS  # nobody chose a limit: where Pillow refuses images, and not where it warns
 _RECORDS_AT_ONCE = 64  # looked at by one thread at a time when the index is made
 _WORTH_A_WARNING_BYTES = 1 << 30  # making the index then takes a while, and the user should know why
 _MIN_NODE_BYTES = 8  # NODESIZE in mdb.c
@@ -78,7 +79,7 @@ class ClassicStore(Store):
 
     Image bytes are slices of the map, except with pickle protocol 2, which stores them as text. Classes have
     no names: they are called by their labels, ``"0"``, ``"1"``, ... Heights and widths of what is not a
-    readable image are 0.
+    readable image, or one of more than 178,956,970 pixels, are 0.
 
     Args:
         path: the LMDB file, or the folder with ``data.mdb`` in it.
@@ -337,7 +338,7 @@ class ClassicStore(Store):
         located = self._locate(index, value)
         data = bytes(self._bytes_at(index, value, located))
         try:
-            kind, height, width = read_header(data)
+            kind, height, width = read_header(data, max_pixels=_MAX_PIXELS)
         except BadImageError:  # the decoder says what is wrong, to whoever wants its pixels
             kind, height, width = layout.Kind.UNKNOWN, 0, 0
         return {

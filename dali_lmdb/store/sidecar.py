@@ -27,7 +27,7 @@ from dali_lmdb.store.regular import check_regular
 
 __all__ = ["Columns", "Stamp", "load", "one_at_a_time", "save", "sidecar_path"]
 
-_VERSION = 1  # raised when the same database would get other columns
+_VERSION = 2  # raised when the same database would get other columns
 _STAMP_KEY, _CRC_KEY = b"made_from", b"crc32"
 _log = logging.getLogger(__name__)
 
