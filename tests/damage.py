@@ -8,6 +8,9 @@ import pyarrow as pa
 from image_sets import grey_of, size_of
 from PIL import Image
 
+from dali_lmdb.store import Kind
+from dali_lmdb.store.header import read_header
+from dali_lmdb.store.images import BadImageError
 from dali_lmdb.store.writer import StoreWriter
 
 
@@ -77,6 +80,13 @@ def giant_png():
     return png[:at] + claims + zlib.crc32(claims).to_bytes(4, "big") + png[at + len(claims) + 4 :]
 
 
+def _kind(value):
+    try:
+        return read_header(value).kind
+    except BadImageError:
+        return Kind.UNKNOWN
+
+
 def write_store(path, values, *, sizes=None):
     """A store whose record i has label i and name ``cII/III.jpg``.
 
@@ -96,7 +106,7 @@ def write_store(path, values, *, sizes=None):
             "num_bytes": lengths,
             "crc32": np.array([zlib.crc32(value) for value in values], np.uint32),
             "file_offset": offsets,
-            "kind": np.ones(count, np.uint8),
+            "kind": np.array([_kind(value) for value in values], np.uint8),
             "change": np.zeros(count, np.uint8),
         }
         names = pa.array([f"c{record:02}/{record:03}.jpg" for record in range(count)])

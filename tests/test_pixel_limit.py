@@ -12,6 +12,7 @@ from PIL import Image
 from dali_lmdb.convert import ConvertSettings, convert
 from dali_lmdb.errors import ConversionError, RecordError
 from dali_lmdb.inspect import verify
+from dali_lmdb.loaders.dali import DaliLoader
 from dali_lmdb.loaders.torch import ImageFolderLMDB, TorchLoader
 from dali_lmdb.plan.augment import EvalTransform, TrainTransform
 
@@ -54,9 +55,10 @@ def low_limit(request, monkeypatch):
 
 @pytest.mark.parametrize("transform", [EVAL, TRAIN], ids=["eval", "train"])
 @pytest.mark.parametrize("workers", [0, 1])
-def test_torch_loader_reads_what_a_store_holds_whatever_pillows_limit(formats_path, low_limit, workers, transform):
+def test_both_loaders_read_what_a_store_holds_whatever_pillows_limit(formats_path, low_limit, workers, transform):
     loaders = [
         TorchLoader(formats_path, transform=transform, batch_size=4, last_batch="short", num_workers=workers),
+        DaliLoader(formats_path, transform=transform, batch_size=4, last_batch="short", device="cpu"),
     ]
     for loader in loaders:
         with loader:

@@ -27,7 +27,7 @@ _HELP = {"help_option_names": ["-h", "--help"]}
 def info_command(store: str, *, as_json: bool) -> None:
     """Say what is in STORE: records, classes, sizes, kinds, which of them the GPU decodes, how it was made.
 
-    Only the index is read, so the answer comes at once.
+    Only the index is read, and the headers of images that are no JPEG or WebP.
     """
     found = info(store)
     print_result(json.dumps(asdict(found)) if as_json else _table(found))
@@ -123,7 +123,7 @@ def _table(found: StoreInfo) -> str:
         ("width", _spread("", found.width) or "unknown"),
         ("kinds", ", ".join(f"{kind} {count:,}" for kind, count in found.kinds.items()) or "none"),
         ("on the GPU", f"nvJPEG decodes {found.decoders.gpu:,}"),
-        ("on the CPU", f"{found.decoders.cpu:,} fall back to a CPU decoder"),
+        ("on the CPU", f"{found.decoders.cpu:,} fall back to a CPU decoder{_by_pillow(found)}"),
         ("by nothing", f"{found.decoders.none:,}{_not_looked_at(found)}"),
         ("changed", f"{found.transcoded:,} transcoded, {found.resized:,} resized"),
         ("bytes", f"{found.num_bytes:,}" + _spread(", of a record", found.record_bytes)),
@@ -148,6 +148,12 @@ def _spread(of: str, spread: Spread | None) -> str:
         return ""
     text = f"{spread.min:,} to {spread.max:,}, median {spread.median:,g}"
     return f"{of} {text}" if of else text
+
+
+def _by_pillow(found: StoreInfo) -> str:
+    if not found.by_pillow:
+        return ""
+    return f", {found.by_pillow:,} of them to Pillow, which is slow; --transcode makes JPEGs of them"
 
 
 def _not_looked_at(found: StoreInfo) -> str:

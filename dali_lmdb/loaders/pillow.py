@@ -1,14 +1,19 @@
-"""Records through Pillow, as torchvision's ``ImageFolder`` reads them."""
+"""Records decoded by Pillow: for the classic path, and for DALI where its own pixels would be other ones."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from dali_lmdb.store import Store
+from dali_lmdb.store.agreement import DALI_AGREES, dali_agrees
 from dali_lmdb.store.images import BadImageError, open_image, pixel_limit, to_rgb
 
-__all__ = ["REFUSED", "pillow_cause", "pixel_limits"]
+__all__ = ["REFUSED", "encoded_for_dali", "pillow_cause", "pixel_limits"]
+
+_AGREED = np.isin(np.arange(256), DALI_AGREES)  # by kind
 
 REFUSED: npt.NDArray[np.uint8] = np.empty(0, np.uint8)
 """What DALI is given for a record that it must not decode: an empty file, which it refuses."""
@@ -28,3 +33,29 @@ def pillow_cause(store: Store, record: int) -> str | None:
     except BadImageError as error:
         return str(error)
     return None
+
+
+def encoded_for_dali(store: Store, records: npt.NDArray[np.int64]) -> list[npt.NDArray[np.uint8]]:
+    """Image files of some records, which DALI decodes to Pillow's pixels or not at all.
+
+    A file is the store's own if DALI agrees with Pillow on it, see ``agreement``. Otherwise it is a PPM of what
+    Pillow decodes, or ``REFUSED`` if Pillow does not decode it.
+
+    Returns:
+        uint8 of shape (num_bytes,) for each record.
+    """
+    encoded = store.arrays(records)
+    suspects = np.flatnonzero(~_AGREED[store.gather("kind", records)])
+    if len(suspects):
+        for place, limit in zip(suspects.tolist(), pixel_limits(store, records[suspects]), strict=True):
+            if not dali_agrees(encoded[place]):
+                encoded[place] = _as_ppm(encoded[place], limit)
+    return encoded
+
+
+def _as_ppm(data: Any, max_pixels: int | None) -> npt.NDArray[np.uint8]:
+    try:
+        image = to_rgb(open_image(data, max_pixels=max_pixels))
+    except BadImageError:
+        return REFUSED
+    return np.frombuffer(b"P6 %d %d 255\n%b" % (*image.size, image.tobytes()), np.uint8)

@@ -216,7 +216,7 @@ def build_pipeline(source: Callable[[Any], Any], settings: GraphSettings) -> Pip
 
 
 def feed_without_copy(plan: BatchPlan, planner: Planner) -> Feed:
-    """``feed_of`` with the images' bytes as DALI's tensors on the same memory; the store keeps it alive.
+    """``feed_of`` with the images' bytes as DALI's tensors on the same memory, which they keep alive.
 
     DALI would wrap them itself, but in the thread that runs the pipeline, and three times slower.
     """

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dali_lmdb.loaders.pillow import REFUSED
+from dali_lmdb.loaders.pillow import REFUSED, encoded_for_dali
 from dali_lmdb.loaders.reader import BatchReader, Feed
 from dali_lmdb.plan.augment import Transform
 from dali_lmdb.plan.batches import BatchPlan, Planner
@@ -50,7 +50,7 @@ def feed_of(plan: BatchPlan, planner: Planner) -> Feed:
     """A planned batch as the arrays of ``fields_of``, each of shape (n, ...)."""
     augmentation = planner.augment(plan)._asdict()
     names = [field.name for field in fields_of(planner.transform)[3:]]
-    encoded = planner.store.arrays(plan.records)
+    encoded = encoded_for_dali(planner.store, plan.records)
     for place in np.flatnonzero((augmentation["shapes"] < 1).any(axis=1)):  # the index has no size of it
         encoded[place] = REFUSED
     return encoded, planner.labels(plan), plan.records, *(augmentation[name] for name in names)

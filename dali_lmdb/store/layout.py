@@ -88,9 +88,14 @@ class Kind(enum.IntEnum):
     """Pillow opens it; none of the above."""
 
     @property
+    def is_jpeg(self) -> bool:
+        """Whether it is a JPEG of any kind."""
+        return Kind.JPEG_BASELINE <= self <= Kind.JPEG_CPU_ONLY
+
+    @property
     def decodes_on_cpu(self) -> bool:
-        """Whether DALI falls back to a decoder on the CPU for it (DALI documentation, "decoders.image")."""
-        return self in (Kind.JPEG_CPU_ONLY, Kind.PNG, Kind.WEBP, Kind.BMP, Kind.TIFF, Kind.PNM)
+        """Whether a decoder on the CPU is needed for it: one of DALI's, or Pillow."""
+        return self >= Kind.JPEG_CPU_ONLY
 
     @property
     def decodes_on_gpu(self) -> bool:
@@ -105,7 +110,7 @@ class Decoders:
     gpu: int
     """By nvJPEG."""
     cpu: int
-    """By a decoder on the CPU that it falls back to."""
+    """By a decoder on the CPU that it falls back to, or by Pillow in its place."""
     none: int
     """By nothing known, or not looked at."""
 

@@ -1,0 +1,100 @@
+"""Which image files DALI decodes to the pixels of Pillow's ``convert("RGB")``.
+
+DALI shows other pixels, without an error, of
+
+* 16-bit grey images, which it scales to 8 bit and Pillow clips at 255;
+* TIFFs of floats, in CIELAB or YCbCr, with premultiplied alpha, or with an orientation, which Pillow applies;
+* animated PNGs: it may show another frame;
+* BMPs of 16 bits a pixel, and PNMs whose largest value is not 255, which it scales otherwise or not at all;
+* some JPEG 2000 files.
+
+Which of its decoders takes a TIFF depends on the machine. So the functions here list what is known to agree, and
+everything else has to be decoded by Pillow.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from typing import Any
+
+from PIL import TiffImagePlugin
+
+from dali_lmdb.store.images import BadImageError, open_image
+from dali_lmdb.store.layout import Kind
+
+__all__ = ["DALI_AGREES", "dali_agrees"]
+
+DALI_AGREES = (*(kind for kind in Kind if kind.is_jpeg), Kind.WEBP)
+"""Kinds of which every file is decoded to the same pixels."""
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_GREY = 0  # colour type of a PNG, without alpha
+
+_BMP_HEADER = struct.Struct("<2s12xIii2xHI")  # magic, header's size, width, height, bits, compression
+_BMP_BITS = (1, 4, 8, 24, 32)  # in 16 bits, 5 of a colour are scaled otherwise
+
+_SPACE = rb"(?:\s|#[^\r\n]*[\r\n])+"
+_PNM_UP_TO_255 = re.compile(rb"P[56]" + _SPACE + rb"\d+" + _SPACE + rb"\d+" + _SPACE + rb"255\s")
+
+# TIFF 6.0, part 2; Adobe's technical note for deflate
+_TIFF_LOSSLESS = {"raw", "tiff_lzw", "packbits", "tiff_adobe_deflate", "tiff_deflate"}
+
+
+def dali_agrees(data: Any) -> bool:
+    """Whether DALI decodes an image to Pillow's pixels, or refuses it.
+
+    Args:
+        data: a file's bytes, of any kind; what is no image at all is False.
+    """
+    start = bytes(data[:16])
+    if start[:2] == b"\xff\xd8" or (start[:4], start[8:12]) == (b"RIFF", b"WEBP"):
+        return True
+    if start.startswith(_PNG):
+        return _png_agrees(data)
+    if start[:2] == b"BM":
+        return _bmp_agrees(data)
+    if start[:2] in (b"P4", b"P5", b"P6"):
+        return start[:2] == b"P4" or _PNM_UP_TO_255.match(data) is not None
+    return start[:2] in (b"II", b"MM") and _tiff_agrees(data)
+
+
+def _png_agrees(data: Any) -> bool:
+    position = len(_PNG)
+    try:
+        depth, color_type = struct.unpack_from("BB", data, 24)
+        while True:
+            length, name = struct.unpack_from(">I4s", data, position)
+            if name == b"acTL":  # animated
+                return False
+            if name == b"IDAT":
+                return not (depth == 16 and color_type == _GREY)
+            position += 12 + length
+    except struct.error:  # cut off before its pixels
+        return True
+
+
+def _bmp_agrees(data: Any) -> bool:
+    try:
+        _, header_bytes, _, _, bits, compression = _BMP_HEADER.unpack_from(data)
+    except struct.error:
+        return True
+    return header_bytes >= 40 and bits in _BMP_BITS and compression == 0
+
+
+def _tiff_agrees(data: Any) -> bool:
+    try:
+        with open_image(data, max_pixels=None) as image:
+            tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+            return (
+                image.mode in ("L", "RGB")
+                and image.info.get("compression") in _TIFF_LOSSLESS
+                and set(tags.get(TiffImagePlugin.BITSPERSAMPLE, ())) == {8}
+                and tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) in (1, 2)  # black is 0, RGB
+                and tags.get(TiffImagePlugin.SAMPLEFORMAT, (1,))[0] == 1  # unsigned
+                and tags.get(TiffImagePlugin.PLANAR_CONFIGURATION, 1) == 1  # samples side by side
+                and TiffImagePlugin.EXTRASAMPLES not in tags
+                and tags.get(274, 1) == 1  # orientation
+            )
+    except BadImageError:
+        return False
