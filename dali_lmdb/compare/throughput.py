@@ -28,10 +28,10 @@ import torch
 from dali_lmdb.compare.repeat import RepeatedStore
 from dali_lmdb.compare.report import Measured, machine, spread, versions
 from dali_lmdb.errors import DeviceError, SourceError, StoreError
+from dali_lmdb.loaders.backends import open_loader
 from dali_lmdb.loaders.base import Loader
-from dali_lmdb.loaders.dali import DaliLoader
 from dali_lmdb.loaders.settings import default_num_threads
-from dali_lmdb.loaders.torch import TorchLoader, open_data
+from dali_lmdb.loaders.torch import open_data
 from dali_lmdb.plan.augment import EvalTransform, TrainTransform, Transform
 from dali_lmdb.store import Store, open_store
 
@@ -236,17 +236,18 @@ def _open_images(path: str | os.PathLike[str], store: Store) -> Store:
 
 
 def _open_loader(backend: str, data: Store, settings: CompareSettings) -> Loader:
-    options: dict[str, Any] = {
-        "transform": settings.transform,
-        "batch_size": settings.batch_size,
-        "device": settings.device,
-        "rank": 0,
-        "world_size": 1,
-        "last_batch": "drop",  # a short batch is not the same work
-    }
-    if backend == "dali":
-        return DaliLoader(data, num_threads=settings.workers, **options)
-    return TorchLoader(data, num_workers=settings.workers, **options)
+    assert settings.workers is not None
+    return open_loader(
+        data,
+        backend="dali" if backend == "dali" else "torch",
+        workers=settings.workers,
+        transform=settings.transform,
+        batch_size=settings.batch_size,
+        device="cuda" if settings.device == "cuda" else "cpu",
+        rank=0,
+        world_size=1,
+        last_batch="drop",  # a short batch is not the same work
+    )
 
 
 def _burst(backend: str, settings: CompareSettings) -> int:

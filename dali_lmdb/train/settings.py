@@ -6,10 +6,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 from dali_lmdb.errors import SourceError
+from dali_lmdb.loaders.backends import Backend
+from dali_lmdb.loaders.bad import OnBad
 from dali_lmdb.loaders.folder import is_image_folder
 from dali_lmdb.loaders.torch import open_data
+from dali_lmdb.plan.augment import EvalTransform, TrainTransform
 from dali_lmdb.store import open_store
 from dali_lmdb.train import checkpoint, models
 from dali_lmdb.train.distributed import find_device
@@ -26,10 +30,10 @@ __all__ = [
     "describe_data",
 ]
 
-BACKENDS = ("dali", "torch")
+BACKENDS = get_args(Backend)
 DEVICES = ("auto", "cuda", "cpu")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
-ON_BAD = ("raise", "substitute")
+ON_BAD = get_args(OnBad)
 SHUFFLES = ("full", "block")
 
 
@@ -43,11 +47,11 @@ class TrainSettings:
     """Store to evaluate on after each epoch, or such a folder. Its classes must be those of ``train``."""
     arch: str = "resnet50"
     """Any torchvision classification model; trained from random weights."""
-    backend: str = "dali"
+    backend: Backend = "dali"
     """``"dali"`` decodes with DALI, ``"torch"`` with PIL in DataLoader workers (the classic CPU path)."""
-    device: str = "auto"
+    device: Literal["auto", "cuda", "cpu"] = "auto"
     """``"cuda"``: a GPU for each rank, NCCL. ``"cpu"``: gloo. ``"auto"``: GPUs where there are any."""
-    precision: str = "auto"
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """``"auto"``: mixed bfloat16 on GPUs that have it, mixed float16 on others, float32 on the CPU."""
     epochs: int = 90
     batch_size: int = 256
@@ -60,10 +64,10 @@ class TrainSettings:
     """Height and width of the images in pixels; evaluation resizes the shorter side to size * 256 / 224."""
     workers: int = 4
     """DALI's threads, or DataLoader's worker processes, of each rank."""
-    shuffle: str = "full"
+    shuffle: Literal["full", "block"] = "full"
     """``"full"``: training sees the records in any order. ``"block"``: blocks of consecutive records in random
     order, mixed with others; for storage that hates random reads."""
-    on_bad: str = "raise"
+    on_bad: OnBad = "raise"
     """What becomes of a record that does not decode. ``"raise"``: the run stops and names it. ``"substitute"``: a
     warning names it, and another record of its batch is used in its place, in evaluation, too."""
     seed: int = 0
@@ -106,9 +110,14 @@ class TrainSettings:
         models.check_arch(self.arch)
 
     @property
-    def eval_resize(self) -> int:
-        """What evaluation resizes the shorter side to, in pixels (256 for 224, as everyone does)."""
-        return round(self.size * 256 / 224)
+    def train_transform(self) -> TrainTransform:
+        """Random crops and flips."""
+        return TrainTransform(size=self.size)
+
+    @property
+    def eval_transform(self) -> EvalTransform:
+        """Central crops; the shorter side is resized to size * 256 / 224, as usual for 224."""
+        return EvalTransform(size=self.size, resize=round(self.size * 256 / 224))
 
     @property
     def checkpoint_path(self) -> Path | None:

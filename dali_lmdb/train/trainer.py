@@ -16,9 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dali_lmdb.loaders.dali import DaliLoader
-from dali_lmdb.loaders.torch import TorchLoader
-from dali_lmdb.plan.augment import EvalTransform, TrainTransform
+from dali_lmdb.loaders.backends import open_loader
+from dali_lmdb.loaders.base import Loader
 from dali_lmdb.train import checkpoint
 from dali_lmdb.train.distributed import Ranks, find_device, process_group
 from dali_lmdb.train.metrics import EvaluationSums, JsonLog, StepMeter
@@ -138,28 +137,24 @@ class _Run:
         self.log = stack.enter_context(JsonLog(own_log, append=settings.resume))
         self.meter = StepMeter(device=device)
 
-    def _loader(self, *, training: bool) -> Any:
-        settings, ranks = self.settings, self.ranks
-        on_gpu = self.device.type == "cuda"
-        options: dict[str, Any] = {
-            "transform": TrainTransform(size=settings.size)
-            if training
-            else EvalTransform(size=settings.size, resize=settings.eval_resize),
-            "batch_size": settings.batch_size,
-            "device": self.device.type,
-            "rank": ranks.rank,
-            "world_size": ranks.world_size,
-            "seed": settings.seed,
-            "shuffle": settings.shuffle if training else "none",
-            "on_bad": settings.on_bad,
+    def _loader(self, *, training: bool) -> Loader:
+        settings, on_gpu = self.settings, self.device.type == "cuda"
+        return open_loader(
+            settings.train if training else settings.val,
+            backend=settings.backend,
+            workers=settings.workers,
+            transform=settings.train_transform if training else settings.eval_transform,
+            batch_size=settings.batch_size,
+            device="cuda" if on_gpu else "cpu",
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            seed=settings.seed,
+            shuffle=settings.shuffle if training else "none",
+            on_bad=settings.on_bad,
             # Half as much to write and read where the model computes in 16 bits anyway.
-            "dtype": "float32" if self.precision is torch.float32 else "float16",
-            "layout": "NHWC" if on_gpu else "NCHW",
-        }
-        data = settings.train if training else settings.val
-        if settings.backend == "dali":
-            return DaliLoader(data, num_threads=settings.workers, **options)
-        return TorchLoader(data, num_workers=settings.workers, **options)
+            dtype="float32" if self.precision is torch.float32 else "float16",
+            layout="NHWC" if on_gpu else "NCHW",
+        )
 
     def __str__(self) -> str:
         num_records, steps = self.train_loader.num_records, len(self.train_loader)

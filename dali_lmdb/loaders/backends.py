@@ -1,0 +1,75 @@
+"""The backends of the trainer and the comparison, opened by name."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal
+
+from dali_lmdb.loaders.bad import OnBad
+from dali_lmdb.loaders.base import Loader
+from dali_lmdb.loaders.dali import DaliLoader
+from dali_lmdb.loaders.settings import Device, Dtype, Layout
+from dali_lmdb.loaders.torch import TorchLoader
+from dali_lmdb.plan.augment import Transform
+from dali_lmdb.plan.order import LastBatch, Shuffle
+from dali_lmdb.store import Store
+
+__all__ = ["Backend", "open_loader"]
+
+Backend = Literal["dali", "torch"]
+
+
+def open_loader(
+    data: Store | str | os.PathLike[str],
+    *,
+    backend: Backend,
+    workers: int,
+    transform: Transform,
+    batch_size: int,
+    device: Device,
+    rank: int,
+    world_size: int,
+    seed: int = 0,
+    shuffle: Shuffle | None = None,
+    last_batch: LastBatch | None = None,
+    dtype: Dtype = "float32",
+    layout: Layout = "NCHW",
+    on_bad: OnBad = "raise",
+) -> Loader:
+    """Make the loader of a backend; arguments and errors are those of ``DaliLoader`` and ``TorchLoader``.
+
+    Args:
+        backend: ``"dali"`` or ``"torch"``.
+        workers: DALI's threads, or the worker processes of a ``DataLoader``.
+    """
+    if backend == "dali":
+        return DaliLoader(
+            data,
+            num_threads=workers,
+            transform=transform,
+            batch_size=batch_size,
+            device=device,
+            rank=rank,
+            world_size=world_size,
+            seed=seed,
+            shuffle=shuffle,
+            last_batch=last_batch,
+            dtype=dtype,
+            layout=layout,
+            on_bad=on_bad,
+        )
+    return TorchLoader(
+        data,
+        num_workers=workers,
+        transform=transform,
+        batch_size=batch_size,
+        device=device,
+        rank=rank,
+        world_size=world_size,
+        seed=seed,
+        shuffle=shuffle,
+        last_batch=last_batch,
+        dtype=dtype,
+        layout=layout,
+        on_bad=on_bad,
+    )
