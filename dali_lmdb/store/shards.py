@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 import re
@@ -82,6 +83,8 @@ def shard_files(path: str | os.PathLike[str]) -> list[Path] | None:
     except (FileNotFoundError, NotADirectoryError):  # a pattern of folders, too
         found = []
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:  # so it does not exist
+            return None
         raise StoreError(refusal(path.parent, "cannot be listed", error)) from error
     if not found and glob.has_magic(str(path)):
         found = sorted((Path(file) for file in glob.glob(str(path)) if not file.endswith(BESIDE)), key=_in_order)
