@@ -273,7 +273,7 @@ def test_an_lmdb_file_of_another_kind_is_refused(tmp_path):
 def test_an_empty_lmdb_file_is_refused(tmp_path):
     path = tmp_path / "x.lmdb"
     lmdb.open(str(path), subdir=False, lock=False).close()
-    with pytest.raises(StoreFormatError, match="an LMDB file without records"):
+    with pytest.raises(StoreFormatError, match="with 0 keys; expected __meta__"):
         open_store(path)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -133,10 +132,7 @@ class FileStore(Store):
 
 def _what_else(pages: PageFile) -> str:
     """What an LMDB file is that is no store, and what to do."""
-    keys = [key for key, _ in islice(pages.items(), 1)]
-    if not keys:
-        return "an LMDB file without records, expected a store; name another or convert the images again"
-    if keys[0] == layout.record_key(0):
+    if pages.find(layout.record_key(0)) is not None:
         return "an unfinished store; run its conversion again to go on"
     return (
         f"an LMDB file of another layout, with {pages.describe()}; expected {layout.META_KEY.decode()} as in a "
