@@ -12,19 +12,20 @@ from typing import TYPE_CHECKING, Any
 from dali_lmdb.errors import DaliLmdbError, RecordError, SourceError, StateError, StoreError
 
 if TYPE_CHECKING:
-    from dali_lmdb.loaders.dali import DaliLoader
-    from dali_lmdb.loaders.torch import ImageFolderLMDB, TorchLoader
+    from dali_lmdb.loaders.dali_loader import DaliLoader
+    from dali_lmdb.loaders.dataset import ImageFolderLMDB
+    from dali_lmdb.loaders.torch_loader import TorchLoader
     from dali_lmdb.plan.augment import EvalTransform, TrainTransform
     from dali_lmdb.store import Store, open_store
 
 __version__ = "0.1.0"
 
 _LAZY = {
-    "DaliLoader": "dali_lmdb.loaders.dali",
+    "DaliLoader": "dali_lmdb.loaders.dali_loader",
     "EvalTransform": "dali_lmdb.plan.augment",
-    "ImageFolderLMDB": "dali_lmdb.loaders.torch",
+    "ImageFolderLMDB": "dali_lmdb.loaders.dataset",
     "Store": "dali_lmdb.store",
-    "TorchLoader": "dali_lmdb.loaders.torch",
+    "TorchLoader": "dali_lmdb.loaders.torch_loader",
     "TrainTransform": "dali_lmdb.plan.augment",
     "open_store": "dali_lmdb.store",
 }

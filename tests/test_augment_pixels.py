@@ -10,8 +10,8 @@ from torchvision.transforms import ColorJitter, RandomErasing
 from torchvision.transforms import functional as F
 
 from dali_lmdb.convert import ConvertSettings, convert
-from dali_lmdb.loaders.dali import DaliLoader
-from dali_lmdb.loaders.torch import TorchLoader
+from dali_lmdb.loaders.dali_loader import DaliLoader
+from dali_lmdb.loaders.torch_loader import TorchLoader
 from dali_lmdb.plan.augment import IMAGENET_MEAN, IMAGENET_STD, EvalTransform, TrainTransform
 from dali_lmdb.store import open_store
 

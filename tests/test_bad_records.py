@@ -18,8 +18,8 @@ from image_sets import record_of, size_of
 
 from dali_lmdb.convert import ConvertSettings, convert
 from dali_lmdb.errors import RecordError
-from dali_lmdb.loaders.dali import DaliLoader
-from dali_lmdb.loaders.torch import TorchLoader
+from dali_lmdb.loaders.dali_loader import DaliLoader
+from dali_lmdb.loaders.torch_loader import TorchLoader
 from dali_lmdb.plan.augment import IMAGENET_MEAN, IMAGENET_STD, EvalTransform, TrainTransform
 from dali_lmdb.plan.order import StepPlan, epoch_order
 from dali_lmdb.store import open_store

@@ -15,7 +15,7 @@ from dali_lmdb.compare.repeat import RepeatedStore
 from dali_lmdb.compare.throughput import _open_loader, _window
 from dali_lmdb.convert import ConvertSettings, convert
 from dali_lmdb.errors import DeviceError, RecordError, SourceError, StoreNotFoundError
-from dali_lmdb.loaders.torch import open_data
+from dali_lmdb.loaders.folder import open_data
 from dali_lmdb.store import open_store
 
 NUM_CLASSES, PER_CLASS = 2, 5

@@ -15,8 +15,8 @@ from dali_lmdb.compare.__main__ import main
 from dali_lmdb.compare.part import shuffled_part
 from dali_lmdb.convert import convert
 from dali_lmdb.errors import StoreFormatError, StoreNotFoundError
+from dali_lmdb.loaders.external_source import fields_of
 from dali_lmdb.loaders.pipeline import define_handover
-from dali_lmdb.loaders.source import fields_of
 from dali_lmdb.plan.augment import TrainTransform
 from dali_lmdb.store import open_store
 from dali_lmdb.store.plain import plain_reading

@@ -15,9 +15,9 @@ from torchvision.transforms import functional as F
 
 from dali_lmdb.convert import convert
 from dali_lmdb.loaders.base import Batch, Loader
-from dali_lmdb.loaders.dali import DaliLoader
+from dali_lmdb.loaders.dali_loader import DaliLoader
 from dali_lmdb.loaders.settings import LoaderSettings
-from dali_lmdb.loaders.torch import TorchLoader
+from dali_lmdb.loaders.torch_loader import TorchLoader
 from dali_lmdb.plan.augment import TrainTransform
 from dali_lmdb.plan.order import epoch_order
 from dali_lmdb.store import open_store

@@ -11,8 +11,8 @@ import torch
 from image_sets import MAX_RECORDS, make_image_folder
 
 from dali_lmdb.convert import convert
-from dali_lmdb.loaders.dali import DaliLoader
-from dali_lmdb.loaders.torch import TorchLoader
+from dali_lmdb.loaders.dali_loader import DaliLoader
+from dali_lmdb.loaders.torch_loader import TorchLoader
 from dali_lmdb.plan.augment import EvalTransform, TrainTransform
 
 # What they warn about is their own affair: loggers, their temporary folders, what will change in torch.

@@ -23,8 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dali_lmdb.convert import ConvertSettings, convert
 from dali_lmdb.errors import RecordError
-from dali_lmdb.loaders.dali import DaliLoader
-from dali_lmdb.loaders.torch import TorchLoader
+from dali_lmdb.loaders.dali_loader import DaliLoader
+from dali_lmdb.loaders.torch_loader import TorchLoader
 from dali_lmdb.plan.augment import IMAGENET_MEAN, IMAGENET_STD, EvalTransform, TrainTransform
 
 pytestmark = pytest.mark.gpu

@@ -23,9 +23,10 @@ from torchvision.transforms import functional as F
 
 from dali_lmdb.convert import ConvertSettings, convert
 from dali_lmdb.errors import DeviceError, RecordError, SourceError, StateError, StoreError
-from dali_lmdb.loaders.dali import DaliLoader
-from dali_lmdb.loaders.reader import BatchReader
-from dali_lmdb.loaders.torch import ImageFolderLMDB, TorchLoader
+from dali_lmdb.loaders.dali_loader import DaliLoader
+from dali_lmdb.loaders.dataset import ImageFolderLMDB
+from dali_lmdb.loaders.prefetch import Prefetcher
+from dali_lmdb.loaders.torch_loader import TorchLoader
 from dali_lmdb.plan.augment import IMAGENET_MEAN, IMAGENET_STD, EvalTransform, TrainTransform
 from dali_lmdb.plan.batches import Planner
 from dali_lmdb.plan.order import StepPlan, epoch_order
@@ -676,7 +677,7 @@ def interrupted(function, *, at_line):
         if not any(part in frame.f_code.co_filename for part in LOADERS_CODE):
             return None
         if (
-            frame.f_code is BatchReader.close.__code__
+            frame.f_code is Prefetcher.close.__code__
         ):  # garbage collection may run it, and there interrupts are lost
             return None
         if event == "line" and next(lines) == at_line:

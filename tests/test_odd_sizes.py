@@ -11,8 +11,8 @@ from PIL import Image
 
 from dali_lmdb.convert import ConvertSettings, convert
 from dali_lmdb.errors import RecordError, StoreFormatError
-from dali_lmdb.loaders.dali import DaliLoader
-from dali_lmdb.loaders.torch import TorchLoader
+from dali_lmdb.loaders.dali_loader import DaliLoader
+from dali_lmdb.loaders.torch_loader import TorchLoader
 from dali_lmdb.plan.augment import EvalTransform, TrainTransform
 from dali_lmdb.store import open_store, sidecar
 from dali_lmdb.store.header import MAX_PIXELS

@@ -78,7 +78,7 @@ def may_use(library, path):
     """Whether a library with one owner may be imported by a module."""
     return {
         "lmdb": path.startswith("store/"),
-        "nvidia": path in ("loaders/pipeline.py", "loaders/dali.py"),
+        "nvidia": path in ("loaders/pipeline.py", "loaders/dali_loader.py"),
         "click": path == "cli.py" or Path(path).name == "__main__.py",
     }[library]
 
@@ -205,3 +205,31 @@ def test_scripts_can_be_run_directly():
     for path in runnable:
         assert os.access(path, os.X_OK), path
         assert path.read_text(encoding="utf-8").startswith("#!/usr/bin/env bash\n"), path
+
+
+def test_the_public_names_are_these_and_each_can_be_imported():
+    import dali_lmdb
+
+    assert dali_lmdb.__all__ == [
+        "DaliLmdbError",
+        "DaliLoader",
+        "EvalTransform",
+        "ImageFolderLMDB",
+        "RecordError",
+        "SourceError",
+        "StateError",
+        "Store",
+        "StoreError",
+        "TorchLoader",
+        "TrainTransform",
+        "open_store",
+    ]
+    assert all(hasattr(dali_lmdb, name) for name in dali_lmdb.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'Loader'"):
+        dali_lmdb.Loader  # noqa: B018
+
+
+def test_no_module_is_named_as_a_library_that_it_imports():
+    for path in modules():
+        libraries = {part for name in imported_names(path) for part in name.split(".")[:1]}
+        assert Path(path).stem not in libraries, path

@@ -12,8 +12,9 @@ from PIL import Image
 from dali_lmdb.convert import ConvertSettings, convert
 from dali_lmdb.errors import ConversionError, RecordError
 from dali_lmdb.inspect import verify
-from dali_lmdb.loaders.dali import DaliLoader
-from dali_lmdb.loaders.torch import ImageFolderLMDB, TorchLoader
+from dali_lmdb.loaders.dali_loader import DaliLoader
+from dali_lmdb.loaders.dataset import ImageFolderLMDB
+from dali_lmdb.loaders.torch_loader import TorchLoader
 from dali_lmdb.plan.augment import EvalTransform, TrainTransform
 
 PILLOWS_LIMIT = Image.MAX_IMAGE_PIXELS

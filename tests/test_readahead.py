@@ -9,9 +9,9 @@ from image_sets import save_noise
 from dali_lmdb.compare import page_cache
 from dali_lmdb.convert import convert
 from dali_lmdb.errors import StoreError
-from dali_lmdb.loaders.dali import DaliLoader
-from dali_lmdb.loaders.reader import BatchReader
-from dali_lmdb.loaders.source import feed_of
+from dali_lmdb.loaders.dali_loader import DaliLoader
+from dali_lmdb.loaders.external_source import feed_of
+from dali_lmdb.loaders.prefetch import Prefetcher
 from dali_lmdb.plan.augment import TrainTransform
 from dali_lmdb.plan.batches import Planner
 from dali_lmdb.plan.order import StepPlan, epoch_order
@@ -125,7 +125,7 @@ def test_who_waits_for_a_batch_is_woken_by_close(store):
         seed=0,
     )
     closing = threading.Event()
-    reader = BatchReader(planner, lambda plan: closing.wait(), epoch=0, start=0)
+    reader = Prefetcher(planner, lambda plan: closing.wait(), epoch=0, start=0)
     errors = []
 
     def wait():
@@ -141,7 +141,7 @@ def test_who_waits_for_a_batch_is_woken_by_close(store):
     closing.set()
     closer.join(10)
     thread.join(10)
-    assert errors == ["the reader of batches is closed; make a new loader"]
+    assert errors == ["the prefetcher is closed; make a new loader"]
 
 
 def is_there(descriptor, offset):
@@ -249,7 +249,7 @@ def test_batches_from_storage_come_in_order_however_much_is_read_ahead(cold, rea
     )
     before = threading.enumerate()
     feed = partial(feed_of, planner=planner)
-    reader = BatchReader(planner, feed, epoch=0, start=8, readahead_bytes=readahead_bytes)
+    reader = Prefetcher(planner, feed, epoch=0, start=8, readahead_bytes=readahead_bytes)
     try:
         for expected in [*planner.plans(0, 8), *planner.plans(1, 0)]:
             plan, feed = reader.next()

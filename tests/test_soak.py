@@ -13,8 +13,8 @@ from image_sets import make_image_folder, save_noise
 
 from dali_lmdb.convert import convert
 from dali_lmdb.errors import RecordError
-from dali_lmdb.loaders.dali import DaliLoader
-from dali_lmdb.loaders.torch import TorchLoader
+from dali_lmdb.loaders.dali_loader import DaliLoader
+from dali_lmdb.loaders.torch_loader import TorchLoader
 from dali_lmdb.plan.augment import EvalTransform, TrainTransform
 
 TRAIN = TrainTransform(size=16)

@@ -30,8 +30,8 @@ import numpy.typing as npt
 from dali_lmdb.compare import page_cache
 from dali_lmdb.compare.part import ReadingSettings, shuffled_part
 from dali_lmdb.compare.report import Measured, machine, spread, versions
-from dali_lmdb.loaders.reader import BatchReader
-from dali_lmdb.loaders.source import feed_of
+from dali_lmdb.loaders.external_source import feed_of
+from dali_lmdb.loaders.prefetch import Prefetcher
 from dali_lmdb.plan.augment import TrainTransform
 from dali_lmdb.plan.batches import Planner
 from dali_lmdb.plan.order import StepPlan
@@ -279,21 +279,21 @@ def _load(store: Store, order: Listed, settings: ReadingSettings, epoch: int) ->
         sampling=order,
         seed=0,
     )
-    readers = []
+    prefetchers = []
 
     def read(deadline: float) -> int:
-        reader = BatchReader(planner, partial(feed_of, planner=planner), epoch=epoch, start=0)
-        readers.append(reader)
-        count = reader.next()[0].end
+        prefetcher = Prefetcher(planner, partial(feed_of, planner=planner), epoch=epoch, start=0)
+        prefetchers.append(prefetcher)
+        count = prefetcher.next()[0].end
         while count < settings.records and time.perf_counter() < deadline:
-            count = reader.next()[0].end
+            count = prefetcher.next()[0].end
         return count
 
     try:
         yield read
     finally:
-        for reader in readers:
-            reader.close()
+        for prefetcher in prefetchers:
+            prefetcher.close()
 
 
 _OPENERS = {"get": _get, "pread": _pread, "loader": _load}

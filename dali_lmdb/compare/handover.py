@@ -1,10 +1,10 @@
 """Records/s that the source hands over to DALI on one core, from memory, with nothing decoded.
 
-That is all that Python does for a batch: plan, crops, looking whether the bytes are in memory, the reader's
+That is all that Python does for a batch: plan, crops, looking whether the bytes are in memory, the prefetcher's
 thread, wrapping, handing over. Where it is faster than a GPU decodes, one process is no limit to one GPU.
 
 The records are brought into memory first. Then this thread is bound to one core, and so are those that it
-starts: the reader's and DALI's. The first window does not count.
+starts: the prefetcher's and DALI's. The first window does not count.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import numpy as np
 
 from dali_lmdb.compare.part import ReadingSettings, shuffled_part
 from dali_lmdb.compare.report import Measured, machine, spread, versions
+from dali_lmdb.loaders.external_source import ExternalSource, InFlight
 from dali_lmdb.loaders.pipeline import define_handover, feed_without_copy
-from dali_lmdb.loaders.reader import BatchReader
-from dali_lmdb.loaders.source import InFlight, Source
+from dali_lmdb.loaders.prefetch import Prefetcher
 from dali_lmdb.plan.augment import TrainTransform
 from dali_lmdb.plan.batches import Planner
 from dali_lmdb.plan.order import StepPlan
@@ -100,13 +100,13 @@ def measure_handover(
         seed=0,
     )
     _bring_into_memory(opened, part)
-    reader = BatchReader(planner, partial(feed_without_copy, planner=planner), epoch=0, start=0)
+    prefetcher = Prefetcher(planner, partial(feed_without_copy, planner=planner), epoch=0, start=0)
     try:
         with _one_core():
-            rounds = _windows(reader, settings, progress)
+            rounds = _windows(prefetcher, settings, progress)
     finally:
-        reader.close()
-    assert reader.readahead is not None
+        prefetcher.close()
+    assert prefetcher.readahead is not None
     sizes = opened.gather("num_bytes", part.records(np.arange(settings.records), epoch=0))
     handed_over = sizes.mean() * sum(one.num_records for one in rounds)
     return Handover(
@@ -115,7 +115,7 @@ def measure_handover(
         image_bytes=int(opened.column("num_bytes").sum(dtype=np.int64)),
         settings=settings,
         rounds=rounds[1:],
-        cold=reader.readahead.bytes_read / max(handed_over, 1),
+        cold=prefetcher.readahead.bytes_read / max(handed_over, 1),
         versions=versions(),
         machine=machine("cpu"),
     )
@@ -141,9 +141,9 @@ def _one_core() -> Iterator[None]:
 
 
 def _windows(
-    reader: BatchReader, settings: ReadingSettings, progress: Callable[[HandoverRound], None] | None
+    prefetcher: Prefetcher, settings: ReadingSettings, progress: Callable[[HandoverRound], None] | None
 ) -> list[HandoverRound]:
-    source = Source(reader, lambda plan, feed: InFlight(plan, feed, num_substituted=0))
+    source = ExternalSource(prefetcher, lambda plan, feed: InFlight(plan, feed, num_substituted=0))
     pipeline = define_handover(source, transform=TrainTransform(), batch_size=settings.batch_size)
     pipeline.build()
     rounds = []

@@ -30,8 +30,8 @@ from dali_lmdb.compare.report import Measured, machine, spread, versions
 from dali_lmdb.errors import DeviceError, SourceError, StoreError
 from dali_lmdb.loaders.backends import open_loader
 from dali_lmdb.loaders.base import Loader
+from dali_lmdb.loaders.folder import open_data
 from dali_lmdb.loaders.settings import default_num_threads
-from dali_lmdb.loaders.torch import open_data
 from dali_lmdb.plan.augment import EvalTransform, TrainTransform, Transform
 from dali_lmdb.store import Store, open_store
 

@@ -7,9 +7,9 @@ from typing import Literal
 
 from dali_lmdb.loaders.bad import OnBad
 from dali_lmdb.loaders.base import Loader
-from dali_lmdb.loaders.dali import DaliLoader
+from dali_lmdb.loaders.dali_loader import DaliLoader
 from dali_lmdb.loaders.settings import Device, Dtype, Layout
-from dali_lmdb.loaders.torch import TorchLoader
+from dali_lmdb.loaders.torch_loader import TorchLoader
 from dali_lmdb.plan.augment import Transform
 from dali_lmdb.plan.order import LastBatch, Shuffle
 from dali_lmdb.store import Store

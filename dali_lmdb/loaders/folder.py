@@ -13,11 +13,11 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from dali_lmdb.errors import RecordError, SourceError
-from dali_lmdb.store import Store
+from dali_lmdb.store import Store, open_store
 from dali_lmdb.store.regular import check_regular
 from dali_lmdb.store.shards import shard_files
 
-__all__ = ["FolderStore", "is_image_folder"]
+__all__ = ["FolderStore", "is_image_folder", "open_data"]
 
 
 def is_image_folder(path: str | os.PathLike[str]) -> bool:
@@ -94,3 +94,12 @@ class FolderStore(Store):
 
     def name(self, index: int) -> str:
         return os.path.relpath(self._files[self._checked(index)], self.path)
+
+
+def open_data(path: str | os.PathLike[str]) -> Store:
+    """A store, or an image folder read as one.
+
+    Raises:
+        StoreError, SourceError: neither can be opened.
+    """
+    return FolderStore(path) if is_image_folder(path) else open_store(path)

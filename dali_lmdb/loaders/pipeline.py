@@ -25,8 +25,8 @@ import numpy as np
 from nvidia.dali import Pipeline, backend, fn, types
 from nvidia.dali.backend import TensorCPU
 
-from dali_lmdb.loaders.reader import Feed
-from dali_lmdb.loaders.source import feed_of, fields_of
+from dali_lmdb.loaders.external_source import feed_of, fields_of
+from dali_lmdb.loaders.prefetch import Feed
 from dali_lmdb.plan.augment import Transform
 from dali_lmdb.plan.batches import BatchPlan, Planner
 

@@ -11,8 +11,7 @@ from typing import Literal, get_args
 from dali_lmdb.errors import SourceError
 from dali_lmdb.loaders.backends import Backend
 from dali_lmdb.loaders.bad import OnBad
-from dali_lmdb.loaders.folder import is_image_folder
-from dali_lmdb.loaders.torch import open_data
+from dali_lmdb.loaders.folder import is_image_folder, open_data
 from dali_lmdb.plan.augment import EvalTransform, TrainTransform
 from dali_lmdb.store import open_store
 from dali_lmdb.train import checkpoint, models

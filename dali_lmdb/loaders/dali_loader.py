@@ -16,6 +16,7 @@ from nvidia.dali.plugin.pytorch import DALIGenericIterator
 from dali_lmdb.errors import RecordError, StoreFormatError
 from dali_lmdb.loaders.bad import OnBad, nothing_decodes, substituted
 from dali_lmdb.loaders.base import Batch, Loader
+from dali_lmdb.loaders.external_source import ExternalSource, InFlight
 from dali_lmdb.loaders.pillow import pillow_cause
 from dali_lmdb.loaders.pipeline import (
     OUTPUTS,
@@ -25,9 +26,8 @@ from dali_lmdb.loaders.pipeline import (
     feed_without_copy,
     release_unused_memory,
 )
-from dali_lmdb.loaders.reader import READAHEAD_BYTES, BatchReader, Feed
+from dali_lmdb.loaders.prefetch import READAHEAD_BYTES, Feed, Prefetcher
 from dali_lmdb.loaders.settings import Device, Dtype, Layout, LoaderSettings, default_num_threads
-from dali_lmdb.loaders.source import InFlight, Source
 from dali_lmdb.plan.augment import Transform
 from dali_lmdb.plan.batches import BatchPlan
 from dali_lmdb.plan.order import LastBatch, Shuffle
@@ -161,11 +161,11 @@ class DaliLoader(Loader):
             height_hint=_usual_maximum(heights),
             width_hint=_usual_maximum(widths),
         )
-        # The reader's thread must not keep the loader alive, so that one dropped without close() is freed.
+        # The prefetcher's thread must not keep the loader alive, so that one dropped without close() is freed.
         self._feed = partial(feed_without_copy, planner=self.planner)
         self._readahead_bytes = readahead_bytes
-        self._reader: BatchReader | None = None  # the newest one; its source closes it
-        self._late_bytes_before = 0  # sum over earlier readers
+        self._prefetcher: Prefetcher | None = None  # the newest one; its source closes it
+        self._late_bytes_before = 0  # sum over earlier prefetchers
         self._run: _Run | None = None
         self._probe = Probe(self.graph)
         # By (epoch, record), since windows differ: why the record failed to decode; None if it decoded.
@@ -178,10 +178,10 @@ class DaliLoader(Loader):
         run, self._run = self._run, None
         try:
             if run is not None and run.next_place != (epoch, position):
-                run = run.going_on_at(epoch, position, self._new_reader(epoch, position))
+                run = run.continue_at(epoch, position, self._new_prefetcher(epoch, position))
             while True:
                 if run is None:
-                    source = Source(self._new_reader(epoch, position), self._prepare)
+                    source = ExternalSource(self._new_prefetcher(epoch, position), self._prepare)
                     run = _Run(source, self.graph, next_place=(epoch, position))
                 try:
                     outputs = run.next()
@@ -209,12 +209,12 @@ class DaliLoader(Loader):
         num_bytes = int(self.store.gather("num_bytes", batch.plan.records).sum(dtype=np.int64))
         return Batch(images, outputs["labels"], outputs["records"], batch.plan.end, num_bytes)
 
-    def _new_reader(self, epoch: int, position: int) -> BatchReader:
-        self._late_bytes_before += _late_bytes(self._reader)
-        self._reader = BatchReader(
+    def _new_prefetcher(self, epoch: int, position: int) -> Prefetcher:
+        self._late_bytes_before += _late_bytes(self._prefetcher)
+        self._prefetcher = Prefetcher(
             self.planner, self._feed, epoch=epoch, start=position, readahead_bytes=self._readahead_bytes
         )
-        return self._reader
+        return self._prefetcher
 
     def _recover(self, error: RuntimeError, run: _Run) -> None:
         """Find the bad records of a failed batch; return if it can be repeated with substitutes for them."""
@@ -275,7 +275,7 @@ class DaliLoader(Loader):
         return f"DALI: {cause}; Pillow{f': {other}' if other else ' decodes it'}"
 
     def stats(self) -> dict[str, float]:
-        return super().stats() | {"late_bytes": self._late_bytes_before + _late_bytes(self._reader)}
+        return super().stats() | {"late_bytes": self._late_bytes_before + _late_bytes(self._prefetcher)}
 
     def _queue_fill(self) -> int:
         return self._run.source.fill if self._run is not None else 0
@@ -298,7 +298,7 @@ class _Run:
         next_place: (epoch, position) of the first batch in flight.
     """
 
-    def __init__(self, source: Source, settings: GraphSettings, *, next_place: tuple[int, int]) -> None:
+    def __init__(self, source: ExternalSource, settings: GraphSettings, *, next_place: tuple[int, int]) -> None:
         self.source, self.next_place = source, next_place
         try:
             self._iterator: Iterator[Any] = DALIGenericIterator(
@@ -311,9 +311,9 @@ class _Run:
             source.stop()
             raise
 
-    def going_on_at(self, epoch: int, position: int, reader: BatchReader) -> _Run | None:
+    def continue_at(self, epoch: int, position: int, prefetcher: Prefetcher) -> _Run | None:
         """Drop the batches in flight and continue from another place; return None if only a new run can."""
-        self.source.go_on_with(reader)
+        self.source.continue_with(prefetcher)
         for _ in range(len(self.source.in_flight)):
             try:
                 next(self._iterator)
@@ -350,5 +350,5 @@ class _Run:
         self.source.close()
 
 
-def _late_bytes(reader: BatchReader | None) -> int:
-    return reader.readahead.bytes_read if reader is not None and reader.readahead is not None else 0
+def _late_bytes(prefetcher: Prefetcher | None) -> int:
+    return prefetcher.readahead.bytes_read if prefetcher is not None and prefetcher.readahead is not None else 0

@@ -10,11 +10,11 @@ from typing import NamedTuple
 import numpy as np
 
 from dali_lmdb.loaders.pillow import REFUSED, encoded_for_dali
-from dali_lmdb.loaders.reader import BatchReader, Feed
+from dali_lmdb.loaders.prefetch import Feed, Prefetcher
 from dali_lmdb.plan.augment import Transform
 from dali_lmdb.plan.batches import BatchPlan, Planner
 
-__all__ = ["Field", "InFlight", "Source", "feed_of", "fields_of"]
+__all__ = ["ExternalSource", "Field", "InFlight", "feed_of", "fields_of"]
 
 
 class Field(NamedTuple):
@@ -65,18 +65,18 @@ class InFlight(NamedTuple):
     """Number of records shown in place of planned ones that cannot be decoded."""
 
 
-class Source:
+class ExternalSource:
     """The callback of ``fn.external_source(batch=True, batch_info=True)``.
 
     It never stops: DALI prefetches past the end of an epoch, so the source continues with the next one, and the
     loader counts the steps.
 
-    DALI calls it several batches ahead of the loader, so raising an error of the reader at once would cost the
+    DALI calls it several batches ahead of the loader, so raising an error of the prefetcher at once would cost the
     good batches in flight. While there are some, the error takes the place of its batch in ``in_flight``, and DALI
     gets the last batch again.
 
     Args:
-        reader: gives the batches; the source closes it.
+        prefetcher: gives the batches; the source closes it.
         prepare: called with each batch before DALI gets it; may substitute records.
 
     Attributes:
@@ -85,30 +85,30 @@ class Source:
             since DALI reads them in place (``no_copy``).
     """
 
-    def __init__(self, reader: BatchReader, prepare: Callable[[BatchPlan, Feed], InFlight]) -> None:
+    def __init__(self, prefetcher: Prefetcher, prepare: Callable[[BatchPlan, Feed], InFlight]) -> None:
         self.in_flight: deque[InFlight | Exception] = deque()
         self._prepare: Callable[[BatchPlan, Feed], InFlight] | None = prepare
         self._stand_in: Feed | None = None
-        self._reader: BatchReader | None = reader
+        self._prefetcher: Prefetcher | None = prefetcher
         # So that a source dropped without close() ends the thread, which does not refer to it.
-        self._close_reader = weakref.finalize(self, reader.close)
+        self._close_prefetcher = weakref.finalize(self, prefetcher.close)
 
-    def go_on_with(self, reader: BatchReader) -> None:
-        """Take the next batches from another reader; those in flight stay."""
-        self._close_reader()
-        self._reader = reader
-        self._close_reader = weakref.finalize(self, reader.close)
+    def continue_with(self, prefetcher: Prefetcher) -> None:
+        """Take the next batches from another prefetcher; those in flight stay."""
+        self._close_prefetcher()
+        self._prefetcher = prefetcher
+        self._close_prefetcher = weakref.finalize(self, prefetcher.close)
 
     def __call__(self, batch_info: object) -> Feed:
         """The next batch; ``batch_info`` is DALI's and not needed.
 
         Raises:
-            Exception: of the reader, if nothing is in flight.
+            Exception: of the prefetcher, if nothing is in flight.
         """
-        assert self._reader is not None, "a dropped pipeline asks for a batch"
+        assert self._prefetcher is not None, "a dropped pipeline asks for a batch"
         assert self._prepare is not None
         try:
-            batch = self._prepare(*self._reader.next())
+            batch = self._prepare(*self._prefetcher.next())
         except Exception as error:
             if not self.in_flight:
                 raise
@@ -126,12 +126,12 @@ class Source:
     @property
     def fill(self) -> int:
         """Number of batches in flight or ready for DALI."""
-        return len(self.in_flight) + (self._reader.fill if self._reader is not None else 0)
+        return len(self.in_flight) + (self._prefetcher.fill if self._prefetcher is not None else 0)
 
     def stop(self) -> None:
         """Give no more batches; those in flight stay, since a pipeline may still be working on them."""
-        self._close_reader()
-        self._reader = self._prepare = None
+        self._close_prefetcher()
+        self._prefetcher = self._prepare = None
 
     def close(self) -> None:
         """Release the data. DALI's operators refer to one another and to this until garbage collection."""

@@ -13,10 +13,10 @@ import numpy as np
 from dali_lmdb.plan.batches import BatchPlan, Planner
 from dali_lmdb.store.readahead import Readahead
 
-__all__ = ["READAHEAD_BYTES", "BatchReader", "Feed"]
+__all__ = ["READAHEAD_BYTES", "Feed", "Prefetcher"]
 
 Feed = tuple[Any, ...]
-"""DALI's input for one batch, see ``source.fields_of``."""
+"""DALI's input for one batch, see ``external_source.fields_of``."""
 
 READAHEAD_BYTES = 128 << 20
 """Enough to keep a device of 1 GB/s busy with a latency of 100 ms, higher than that of disks and most network file
@@ -27,7 +27,7 @@ _AHEAD_BATCHES = 64
 _QUEUE_BATCHES = 2  # ready to be handed over; DALI's own prefetch queue comes on top
 
 
-class BatchReader:
+class Prefetcher:
     """Endless batches of one rank from one place on, in order, epoch after epoch.
 
     Args:
@@ -59,7 +59,7 @@ class BatchReader:
             self._room.put(None)
         self._closed = False
         self._thread = threading.Thread(
-            target=self._run, args=(epoch, start), name="dali_lmdb reader", daemon=True
+            target=self._run, args=(epoch, start), name="dali_lmdb prefetcher", daemon=True
         )
         self._thread.start()
 
@@ -68,7 +68,7 @@ class BatchReader:
 
         Raises:
             BaseException: what went wrong in the thread, every time.
-            RuntimeError: the reader is closed, or was while this waited.
+            RuntimeError: the prefetcher is closed, or was while this waited.
         """
         item = self._ready.get()
         if isinstance(item, BaseException):
@@ -92,7 +92,7 @@ class BatchReader:
             self.readahead.close()
         while not self._ready.empty():
             self._ready.get()
-        self._ready.put(RuntimeError("the reader of batches is closed; make a new loader"))
+        self._ready.put(RuntimeError("the prefetcher is closed; make a new loader"))
 
     def _run(self, epoch: int, start: int) -> None:
         try:

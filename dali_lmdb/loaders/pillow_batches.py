@@ -1,0 +1,162 @@
+"""Planned batches decoded by Pillow and augmented by torchvision, in the workers of ``TorchLoader``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+from torchvision.transforms import functional as F
+
+from dali_lmdb.errors import DaliLmdbError, RecordError
+from dali_lmdb.loaders.bad import OnBad, substituted
+from dali_lmdb.loaders.pillow import pixel_limits
+from dali_lmdb.loaders.settings import Dtype, Layout
+from dali_lmdb.plan.augment import Augmentation, TrainTransform, Transform
+from dali_lmdb.plan.batches import BatchPlan, Planner
+from dali_lmdb.store.images import BadImageError, crop, open_image, to_rgb
+
+__all__ = ["DecodedBatch", "PlannedBatches"]
+
+_INTERPOLATIONS = {
+    "nearest": F.InterpolationMode.NEAREST,
+    "linear": F.InterpolationMode.BILINEAR,
+    "cubic": F.InterpolationMode.BICUBIC,
+    "lanczos": F.InterpolationMode.LANCZOS,
+}
+
+
+class DecodedBatch(NamedTuple):
+    """A planned batch, decoded by a worker."""
+
+    images: torch.Tensor | None
+    """None if the batch failed."""
+    labels: torch.Tensor
+    """Empty if ``error`` is set."""
+    records: torch.Tensor
+    failed: dict[int, str]
+    """Causes by record index, in the batch's order."""
+    num_bytes: int
+    """Size of the files that were read."""
+    error: DaliLmdbError | None
+    """Why the batch failed, if not for ``failed`` alone. A value, since a ``DataLoader`` replaces the message of
+    what a worker raises by a traceback."""
+
+
+class PlannedBatches(Dataset[DecodedBatch]):
+    """Runs in the workers: a planned batch in, images and labels out.
+
+    It is pickled for each worker (with the start methods ``spawn`` and ``forkserver``), so it holds nothing of the
+    sampler, which belongs to the parent process.
+    """
+
+    def __init__(self, planner: Planner, dtype: Dtype, layout: Layout, on_bad: OnBad) -> None:
+        self.store, self.transform, self.seed = planner.store, planner.transform, planner.seed
+        self.dtype, self.layout, self.on_bad = dtype, layout, on_bad
+
+    def __getitem__(self, plan: BatchPlan) -> DecodedBatch:
+        return self.decode(plan, following=())
+
+    def decode(self, plan: BatchPlan, *, following: Iterable[int]) -> DecodedBatch:
+        """Decode a batch; ``following`` are records to substitute if all of its own fail."""
+        images, failed = dict[int, torch.Tensor](), dict[int, str]()
+        shown, error, num_bytes = plan, None, 0
+        try:
+            while True:
+                found, causes, read_bytes = self._images(
+                    plan.epoch, [r for r in shown.records.tolist() if r not in images]
+                )
+                images |= found
+                failed |= causes
+                num_bytes += read_bytes
+                if not causes or self.on_bad == "raise":
+                    break
+                replaced = substituted(plan, failed, following=following)
+                if replaced is None:
+                    break
+                shown = replaced
+            labels = torch.from_numpy(self.store.gather("label", shown.records).astype(np.int64))
+        except DaliLmdbError as raised:
+            error, labels = raised, torch.empty(0, dtype=torch.int64)
+        records = torch.from_numpy(shown.records)
+        if error is not None or not images.keys() >= set(shown.records.tolist()):
+            return DecodedBatch(None, labels, records, failed, num_bytes, error)
+        stacked = torch.stack([images[record] for record in shown.records.tolist()])
+        if self.layout == "NHWC":
+            stacked = stacked.contiguous(memory_format=torch.channels_last)
+        return DecodedBatch(stacked, labels, records, failed, num_bytes, error)
+
+    def _images(self, epoch: int, wanted: list[int]) -> tuple[dict[int, torch.Tensor], dict[int, str], int]:
+        """Decode records: (images by record index, causes of failures in the order requested, bytes read)."""
+        store, transform = self.store, self.transform
+        images, failed, files = dict[int, torch.Tensor](), dict[int, str](), dict[int, Image.Image]()
+        num_bytes = 0
+        for record, limit in zip(wanted, pixel_limits(store, np.array(wanted, dtype=np.int64)), strict=True):
+            try:
+                raw = store.read(record)
+                num_bytes += len(raw)
+                files[record] = open_image(raw, max_pixels=limit)
+            except (BadImageError, RecordError) as error:
+                failed[record] = str(error)
+        # Opening reads the header only: the sizes, which an image folder has no index of.
+        records = np.array(list(files), dtype=np.int64)
+        widths, heights = np.array([file.size for file in files.values()], dtype=np.int32).reshape(-1, 2).T
+        augmentation = transform.augment(records, heights, widths, seed=self.seed, epoch=epoch)
+        for position, (record, file) in enumerate(files.items()):
+            try:
+                image = to_rgb(file)
+            except BadImageError as error:
+                failed[record] = str(error)
+            else:
+                cropped = _crop(image, transform, augmentation, position)
+                images[record] = self._to_tensor(cropped, augmentation, position)
+        return images, {record: failed[record] for record in wanted if record in failed}, num_bytes
+
+    def _to_tensor(self, image: Image.Image, augmentation: Augmentation, position: int) -> torch.Tensor:
+        transform = self.transform
+        if self.dtype == "uint8":
+            tensor = F.pil_to_tensor(image)
+            erased = (255 * torch.tensor(transform.mean)).round().to(torch.uint8)
+        else:
+            tensor = F.normalize(F.to_tensor(image), list(transform.mean), list(transform.std))
+            erased = torch.zeros(3)
+        if transform.erases:
+            top, left = augmentation.erase_anchor[position].astype(int).tolist()
+            height, width = augmentation.erase_shape[position].astype(int).tolist()
+            tensor[:, top : top + height, left : left + width] = erased[:, None, None]
+        return tensor.half() if self.dtype == "float16" else tensor
+
+
+def _crop(image: Any, transform: Transform, augmentation: Augmentation, position: int) -> Image.Image:
+    """Apply one image's crop, flip and colour, with torchvision's functions where it has them."""
+    size = augmentation.size[position].astype(int).tolist()
+    interpolation = _INTERPOLATIONS[transform.interpolation]
+    if not isinstance(transform, TrainTransform):
+        return F.center_crop(F.resize(image, transform.resize, interpolation), size)
+    top, left = augmentation.anchors[position].tolist()
+    height, width = augmentation.shapes[position].tolist()
+    image = F.resize(crop(image, top=top, left=left, height=height, width=width), size, interpolation)
+    if transform.changes_color:
+        image = _twist_color(image, augmentation, position)
+    return F.hflip(image) if augmentation.mirror[position] else image
+
+
+# From RGB to YIQ, NTSC 1953, rounded as in DALI's color_twist (color_twist.h, Rgb2Yiq).
+_RGB_TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
+_YIQ_TO_RGB = np.linalg.inv(_RGB_TO_YIQ)
+
+
+def _twist_color(image: Image.Image, augmentation: Augmentation, position: int) -> Image.Image:
+    """DALI's color_twist: saturation and hue in YIQ, contrast about 128, then brightness."""
+    angle = np.deg2rad(augmentation.hue[position])
+    saturation, contrast = augmentation.saturation[position], augmentation.contrast[position]
+    brightness = augmentation.brightness[position]
+    cos, sin = saturation * np.cos(angle), saturation * np.sin(angle)
+    turn = np.array([[1, 0, 0], [0, cos, sin], [0, -sin, cos]])
+    matrix = brightness * contrast * (_YIQ_TO_RGB @ turn @ _RGB_TO_YIQ)
+    pixels = np.asarray(image, dtype=np.float32) @ matrix.T.astype(np.float32)
+    pixels += brightness * 128 * (1 - contrast)
+    return Image.fromarray(np.clip(np.rint(pixels), 0, 255).astype(np.uint8))
