@@ -5,9 +5,10 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
-from image_sets import make_image_folder
+from image_sets import make_image_folder, save_noise
 
-from dali_lmdb.convert import convert
+from dali_lmdb.convert import convert, job
+from dali_lmdb.store import layout
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -49,3 +50,54 @@ def store_path(image_folder, tmp_path_factory):
     path = tmp_path_factory.mktemp("store") / "images.lmdb"
     convert(image_folder, path)
     return path
+
+
+@pytest.fixture(scope="session")
+def noise_path(tmp_path_factory):
+    """A store of 20 noise images, JPEG and PNG, whose every pixel differs, so crops show; read-only."""
+    root = tmp_path_factory.mktemp("noise")
+    for number in range(20):
+        folder = root / "images" / str(number % 4)
+        folder.mkdir(parents=True, exist_ok=True)
+        options = {"format": "PNG"} if number % 2 else {"format": "JPEG", "quality": 95, "subsampling": 0}
+        save_noise(folder / f"{number:02}.jpg", seed=number, size=(40 + number, 70 - number), **options)
+    convert(root / "images", root / "noise.lmdb")
+    return root / "noise.lmdb"
+
+
+@pytest.fixture
+def images(tmp_path):
+    """A folder of 24 images that a test may change."""
+    return make_image_folder(tmp_path / "images")
+
+
+@pytest.fixture
+def target(tmp_path):
+    """A name for a store in a folder that holds nothing else."""
+    (tmp_path / "stores").mkdir()
+    return tmp_path / "stores" / "x.lmdb"
+
+
+@pytest.fixture
+def small_commits(monkeypatch):
+    """Commits of five images and an index in pieces of seven, so that a small conversion has several."""
+    monkeypatch.setattr(job, "_COMMIT_RECORDS", 5)
+    monkeypatch.setattr(layout, "PIECE_RECORDS", 7)
+
+
+@pytest.fixture(params=["dali", pytest.param("dali-gpu", marks=pytest.mark.gpu), "torch", "torch-workers"])
+def make(request, store_path):
+    """Makes loaders of one backend over the store of grey images; they are closed at the test's end."""
+    from loading import BACKENDS, TRAIN  # not above, since most tests need neither torch nor DALI
+
+    made = []
+
+    def make_loader(data=store_path, **arguments):
+        defaults = {"transform": TRAIN, "batch_size": 4, "return_index": True}
+        loader = BACKENDS[request.param](data, **defaults | arguments)
+        made.append(loader)
+        return loader
+
+    yield make_loader
+    for loader in made:
+        loader.close()
