@@ -19,8 +19,9 @@ import click
 from tqdm import tqdm
 
 from dali_lmdb.errors import DaliLmdbError, one_line
+from dali_lmdb.torchrun import RanksT, ignored_variables
 
-__all__ = ["Command", "ProgressBar", "main", "print_progress", "print_result"]
+__all__ = ["Command", "ProgressBar", "main", "print_progress", "print_result", "ranks_from_environment"]
 
 _COMMANDS = {
     "compare": "dali_lmdb.compare.__main__:main",
@@ -73,6 +74,15 @@ class Command(_StandardStreams):
                 raise click.ClickException(one_line(str(error))) from error
             except BrokenPipeError:  # the reader of our progress went away
                 sys.exit(1)
+
+
+def ranks_from_environment(kind: type[RanksT]) -> RanksT | None:
+    """Call ``kind.from_environment()``, and print a note to stderr where that ignores a WORLD_SIZE."""
+    ranks = kind.from_environment()
+    ignored = ignored_variables()
+    if ignored is not None:
+        print_progress(f"note: {ignored}")
+    return ranks
 
 
 def print_result(text: str, *, done: str | None = None) -> None:

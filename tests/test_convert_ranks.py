@@ -53,3 +53,16 @@ def test_ranks_that_find_bad_images_publish_nothing_and_say_so_together(tmp_path
     assert not list((tmp_path / "stores").glob("*.lmdb"))
     listed = "".join(path.read_text() for path in sorted((tmp_path / "stores").glob("*.bad.tsv")))
     assert [name in listed for name in ("ant/000.jpg", "ant/001.jpg", "cat/023.jpg")] == [True] * 3
+
+
+def test_a_rank_that_cannot_write_ends_all_with_one_line(tmp_path):
+    images = make_image_folder(tmp_path / "images")
+    (images / "cat" / "023.jpg").write_text("no image")
+    report = tmp_path / "x-00001-of-00002.lmdb.bad.tsv"
+    report.symlink_to("/dev/full")
+    done = torchrun(images, "x.lmdb", "--shards", "2", folder=tmp_path)
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    assert line.startswith(f"Error: rank 1 failed: {report.name}: cannot be written: No space left on device")
+    assert "exitcode: -" not in done.stderr  # neither rank died of a signal
+    assert not os.path.lexists(report)

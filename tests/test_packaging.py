@@ -30,12 +30,13 @@ TOP_LEVEL = {
 MAY_IMPORT = {
     "errors": set(),
     "disk": {"errors"},
+    "torchrun": {"errors"},
     "store": {"errors", "disk"},
-    "convert": {"errors", "disk", "store"},
+    "convert": {"errors", "disk", "store", "torchrun"},
     "inspect": {"errors", "disk", "store", "convert"},
     "plan": {"errors", "disk", "store"},
     "loaders": {"errors", "disk", "store", "plan"},
-    "train": {"errors", "disk", "store", "plan", "loaders"},
+    "train": {"errors", "disk", "store", "plan", "loaders", "torchrun"},
     "compare": {"errors", "disk", "store", "plan", "loaders"},
 }
 

@@ -15,14 +15,15 @@ from typing import Any
 
 import click
 
-from dali_lmdb.cli import Command, ProgressBar, print_result
+from dali_lmdb.cli import Command, ProgressBar, print_progress, print_result, ranks_from_environment
 from dali_lmdb.convert import ConvertSettings, Progress, Summary, convert
-from dali_lmdb.convert.ranks import Ranks, torchrun_ranks
+from dali_lmdb.convert.ranks import RankLostError, Ranks, torchrun_ranks
 from dali_lmdb.convert.sources import KINDS, open_source
 from dali_lmdb.convert.sources.files import lines_of
 from dali_lmdb.convert.sources.names import listed
 from dali_lmdb.errors import DaliLmdbError, one_line
 from dali_lmdb.store.layout import MAX_SHARDS
+from dali_lmdb.torchrun import RankEnvironment
 
 __all__ = ["main"]
 
@@ -129,8 +130,9 @@ def main(
     Interrupted, by Ctrl-C, a kill or a full disk, the same command goes on where it stopped.
     """
     signal.signal(signal.SIGTERM, _interrupt)
-    under_torchrun = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    with torchrun_ranks() if under_torchrun else nullcontext(Ranks()) as ranks, ProgressBar(quiet=as_json) as bar:
+    own = ranks_from_environment(RankEnvironment) or RankEnvironment()
+    together = torchrun_ranks(own, say=print_progress) if own.world_size > 1 else nullcontext(Ranks())
+    with together as ranks, ProgressBar(quiet=as_json) as bar:
         try:
             images = open_source(
                 source,
@@ -153,8 +155,8 @@ def main(
                 num_threads=threads,
                 progress=_shown_by(bar),
             )
-        except DaliLmdbError:
-            if ranks.rank != 0:  # rank 0 speaks for all
+        except DaliLmdbError as error:
+            if ranks.rank != 0 and not isinstance(error, RankLostError):  # rank 0 speaks for all
                 sys.exit(1)
             raise
         except KeyboardInterrupt:

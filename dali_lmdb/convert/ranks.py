@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
 
 from dali_lmdb.errors import ConversionError
+from dali_lmdb.torchrun import RankEnvironment, join
 
-__all__ = ["Ranks", "torchrun_ranks"]
+__all__ = ["RankLostError", "Ranks", "torchrun_ranks"]
 
 T = TypeVar("T")
 
-_PATIENCE = timedelta(days=365)
+_CONNECTING = timedelta(minutes=1)  # of ranks that are all there
+_PATIENCE = timedelta(days=365)  # one rank may be done hours before another
+_POLL_S = 0.1
+
+
+class RankLostError(ConversionError):
+    """Another rank has ended before all had done their part."""
 
 
 class Ranks:
@@ -42,17 +50,23 @@ class Ranks:
 
 
 class _DistributedRanks(Ranks):
-    """The processes of an initialised torch.distributed group."""
+    """The processes of torch.distributed's initialised group."""
 
     def __init__(self) -> None:
         import torch.distributed
 
         self._distributed = torch.distributed
         self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        group = torch.distributed.new_group(timeout=_PATIENCE)
+        assert isinstance(group, torch.distributed.ProcessGroup)  # this rank is in it
+        self._group = group
 
     def agree(self, failure: BaseException | None, value: T) -> list[T]:
         found: list[tuple[str | None, T]] = [(None, value)] * self.world_size
-        self._distributed.all_gather_object(found, (None if failure is None else str(failure), value))
+        own = (None if failure is None else str(failure), value)
+        with _others_needed(f"rank {self.rank}: {'' if failure is None else f'{failure}; '}"):
+            self._wait()
+            self._distributed.all_gather_object(found, own, group=self._group)
         failed = [
             f"rank {rank} failed: {message}" for rank, (message, _) in enumerate(found) if message is not None
         ]
@@ -62,16 +76,45 @@ class _DistributedRanks(Ranks):
             raise ConversionError("; ".join(failed)) from failure
         return [each for _, each in found]
 
+    def _wait(self) -> None:
+        """Wait until all ranks have come so far, in short steps: torch's own waiting is deaf to signals."""
+        others = self._distributed.barrier(group=self._group, async_op=True)
+        assert others is not None  # this rank is in the group
+        while not others.is_completed():
+            time.sleep(_POLL_S)
+        others.wait()  # raises what went wrong
+
 
 @contextmanager
-def torchrun_ranks() -> Iterator[Ranks]:
-    """The ranks that torchrun started (its environment says so), connected through gloo."""
+def _others_needed(prefix: str) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # gloo's
+        raise RankLostError(f"{prefix}another rank has ended; run the same command again to go on") from error
+
+
+@contextmanager
+def torchrun_ranks(own: RankEnvironment, *, say: Callable[[str], None]) -> Iterator[Ranks]:
+    """The ranks that torchrun started, connected through gloo.
+
+    Args:
+        own: this one.
+        say: see ``torchrun.join``.
+
+    Raises:
+        ValueError, DaliLmdbError: as ``torchrun.join``; RankLostError if one ends meanwhile.
+    """
     # Imported here: a conversion by one process needs no torch.
     import torch.distributed
 
-    # One rank may be done hours before another; torch would give up waiting after half an hour.
-    torch.distributed.init_process_group("gloo", timeout=_PATIENCE)
+    store = join(own, say=say)
     try:
-        yield _DistributedRanks()
+        with _others_needed(f"rank {own.rank}: "):
+            torch.distributed.init_process_group(
+                "gloo", store=store, rank=own.rank, world_size=own.world_size, timeout=_CONNECTING
+            )
+            ranks = _DistributedRanks()
+        yield ranks
     finally:
-        torch.distributed.destroy_process_group()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()

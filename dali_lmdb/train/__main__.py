@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from dali_lmdb.cli import Command
+from dali_lmdb.cli import Command, ranks_from_environment
 from dali_lmdb.train.distributed import RankFailedError, Ranks, launch, run_rank
 from dali_lmdb.train.rank import show_progress
 from dali_lmdb.train.settings import BACKENDS, DEVICES, ON_BAD, PRECISIONS, SHUFFLES, TrainSettings, check
@@ -86,7 +86,7 @@ def main(*, world_size: int, **options: Any) -> None:
         name = "--resume" if options["resume"] else "--checkpoint-every"
         raise click.UsageError(f"{name} needs --output DIR")
     settings = TrainSettings(**options)
-    ranks = Ranks.from_environment()
+    ranks = ranks_from_environment(Ranks)
     num_ranks = ranks.world_size if ranks else world_size
     check(settings, world_size=num_ranks, ranks_per_node=ranks.ranks_per_node if ranks else world_size)
 

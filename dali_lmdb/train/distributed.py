@@ -17,10 +17,9 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -31,36 +30,20 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from dali_lmdb import errors
 from dali_lmdb.errors import DaliLmdbError, DeviceError
+from dali_lmdb.torchrun import RankEnvironment, join
 
 __all__ = ["LAUNCHER_PID", "RankFailedError", "Ranks", "find_device", "launch", "process_group", "run_rank"]
+
+logger = logging.getLogger(__name__)
+
+_TIMEOUT = timedelta(minutes=30)  # of a collective; torch's own for gloo
 
 LAUNCHER_PID = "DALI_LMDB_LAUNCHER_PID"
 """Variable of the ranks' environment with the process id of :func:`launch`."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Ranks:
-    """This process among the others; alone by default."""
-
-    rank: int = 0
-    local_rank: int = 0
-    """Rank on this machine; it picks the GPU."""
-    world_size: int = 1
-    ranks_per_node: int = 1
-
-    @classmethod
-    def from_environment(cls) -> Ranks | None:
-        """What torchrun has put into the environment, or None where it has not."""
-        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-        if not all(name in os.environ for name in names):
-            return None
-        rank, local_rank, world_size = (int(os.environ[name]) for name in names)
-        return cls(
-            rank=rank,
-            local_rank=local_rank,
-            world_size=world_size,
-            ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1)),
-        )
+class Ranks(RankEnvironment):
+    """This process among the others; alone by default. Its local rank picks the GPU."""
 
     def all_sum(self, values: Tensor) -> Tensor:
         """Sum over all ranks, in place; a collective."""
@@ -104,32 +87,13 @@ def process_group(ranks: Ranks, *, device: torch.device) -> Iterator[None]:
     if ranks.world_size == 1 or dist.is_initialized():
         yield
         return
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30), **_store_after_restart(ranks)
-    )
+    store = join(ranks, say=logger.warning)
+    store.set_timeout(_TIMEOUT)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=_TIMEOUT)
     yield
     # Only after success: when a rank has failed, waiting for the others is what must not happen.
     dist.destroy_process_group()
-
-
-def _store_after_restart(ranks: Ranks) -> dict[str, Any]:
-    """Arguments of ``init_process_group`` for ranks that torchrun has started again.
-
-    torchrun keeps its key-value store over a restart, so new ranks would read the addresses of dead ones (pytorch
-    issue 135712). Its count of restarts tells them apart, but is the same everywhere on one machine only; on
-    several, ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`` makes torchrun begin with a new store.
-    """
-    environment = os.environ
-    restarts = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
-    is_shared = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if not is_shared or restarts == "0" or environment.get("GROUP_WORLD_SIZE") != "1":
-        return {}
-    store = dist.TCPStore(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), is_master=False)
-    return {
-        "store": dist.PrefixStore(f"restart-{restarts}", store),
-        "rank": ranks.rank,
-        "world_size": ranks.world_size,
-    }
 
 
 class RankFailedError(Exception):
