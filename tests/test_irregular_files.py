@@ -74,9 +74,9 @@ def test_standard_input_is_a_source_if_it_is_a_file(tmp_path, image_folder):
 
 
 def test_devices_sockets_and_folders_are_called_what_they_are(tmp_path, image_folder):
-    with pytest.raises(SourceError, match="/dev/zero: a device, expected a file; write what comes from it"):
+    with pytest.raises(SourceError, match="/dev/zero: a device, expected a file; save its output"):
         open_source("/dev/zero")
-    with pytest.raises(StoreFormatError, match="/dev/zero: a device, expected a file; write what comes from it"):
+    with pytest.raises(StoreFormatError, match="/dev/zero: a device, expected a file; save its output"):
         open_store("/dev/zero")
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(tmp_path / "socket"))

@@ -250,7 +250,7 @@ def test_a_missing_shard_and_a_renamed_one_are_told_apart(tmp_path, sources):
     assert "2 shards, expected 3 in order; missing: [1]" in refused(StoreFormatError, tmp_path / "train.lmdb")
     third.rename(second)
     (tmp_path / "kept").rename(third)
-    assert "names do not say which is which" in refused(StoreFormatError, tmp_path / "train.lmdb")
+    assert "names do not match their contents" in refused(StoreFormatError, tmp_path / "train.lmdb")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")

@@ -281,7 +281,7 @@ def test_an_unfinished_store_is_refused(tmp_path, values):
     path = tmp_path / "x.lmdb"
     with StoreWriter(path) as writer:
         writer.commit(values)
-    with pytest.raises(StoreFormatError, match="an unfinished store; run its conversion again to go on"):
+    with pytest.raises(StoreFormatError, match="an unfinished store; run its conversion again to resume"):
         open_store(path)
 
 

@@ -1,14 +1,14 @@
-"""Which image files DALI decodes to the pixels of Pillow's ``convert("RGB")``.
+"""Image files that DALI decodes to the same pixels as Pillow's ``convert("RGB")``.
 
-DALI shows other pixels, without an error, of
+Without an error, DALI returns other pixels for
 
 * 16-bit grey images, which it scales to 8 bit and Pillow clips at 255;
 * TIFFs of floats, in CIELAB or YCbCr, with premultiplied alpha, or with an orientation, which Pillow applies;
-* animated PNGs: it may show another frame;
-* BMPs of 16 bits a pixel, and PNMs whose largest value is not 255, which it scales otherwise or not at all;
+* animated PNGs: it may return another frame;
+* BMPs with 16 bits per pixel, and PNMs whose maximum is not 255, which it scales differently or not at all;
 * some JPEG 2000 files.
 
-Which of its decoders takes a TIFF depends on the machine. So the functions here list what is known to agree, and
+Which of its decoders handles a TIFF depends on the machine. So this module lists what is known to agree;
 everything else has to be decoded by Pillow.
 """
 
@@ -26,13 +26,13 @@ from dali_lmdb.store.layout import Kind
 __all__ = ["DALI_AGREES", "dali_agrees"]
 
 DALI_AGREES = (*(kind for kind in Kind if kind.is_jpeg), Kind.WEBP)
-"""Kinds of which every file is decoded to the same pixels."""
+"""Kinds whose files are all decoded to the same pixels."""
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _GREY = 0  # colour type of a PNG, without alpha
 
 _BMP_HEADER = struct.Struct("<2s12xIii2xHI")  # magic, header's size, width, height, bits, compression
-_BMP_BITS = (1, 4, 8, 24, 32)  # in 16 bits, 5 of a colour are scaled otherwise
+_BMP_BITS = (1, 4, 8, 24, 32)  # not 16: DALI scales 5-bit colours differently
 
 _SPACE = rb"(?:\s|#[^\r\n]*[\r\n])+"
 _PNM_UP_TO_255 = re.compile(rb"P[56]" + _SPACE + rb"\d+" + _SPACE + rb"\d+" + _SPACE + rb"255\s")
@@ -42,10 +42,10 @@ _TIFF_LOSSLESS = {"raw", "tiff_lzw", "packbits", "tiff_adobe_deflate", "tiff_def
 
 
 def dali_agrees(data: Any) -> bool:
-    """Whether DALI decodes an image to Pillow's pixels, or refuses it.
+    """Return whether DALI decodes an image to Pillow's pixels or rejects it.
 
     Args:
-        data: a file's bytes, of any kind; what is no image at all is False.
+        data: any file's bytes; the answer is False if it is not an image.
     """
     start = bytes(data[:16])
     if start[:2] == b"\xff\xd8" or (start[:4], start[8:12]) == (b"RIFF", b"WEBP"):
@@ -70,7 +70,7 @@ def _png_agrees(data: Any) -> bool:
             if name == b"IDAT":
                 return not (depth == 16 and color_type == _GREY)
             position += 12 + length
-    except struct.error:  # cut off before its pixels
+    except struct.error:  # truncated before its pixels
         return True
 
 

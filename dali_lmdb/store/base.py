@@ -1,4 +1,4 @@
-"""What everything that holds records can do, whatever the file behind it."""
+"""The interface of all stores, whatever their file format."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ __all__ = ["Store"]
 
 
 class Store(ABC):
-    """Read-only records, each the bytes of an image file with a label; made by ``open_store``.
+    """Read-only records, each the bytes of an image file with a label; opened by ``open_store``.
 
     Attributes:
-        path: what was opened, to name it in messages.
+        path: the path that was opened, for messages.
     """
 
     path: Path
@@ -32,7 +32,7 @@ class Store(ABC):
     @property
     @abstractmethod
     def classes(self) -> list[str]:
-        """Class names; a label is a position in it."""
+        """Class names, indexed by label."""
 
     @property
     @abstractmethod
@@ -43,17 +43,17 @@ class Store(ABC):
     def column(self, name: str) -> npt.NDArray[Any]:
         """A whole index column of shape (len,): see ``layout.INDEX_SCHEMA``.
 
-        A read-only view of the file where it lies there in one piece, else a copy; ``gather`` and
-        ``column_parts`` copy nothing of that size.
+        A read-only view of the file if the column is stored in one piece, otherwise a copy; ``gather`` and
+        ``column_parts`` never copy a whole column.
         """
 
     def column_parts(self, name: str) -> Iterator[npt.NDArray[Any]]:
-        """An index column in parts of shape (n,), in order: of the column's dtype, len records together."""
+        """Yield an index column in parts of shape (n,), in record order."""
         yield self.column(name)
 
     @abstractmethod
     def gather(self, name: str, records: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-        """One index column at some records: shape (len(records),), the column's dtype."""
+        """An index column's values for some records: shape (len(records),), the column's dtype."""
 
     @abstractmethod
     def arrays(self, records: npt.NDArray[np.int64]) -> list[npt.NDArray[np.uint8]]:
@@ -74,10 +74,10 @@ class Store(ABC):
     def byte_ranges(
         self, records: npt.NDArray[np.int64]
     ) -> list[tuple[Path, npt.NDArray[np.uint64], npt.NDArray[np.uint32]]]:
-        """Where the bytes of some records lie, to read them ahead.
+        """Locate the bytes of some records, for reading ahead.
 
         Returns:
-            (file, offsets, lengths) for each file involved, in bytes; nothing where that is not known.
+            (file, offsets, lengths) for each file involved, in bytes; empty if unknown.
         """
         return []
 
@@ -99,7 +99,7 @@ class Store(ABC):
         return self.arrays(np.array([self._checked(index)]))[0].data
 
     def where(self, index: int) -> str:
-        """``STORE: record 41 (n01440764/x.JPEG)``, to begin an error message with."""
+        """``STORE: record 41 (n01440764/x.JPEG)``, the start of an error message."""
         try:
             return one_line(f"{self.path}: record {index} ({self.name(index)})")
         except StoreError:
@@ -109,7 +109,7 @@ class Store(ABC):
         """Compare one record with its checksum.
 
         Raises:
-            RecordError: the bytes are not those that were written.
+            RecordError: the bytes differ from those that were written.
         """
         if crc32(self.read(index)) != int(self.gather("crc32", np.array([index]))[0]):
             raise RecordError(f"{self.where(index)}: wrong checksum; the file was damaged, convert it again")
@@ -120,10 +120,10 @@ class Store(ABC):
         return index
 
     def let_go(self) -> None:  # noqa: B027  not every store is a map
-        """For a pass over everything: unmap what was read, which counts as this process's memory."""
+        """Unmap the pages that were read, to keep RSS low in a pass over all records."""
 
     def close(self) -> None:  # noqa: B027  most stores have nothing to do
-        """Nothing is buffered; memory maps go when the last view of them does."""
+        """Do nothing: nothing is buffered, and a memory map is released with its last view."""
 
     def __enter__(self) -> Store:
         return self

@@ -1,4 +1,4 @@
-"""CRC-32 as zlib's, from ISA-L: 53 GB/s on a core where zlib 1.2 takes 4, and each image is summed up twice."""
+"""zlib's CRC-32 from ISA-L: 53 GB/s on one core, zlib 1.2 reaches 4; each image is checksummed twice."""
 
 from isal.isal_zlib import crc32
 

@@ -1,4 +1,4 @@
-"""Classic databases of the folder2lmdb family, read as they are: no conversion, no liblmdb."""
+"""Classic databases of the folder2lmdb family, read in place, without conversion or liblmdb."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ __all__ = ["ClassicStore", "database_file", "is_classic"]
 LENGTH_KEY = b"__len__"
 KEYS_KEY = b"__keys__"
 
-# Labels are positions in a list of classes, so a damaged one must not ask for a list that fills the memory.
+# Labels index a list of classes, so a damaged one must not create a list that exhausts memory.
 _MAX_CLASSES = 1 << 20
-_MAX_PIXELS = 2 * MAX_PIXELS  # nobody chose a limit: where Pillow refuses images, and not where it warns
-_RECORDS_AT_ONCE = 64  # looked at by one thread at a time when the index is made
-_WORTH_A_WARNING_BYTES = 1 << 30  # making the index then takes a while, and the user should know why
+_MAX_PIXELS = 2 * MAX_PIXELS  # no limit was chosen, so Pillow's for its error, not for its warning
+_RECORDS_AT_ONCE = 64  # per task of a thread when the index is built
+_WORTH_A_WARNING_BYTES = 1 << 30  # building the index then takes a while, so tell the user why
 _MIN_NODE_BYTES = 8  # NODESIZE in mdb.c
 _log = logging.getLogger(__name__)
 
@@ -54,16 +54,16 @@ _EXTENSIONS = (
 
 
 def database_file(path: str | os.PathLike[str]) -> Path:
-    """The LMDB file at ``path``: itself, or ``data.mdb`` in a folder as LMDB makes them."""
+    """The LMDB file at ``path``: itself, or ``data.mdb`` in a folder made by LMDB."""
     inside = Path(path) / "data.mdb"
     return inside if os.path.isfile(inside) else Path(path)
 
 
 def is_classic(pages: PageFile) -> bool:
-    """Whether an LMDB file has the keys of a classic database and not those of a store.
+    """Return whether an LMDB file has the keys of a classic database and not those of a store.
 
     Raises:
-        StoreDamagedError: a page on the way is damaged.
+        StoreDamagedError: a page that was read is damaged.
     """
     if pages.find(layout.META_KEY) is not None:
         return False
@@ -73,19 +73,19 @@ def is_classic(pages: PageFile) -> bool:
 class ClassicStore(Store):
     """A database with keys ``b"0"``, ``b"1"``, ..., ``__keys__``, ``__len__`` and values ``(image, label)``.
 
-    Values are packed by pickle, msgpack or ``pa.serialize`` (see ``payload``). Opening looks at the length
-    only. Labels, sizes and checksums have no index in such a database: it is made on first use, reading the
-    database once, and kept beside it as ``NAME.dali-index`` if the folder is writable, else in memory.
+    Values are packed by pickle, msgpack or ``pa.serialize`` (see ``payload``). Opening reads only
+    the length. Such a database has no index of labels, sizes and checksums: it is built on first use by reading
+    the database once, and saved beside it as ``NAME.dali-index`` if the folder is writable, else kept in memory.
 
     Image bytes are slices of the map, except with pickle protocol 2, which stores them as text. Classes have
-    no names: they are called by their labels, ``"0"``, ``"1"``, ... Heights and widths of what is not a
-    readable image, or one of more than 178,956,970 pixels, are 0.
+    no names: they are called by their labels, ``"0"``, ``"1"``, ... Height and width are 0 if a value is not a
+    readable image or has more than 178,956,970 pixels.
 
     Args:
         path: the LMDB file, or the folder with ``data.mdb`` in it.
 
     Raises:
-        StoreNotFoundError: nothing there.
+        StoreNotFoundError: no file there.
         StoreFormatError: not a classic database.
         StoreDamagedError: truncated, or a damaged page.
     """
@@ -123,7 +123,7 @@ class ClassicStore(Store):
         return [(self.file, *self._extents(records))]
 
     def arrays(self, records: npt.NDArray[np.int64]) -> list[npt.NDArray[np.uint8]]:
-        if self._columns is None:  # one look-up costs less than making the index
+        if self._columns is None:  # one look-up costs less than building the index
             return [self._find_image(int(record)) for record in records]
         offsets, lengths = self._extents(records)
         data, places = self._pages.data, self.gather("file_offset", records).tolist()
@@ -134,11 +134,11 @@ class ClassicStore(Store):
         ]
 
     def name(self, index: int) -> str:
-        """``LABEL/KEY.jpg``: such databases keep no names."""
+        """``LABEL/KEY.jpg``: such databases store no names."""
         return self.glance(index)[1]
 
     def glance(self, index: int) -> tuple[int, str]:
-        """Label and name of one record, from the ends of its value; needs no index.
+        """Label and name of one record, from the start and end of its value, without the index.
 
         Raises:
             IndexError: no such record.
@@ -153,9 +153,9 @@ class ClassicStore(Store):
         return label, f"{label}/{self._key(index).decode('utf-8', 'backslashreplace')}{next(matches, '.jpg')}"
 
     def copy(self, index: int) -> bytes:
-        """The bytes of one record, read from the file and not through the map.
+        """The bytes of one record, read with ``pread`` and not through the map.
 
-        Pages that are touched in a map count as the process's memory; a pass over everything should not.
+        Mapped pages add to RSS, which a pass over all records should keep low.
 
         Raises:
             IndexError: no such record.
@@ -172,20 +172,20 @@ class ClassicStore(Store):
         return one_line(f"{self.path}: record {index} (key {self._key(index).decode('latin-1')!a})")
 
     def __reduce__(self) -> Any:
-        # An index that could not be kept beside the database goes along, so that workers need not make it again.
+        # An index that could not be saved is pickled too, so that workers need not build it again.
         return type(self), (str(self.path),), None if self._is_kept else self._columns
 
     def __setstate__(self, columns: sidecar.Columns) -> None:
         self._columns = columns
 
     def _length(self) -> int:
-        """Number of records, from ``__len__``, else ``__keys__``."""
+        """Number of records, from ``__len__``, otherwise ``__keys__``."""
         length = self._pages.find(LENGTH_KEY)
         if length is None and self._pages.find(KEYS_KEY) is None:
             raise StoreFormatError(
                 f"{self.path}: not a classic database, with {self._pages.describe()}; expected "
                 f"{LENGTH_KEY.decode()} or {KEYS_KEY.decode()}; if it is not a store either, unpack its images "
-                "into class folders and convert these"
+                "into class folders and convert those"
             )
         if length is None:
             count = len(self._listed_keys())
@@ -194,12 +194,12 @@ class ClassicStore(Store):
                 count = decode_length(self._pages.view(length))
             except PayloadError as error:
                 raise StoreFormatError(
-                    f"{self.path}: {LENGTH_KEY.decode()}: {error}; make the database again"
+                    f"{self.path}: {LENGTH_KEY.decode()}: {error}; rebuild the database"
                 ) from error
         if count > min(self._pages.entries, len(self._pages.data) // _MIN_NODE_BYTES):
             raise StoreDamagedError(
                 f"{self.path}: damaged: {count} records by {LENGTH_KEY.decode()}, {self._pages.entries} keys; "
-                "make the database again"
+                "rebuild the database"
             )
         return count
 
@@ -210,18 +210,16 @@ class ClassicStore(Store):
         try:
             return decode_keys(self._pages.view(extent))
         except PayloadError as error:
-            raise StoreFormatError(
-                f"{self.path}: {KEYS_KEY.decode()}: {error}; make the database again"
-            ) from error
+            raise StoreFormatError(f"{self.path}: {KEYS_KEY.decode()}: {error}; rebuild the database") from error
 
     @cached_property
     def _keys(self) -> list[bytes] | None:
-        """Keys in record order; None if they are ``b"0"``, ``b"1"``, ... as everyone writes them."""
+        """Keys in record order; None if they are the usual ``b"0"``, ``b"1"``, ..."""
         keys = self._listed_keys()
         if len(keys) != self._num_records or len(set(keys)) != len(keys):
             raise StoreDamagedError(
                 f"{self.path}: damaged: {KEYS_KEY.decode()} lists {len(set(keys))} keys, "
-                f"{LENGTH_KEY.decode()} says {self._num_records}; make the database again"
+                f"{LENGTH_KEY.decode()} says {self._num_records}; rebuild the database"
             )
         return None if all(key == b"%d" % index for index, key in enumerate(keys)) else keys
 
@@ -229,14 +227,14 @@ class ClassicStore(Store):
         return b"%d" % index if self._keys is None else self._keys[index]
 
     def _extent(self, index: int) -> Extent:
-        """Where a record's value lies."""
+        """Locate a record's value."""
         extent = self._pages.find(self._key(index))
         if extent is None:
             raise self._missing(index)
         return extent
 
     def _extents(self, records: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint32]]:
-        """Where the bytes of some records lie in the file; of an image stored as text, the whole value."""
+        """Locate the bytes of some records in the file; for an image stored as text, the whole value."""
         offsets = self.gather("file_offset", records)
         lengths = self.gather("num_bytes", records)
         for position in np.flatnonzero(offsets == 0):
@@ -244,22 +242,22 @@ class ClassicStore(Store):
         size = len(self._pages.data)
         if ((offsets > size) | (lengths > size - np.minimum(offsets, size))).any():
             raise StoreDamagedError(
-                f"{self.path}: {sidecar.sidecar_path(self.file)} does not fit the database; remove it"
+                f"{self.path}: {sidecar.sidecar_path(self.file)} does not match the database; remove it"
             )
         return offsets, lengths
 
     def _missing(self, index: int) -> StoreDamagedError:
-        return StoreDamagedError(f"{self.where(index)}: damaged: there is no such key; make the database again")
+        return StoreDamagedError(f"{self.where(index)}: damaged: there is no such key; rebuild the database")
 
     def _locate(self, index: int, value: memoryview) -> Located:
         try:
             located = locate_payload(value)
         except PayloadError as error:
-            raise RecordError(f"{self.where(index)}: {error}; make the database again") from error
+            raise RecordError(f"{self.where(index)}: {error}; rebuild the database") from error
         if not self._labels_fit(located.label):
             raise RecordError(
                 f"{self.where(index)}: its label is {located.label}, expected less than "
-                f"{max(_MAX_CLASSES, len(self))}; make the database again"
+                f"{max(_MAX_CLASSES, len(self))}; rebuild the database"
             )
         return located
 
@@ -267,7 +265,7 @@ class ClassicStore(Store):
         try:
             return bytes_at(value, located.image)
         except PayloadError as error:
-            raise RecordError(f"{self.where(index)}: {error}; make the database again") from error
+            raise RecordError(f"{self.where(index)}: {error}; rebuild the database") from error
 
     def _find_image(self, index: int) -> npt.NDArray[np.uint8]:
         value = self._pages.view(self._extent(index))
@@ -281,7 +279,7 @@ class ClassicStore(Store):
         except OSError as error:
             raise StoreDamagedError(f"{self.where(index)}: cannot be read: {error.strerror}") from error
         if len(value) != extent.length:
-            raise StoreDamagedError(f"{self.where(index)}: the file became shorter; copy it again")
+            raise StoreDamagedError(f"{self.where(index)}: the file was truncated; copy it again")
         return value
 
     def _index(self) -> sidecar.Columns:
@@ -299,16 +297,16 @@ class ClassicStore(Store):
     def _make_index(self) -> sidecar.Columns:
         path = one_line(str(self.path))
         with sidecar.one_at_a_time(self.file):
-            columns = self._kept()  # another process may have made it while this one waited
+            columns = self._kept()  # another process may have built it meanwhile
             if columns is None:
                 level = logging.WARNING if self._stamp.size > _WORTH_A_WARNING_BYTES else logging.INFO
-                _log.log(level, "%s: a classic database without an index: reading it once to make one", path)
+                _log.log(level, "%s: a classic database without an index: reading it once to build one", path)
                 columns = self._read_all()
                 self._is_kept = sidecar.save(self.file, self._stamp, columns)
         return columns
 
     def _read_all(self) -> sidecar.Columns:
-        """The index columns, from every record's value, read by threads in record order."""
+        """Build the index columns by reading every record's value in threads."""
         offsets, lengths = self._places()
         columns: sidecar.Columns = {
             field.name: np.zeros(len(self), dtype=field.type.to_pandas_dtype()) for field in layout.INDEX_SCHEMA
@@ -333,13 +331,13 @@ class ClassicStore(Store):
         return columns
 
     def _look(self, index: int, extent: Extent) -> dict[str, int]:
-        """One row of the index; runs in a thread."""
+        """Compute one row of the index; called in a thread."""
         value = memoryview(self._copy_value(index, extent))
         located = self._locate(index, value)
         data = bytes(self._bytes_at(index, value, located))
         try:
             kind, height, width = read_header(data, max_pixels=_MAX_PIXELS)
-        except BadImageError:  # the decoder says what is wrong, to whoever wants its pixels
+        except BadImageError:  # the decoder will report the cause
             kind, height, width = layout.Kind.UNKNOWN, 0, 0
         return {
             "label": located.label,
@@ -355,7 +353,7 @@ class ClassicStore(Store):
         return (labels >= 0) & (labels < max(_MAX_CLASSES, len(self)))
 
     def _places(self) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint32]]:
-        """Where the values of all records lie, uint64 and uint32 of shape (len,)."""
+        """Offsets and lengths of all values, uint64 and uint32 of shape (len,), in bytes."""
         offsets = np.zeros(len(self), dtype=np.uint64)
         lengths = np.zeros(len(self), dtype=np.uint32)
         listed = None if self._keys is None else {key: index for index, key in enumerate(self._keys)}
@@ -363,13 +361,13 @@ class ClassicStore(Store):
             index = _number(key) if listed is None else listed.get(key)
             if index is not None and index < len(self):
                 offsets[index], lengths[index] = extent
-        for missing in np.flatnonzero(offsets == 0):  # no value begins where the first page does
+        for missing in np.flatnonzero(offsets == 0):  # offset 0 is a meta page, so no value starts there
             raise self._missing(int(missing))
         return offsets, lengths
 
 
 def _number(key: bytes) -> int | None:
-    """The number that a key like ``b"17"`` spells, if it is the key that is written for it."""
+    """Parse a key like ``b"17"``; None unless it is a number in canonical form."""
     if not key.isdigit() or len(key) > 19 or (key[0] == ord("0") and len(key) > 1):
         return None
     return int(key)

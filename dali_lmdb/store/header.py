@@ -11,7 +11,7 @@ from dali_lmdb.store.layout import Kind
 __all__ = ["MAX_PIXELS", "Header", "read_header"]
 
 MAX_PIXELS = 89_478_485
-"""Default limit of height x width: Pillow's MAX_IMAGE_PIXELS, 256 MB as RGB and alpha in 8 bit."""
+"""Default limit on height x width: Pillow's MAX_IMAGE_PIXELS, 256 MiB as 8-bit RGB."""
 
 _PILLOW_KINDS = {
     "PNG": Kind.PNG,
@@ -30,7 +30,7 @@ _FRAME = struct.Struct(">BHHB")  # precision, height, width, components
 
 
 class Header(NamedTuple):
-    """What a file's header says."""
+    """Kind and size of an image."""
 
     kind: Kind
     height: int
@@ -39,10 +39,10 @@ class Header(NamedTuple):
 
 
 def read_header(data: bytes, *, max_pixels: int | None = MAX_PIXELS) -> Header:
-    """Kind and size of an image from its first bytes; nothing is decoded.
+    """Read the kind and size of an image from its first bytes, without decoding it.
 
     Args:
-        max_pixels: refuse larger ones; None is no limit.
+        max_pixels: reject larger images; None means no limit.
 
     Raises:
         BadImageError: not an image, a damaged header, or more than ``max_pixels``.
@@ -80,10 +80,10 @@ def _jpeg_header(data: bytes) -> Header:
             raise BadImageError("damaged header: the JPEG ends before its image data")
         length = int.from_bytes(data[position : position + 2], "big")
         if length < 2 or position + length > end:
-            raise BadImageError("damaged header: a JPEG segment reaches past the end")
+            raise BadImageError("damaged header: a JPEG segment extends past the end")
         if marker in _SOF and frame is None:
             if length < 2 + _FRAME.size:
-                raise BadImageError("damaged header: a JPEG frame header too short")
+                raise BadImageError("damaged header: a JPEG frame header is too short")
             precision, height, width, components = _FRAME.unpack_from(data, position + 2)
             frame = Header(_jpeg_kind(marker, precision, components), height, width)
         if marker == _SOS:

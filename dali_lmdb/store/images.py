@@ -1,7 +1,7 @@
-"""Images opened with Pillow: only the kinds of file that a store may hold, and with a limit of pixels for each.
+"""Images opened with Pillow: only the formats that a store may hold, each with a pixel limit.
 
-``Image.open`` tries everything that Pillow and the program have registered, also what starts other programs (EPS),
-and its limit of pixels is a global of the whole program. So the plugin of each kind is called directly.
+``Image.open`` tries all plugins that Pillow and the program have registered, even those that start other programs
+(EPS), and its pixel limit is global to the program. So the plugin of each format is called directly.
 """
 
 from __future__ import annotations
@@ -41,27 +41,27 @@ class BadImageError(Exception):
 
     @classmethod
     def of(cls, error: Exception, *, what: str = "") -> BadImageError:
-        """The reason that Pillow gives."""
+        """Convert an error of Pillow, keeping its reason."""
         return cls(what + (" ".join(str(error).split()) or type(error).__name__))
 
 
 def check_pixels(size: tuple[int, int], max_pixels: int | None) -> None:
-    """Raise ``BadImageError`` for a (width, height) of more than ``max_pixels``; None is no limit."""
+    """Raise ``BadImageError`` for a (width, height) of more than ``max_pixels``; None means no limit."""
     if max_pixels is not None and size[0] * size[1] > max_pixels:
         raise BadImageError(f"{size[0]} x {size[1]} pixels, more than the limit of {max_pixels}")
 
 
 def pixel_limit(height: int, width: int) -> int | None:
-    """``max_pixels`` of an image whose size in the index is this, 0 if unknown.
+    """``max_pixels`` for an image with this size in the index, 0 if unknown.
 
-    A size in the index passed a limit when it was written. Anything else has Pillow's: twice ``MAX_IMAGE_PIXELS``,
-    which the program may have set.
+    A size in the index was checked when it was written. Otherwise Pillow's limit applies: twice
+    ``MAX_IMAGE_PIXELS``, which the program may have set.
     """
     return None if Image.MAX_IMAGE_PIXELS is None else max(height * width, 2 * Image.MAX_IMAGE_PIXELS)
 
 
 def _with_our_limit(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A plugin's method with ``max_pixels`` of ``open_image`` in the place of Pillow's global limit."""
+    """Copy a plugin's method with ``max_pixels`` of ``open_image`` instead of Pillow's global limit."""
 
     def check(size: tuple[int, int], **_: Any) -> None:
         check_pixels(size, _max_pixels.get())
@@ -72,7 +72,7 @@ def _with_our_limit(method: Callable[..., Any]) -> Callable[..., Any]:
     return FunctionType(method.__code__, names, method.__name__, method.__defaults__, method.__closure__)
 
 
-# The plugins that check sizes by themselves, before they allocate memory. All others leave it to Image.open.
+# The plugins that check sizes themselves, before they allocate memory; the others leave that to Image.open.
 
 
 class _WebPFile(WebPImagePlugin.WebPImageFile):
@@ -93,10 +93,10 @@ _NO_IMAGE = "not a JPEG, PNG, WebP, GIF, BMP, TIFF, JPEG 2000, AVIF or PPM image
 
 
 def open_image(data: bytes | memoryview, *, max_pixels: int | None) -> ImageFile.ImageFile:
-    """An image whose header is read, and nothing else.
+    """Open an image, reading only its header.
 
     Args:
-        max_pixels: refuse larger ones; None where a limit was checked before. Pillow's own limit is not applied.
+        max_pixels: reject larger images; None if a limit was checked before. Pillow's own limit is not applied.
 
     Raises:
         BadImageError: not an image, a damaged header, or more than ``max_pixels``.
@@ -110,7 +110,7 @@ def open_image(data: bytes | memoryview, *, max_pixels: int | None) -> ImageFile
                 continue
             try:
                 image: ImageFile.ImageFile = _OURS.get(name, factory)(io.BytesIO(data), "")
-            except (SyntaxError, IndexError, TypeError, struct.error):  # not of this kind, as in Image.open
+            except (SyntaxError, IndexError, TypeError, struct.error):  # not of this format, as in Image.open
                 continue
             check_pixels(image.size, max_pixels)
             return image
@@ -127,7 +127,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Decode an opened image, as ``convert("RGB")``.
 
     Raises:
-        BadImageError: it does not decode.
+        BadImageError: it cannot be decoded.
     """
     try:
         return image.convert("RGB")
@@ -136,5 +136,5 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def crop(image: Image.Image, *, top: int, left: int, height: int, width: int) -> Image.Image:
-    """``Image.crop`` of a decoded image, without Pillow's limit of pixels."""
+    """``Image.crop`` of a decoded image, without Pillow's pixel limit."""
     return image._new(image.im.crop((left, top, left + width, top + height)))

@@ -1,4 +1,4 @@
-"""Index and names of one store file, in the pieces that it was written in."""
+"""Index and names of one store file, read in the pieces in which they were written."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _MOST_CHECKED_BYTES = 64 << 20
 
 
 class Index:
-    """The columns of ``layout.INDEX_SCHEMA``, read where they lie in the map.
+    """The columns of ``layout.INDEX_SCHEMA``, as views of the memory map.
 
     Args:
-        pages, meta: of the file.
-        check: compare checksums; by default if the index is not large.
+        pages, meta: the file's pages and metadata.
+        check: validate checksums; by default only if the index is at most 64 MiB.
 
     Raises:
-        StoreDamagedError: a piece is missing or not what was written.
+        StoreDamagedError: a piece is missing or altered.
     """
 
     def __init__(self, pages: PageFile, meta: layout.Meta, *, check: bool | None = None) -> None:
@@ -47,14 +47,14 @@ class Index:
                 raise StoreDamagedError(f"{pages.path}: damaged: __index__ is not readable; convert it again")
             self._pieces.append(piece)
         pages.let_go()
-        # Where each column of each piece begins in the file, in bytes.
+        # Offset of each column of each piece in the file, in bytes.
         self._starts = {
             name: np.array([_address(piece[name]) - _address(pages.data) for piece in self._pieces])
             for name in layout.INDEX_SCHEMA.names
         }
 
     def parts(self, name: str) -> Iterator[npt.NDArray[Any]]:
-        """A column piece by piece; the pages of one that is done with are not this process's memory any more."""
+        """Yield a column piece by piece; pages are unmapped after use, to keep RSS low."""
         for piece in self._pieces:
             yield piece[name]
             self._pages.let_go()
@@ -66,7 +66,7 @@ class Index:
         return np.concatenate([piece[name] for piece in self._pieces])
 
     def gather(self, name: str, records: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-        """A column at some records, of shape (len(records),).
+        """A column's values for some records, of shape (len(records),).
 
         Raises:
             IndexError: no such record.
@@ -81,15 +81,15 @@ class Index:
         piece, row = np.divmod(records, self._meta.piece_records)
         dtype = self._pieces[0][name].dtype
         first = self._starts[name][piece] + row * dtype.itemsize
-        # Byte by byte, since a piece may begin anywhere in the file.
+        # Byte by byte, since a piece may start at any offset in the file.
         return self._pages.data[first[:, None] + np.arange(dtype.itemsize)].view(dtype)[:, 0]
 
 
 class Names:
-    """The records' names, each piece read when it is asked for.
+    """The records' names, each piece read on first use.
 
     Args:
-        pages, meta: of the file.
+        pages, meta: the file's pages and metadata.
     """
 
     def __init__(self, pages: PageFile, meta: layout.Meta) -> None:
@@ -101,13 +101,13 @@ class Names:
         """The name of a record.
 
         Raises:
-            StoreDamagedError: the piece with it was altered.
+            StoreDamagedError: the piece that contains it was altered.
         """
         piece, row = divmod(record, self._meta.piece_records)
         return self._piece(piece)[row].as_py()
 
     def all(self) -> pa.ChunkedArray:
-        """All names, strings on the map.
+        """All names, as strings in the memory map.
 
         Raises:
             StoreDamagedError: they were altered.
@@ -137,7 +137,7 @@ def _view(pages: PageFile, key: bytes) -> memoryview:
 
 
 def _lies_in(data: npt.NDArray[np.uint8], column: npt.NDArray[Any]) -> bool:
-    """Whether a column is a view of the map; Arrow copies one that is compressed or of another byte order."""
+    """Return whether a column is a view of the map; Arrow copies compressed or byte-swapped columns."""
     start = _address(column) - _address(data)
     return column.nbytes == 0 or 0 <= start <= len(data) - column.nbytes
 

@@ -1,16 +1,16 @@
-"""The store's format: keys, index columns, kinds of image, versions. The only file that knows them.
+"""The store's format: keys, index columns, kinds of image, versions. The only module that knows them.
 
 ==================  ==========================================================================
 key                 value
 ==================  ==========================================================================
-8 bytes big-endian  the image file's bytes, untouched; the key is the record's index
+8 bytes big-endian  the image file's bytes, unchanged; the key is the record's index
 ``__index__``       Arrow IPC stream, one row per record, columns of ``INDEX_SCHEMA``
 ``__names__``       Arrow IPC stream, one string per record: the path inside the source
 ``__meta__``        JSON, see ``Meta``
 ==================  ==========================================================================
 
-Index and names hold the first ``PIECE_RECORDS`` records; further ones follow in pieces of as many,
-``__index__/00000001``, ``__names__/00000001`` and so on, since LMDB holds a whole value in memory
+``__index__`` and ``__names__`` hold the first ``PIECE_RECORDS`` records; the next as many are in
+``__index__/00000001`` and ``__names__/00000001``, and so on, since LMDB keeps a whole value in memory
 until it is written.
 """
 
@@ -52,22 +52,22 @@ __all__ = [
     "shard_path",
 ]
 
-MAX_RECORD_BYTES = (1 << 32) - 1  # what LMDB holds, and the column num_bytes
+MAX_RECORD_BYTES = (1 << 32) - 1  # limit of LMDB's values and of the column num_bytes
 FORMAT_VERSION = 3  # in 1 and 2, index and names were one value each
 PIECE_RECORDS = 1 << 16
-"""Records in one value of index (2 MB) and names (some 2.5 MB, written in five times as much memory)."""
-_FINGERPRINT_RECORDS = 1 << 20  # hashed at a time, to need little memory
+"""Records in one piece of index (2 MB) and names (about 2.5 MB; writing it takes five times that memory)."""
+_FINGERPRINT_RECORDS = 1 << 20  # hashed at a time, to limit memory
 MAX_SHARDS = 99_999  # five digits in a name
 META_KEY = b"__meta__"
 RESERVED_KEY = b"__"
-"""Keys that are not a record's begin so; they come after all records'."""
+"""Prefix of all keys other than records'; it sorts after every record's key."""
 
 
 class Kind(enum.IntEnum):
-    """What an image file is, as far as its decoder cares; the index column ``kind``."""
+    """Kind of image file, as far as it matters to decoders; the index column ``kind``."""
 
     UNKNOWN = 0
-    """Not looked at, or nothing known decodes it."""
+    """Not inspected, or no known decoder."""
     JPEG_BASELINE = 1
     JPEG_EXTENDED = 2
     """Sequential, 8 bit, Huffman, but not baseline (SOF1)."""
@@ -77,7 +77,7 @@ class Kind(enum.IntEnum):
     JPEG_CMYK = 5
     """Four components."""
     JPEG_CPU_ONLY = 6
-    """Arithmetic coding, 12 bit, lossless or two components: no GPU decoder takes it."""
+    """Arithmetic coding, 12 bit, lossless or two components: no GPU decoder supports it."""
     PNG = 7
     WEBP = 8
     BMP = 9
@@ -85,38 +85,38 @@ class Kind(enum.IntEnum):
     GIF = 11
     PNM = 12
     OTHER = 13
-    """Pillow opens it; none of the above."""
+    """None of the above, but Pillow can open it."""
 
     @property
     def is_jpeg(self) -> bool:
-        """Whether it is a JPEG of any kind."""
+        """True for a JPEG of any kind."""
         return Kind.JPEG_BASELINE <= self <= Kind.JPEG_CPU_ONLY
 
     @property
     def decodes_on_cpu(self) -> bool:
-        """Whether a decoder on the CPU is needed for it: one of DALI's, or Pillow."""
+        """True if it needs a decoder on the CPU: one of DALI's, or Pillow."""
         return self >= Kind.JPEG_CPU_ONLY
 
     @property
     def decodes_on_gpu(self) -> bool:
-        """Whether nvJPEG decodes it with CUDA or in hardware (nvJPEG documentation, "supported formats")."""
+        """True if nvJPEG decodes it with CUDA or in hardware (nvJPEG documentation, "supported formats")."""
         return Kind.JPEG_BASELINE <= self <= Kind.JPEG_CMYK
 
 
 @dataclass(frozen=True)
 class Decoders:
-    """How many records are decoded where, by DALI."""
+    """Number of records by where DALI decodes them."""
 
     gpu: int
-    """By nvJPEG."""
+    """Decoded by nvJPEG."""
     cpu: int
-    """By a decoder on the CPU that it falls back to, or by Pillow in its place."""
+    """Decoded by DALI's fallback on the CPU, or by Pillow instead."""
     none: int
-    """By nothing known, or not looked at."""
+    """No known decoder, or not inspected."""
 
     @classmethod
     def of(cls, kinds: npt.NDArray[np.uint8]) -> Decoders:
-        """Count an index column ``kind``."""
+        """Count the kinds in the index column ``kind``, uint8 of shape (n,)."""
         gpu = int(np.isin(kinds, [kind for kind in Kind if kind.decodes_on_gpu]).sum())
         cpu = int(np.isin(kinds, [kind for kind in Kind if kind.decodes_on_cpu]).sum())
         return cls(gpu, cpu, len(kinds) - gpu - cpu)
@@ -137,7 +137,7 @@ INDEX_SCHEMA = pa.schema(
         pa.field("width", pa.int32(), nullable=False),
         pa.field("num_bytes", pa.uint32(), nullable=False),
         pa.field("crc32", pa.uint32(), nullable=False),  # zlib.crc32 of the value
-        # Where the value starts in the file; 0 where the writer could not know it (look it up).
+        # Offset of the value in the file; 0 if the writer could not know it (look it up).
         pa.field("file_offset", pa.uint64(), nullable=False),
         pa.field("kind", pa.uint8(), nullable=False),
         pa.field("change", pa.uint8(), nullable=False),
@@ -147,7 +147,7 @@ _NAMES_SCHEMA = pa.schema([pa.field("name", pa.large_string(), nullable=False)])
 
 
 def shard_path(store: Path, index: int, count: int) -> Path:
-    """Where a shard of a store lies: ``NAME-00000-of-00004.lmdb`` for ``NAME.lmdb``."""
+    """Path of a shard of a store: ``NAME-00000-of-00004.lmdb`` for ``NAME.lmdb``."""
     return store.with_name(f"{store.stem}-{index:05d}-of-{count:05d}{store.suffix}")
 
 
@@ -167,7 +167,7 @@ def names_key(piece: int) -> bytes:
 
 
 def pieces_of(num_records: int, piece_records: int) -> list[range]:
-    """All records, so many at a time; an empty store has one piece, without records."""
+    """Split all records into ranges of ``piece_records``; an empty store has one empty piece."""
     starts = range(0, max(1, num_records), piece_records)
     return [range(start, min(start + piece_records, num_records)) for start in starts]
 
@@ -179,7 +179,7 @@ class Fingerprint:
         self._digest = hashlib.sha256()
 
     def add(self, labels: npt.NDArray[np.int32], crc32: npt.NDArray[np.uint32]) -> None:
-        """Take the next records, int32 and uint32 of shape (n,); how they are cut makes no difference."""
+        """Add the next records, int32 and uint32 of shape (n,); how many at a time makes no difference."""
         for start in range(0, len(labels), _FINGERPRINT_RECORDS):
             run = slice(start, start + _FINGERPRINT_RECORDS)
             pairs = np.empty(len(labels[run]), dtype=[("label", "<i4"), ("crc32", "<u4")])
@@ -187,7 +187,7 @@ class Fingerprint:
             self._digest.update(pairs.data)
 
     def hexdigest(self) -> str:
-        """Of all records taken so far."""
+        """The fingerprint of all records added so far."""
         return self._digest.hexdigest()[:32]
 
 
@@ -207,18 +207,18 @@ class Meta:
     classes: list[str]
     fingerprint: str
     txnid: int
-    """LMDB's number of the transaction that wrote it. A rewritten copy has another one, and file
-    offsets in the index then say nothing."""
+    """LMDB's number of the transaction that wrote this. If the file's last one differs, the file was
+    rewritten and the offsets in the index are invalid."""
     piece_records: int
-    """Records in each piece of index and names but the last."""
+    """Number of records in each piece of index and names; the last piece may have fewer."""
     index_crc32: list[int]
     """``zlib.crc32`` of each piece of the index."""
     names_crc32: list[int]
     """``zlib.crc32`` of each piece of the names."""
     made: dict[str, Any] = field(default_factory=dict)
-    """Version of the package, time, source and options."""
+    """Version of the package, time, source and options of the conversion."""
     shard: dict[str, Any] | None = None
-    """``{"index", "count", "set"}`` in one shard of several: its place, how many, the set's name."""
+    """In a shard, ``{"index", "count", "set"}``: its position, the number of shards, the set's identifier."""
     format: int = FORMAT_VERSION
 
     def pieces(self) -> list[range]:
@@ -226,16 +226,16 @@ class Meta:
         return pieces_of(self.num_records, self.piece_records)
 
     def to_bytes(self) -> bytes:
-        """JSON, ASCII; ``crc32`` is that of the JSON without it."""
+        """ASCII JSON; its ``crc32`` covers the JSON without that key."""
         values = asdict(self)
         return _json({**values, "crc32": crc32(_json(values))})
 
     @classmethod
     def from_bytes(cls, raw: bytes, *, path: object) -> Meta:
-        """Parse and check.
+        """Parse and validate.
 
         Raises:
-            StoreFormatError: a newer format.
+            StoreFormatError: another version of the format.
             StoreDamagedError: not the JSON that ``to_bytes`` writes.
         """
         try:
@@ -290,10 +290,10 @@ def _to_ipc(batch: pa.RecordBatch) -> pa.Buffer:
 
 
 def _from_ipc(view: memoryview, schema: pa.Schema, num_records: int) -> pa.RecordBatch | None:
-    """The one batch of a stream, without a copy; None if it is anything else."""
+    """Read the only batch of a stream without copying; None if it is anything else."""
     try:
         batch = pa.ipc.open_stream(pa.py_buffer(view)).read_next_batch()
-        batch.validate(full=True)  # Arrow trusts the offsets of strings; 0.6 ms for 131,072 names
+        batch.validate(full=True)  # Arrow does not check strings' offsets otherwise; 0.6 ms for 131,072 names
     except (pa.ArrowException, StopIteration, OSError, EOFError):
         return None
     if batch.schema != schema or batch.num_rows != num_records or any(c.null_count for c in batch.columns):
@@ -302,13 +302,13 @@ def _from_ipc(view: memoryview, schema: pa.Schema, num_records: int) -> pa.Recor
 
 
 def index_to_ipc(columns: dict[str, npt.NDArray[Any]]) -> pa.Buffer:
-    """A piece of the index from columns named as in ``INDEX_SCHEMA``, each of shape (n,)."""
+    """Encode a piece of the index from columns named as in ``INDEX_SCHEMA``, each of shape (n,)."""
     arrays = [pa.array(columns[field.name], type=field.type) for field in INDEX_SCHEMA]
     return _to_ipc(pa.RecordBatch.from_arrays(arrays, schema=INDEX_SCHEMA))
 
 
 def index_from_ipc(view: memoryview, *, num_records: int) -> dict[str, npt.NDArray[Any]] | None:
-    """Columns of a piece of the index as arrays on the same memory; None if it is not one of ``num_records``."""
+    """Decode a piece of the index to arrays on the same memory; None if it is not one of ``num_records``."""
     batch = _from_ipc(view, INDEX_SCHEMA, num_records)
     if batch is None:
         return None
@@ -316,11 +316,11 @@ def index_from_ipc(view: memoryview, *, num_records: int) -> dict[str, npt.NDArr
 
 
 def names_to_ipc(names: pa.Array) -> pa.Buffer:
-    """A piece of the names from strings."""
+    """Encode a piece of the names from strings."""
     return _to_ipc(pa.RecordBatch.from_arrays([names.cast(pa.large_string())], schema=_NAMES_SCHEMA))
 
 
 def names_from_ipc(view: memoryview, *, num_records: int) -> pa.Array | None:
-    """Strings of a piece of the names on the same memory; None if it is not one of ``num_records``."""
+    """Decode a piece of the names to strings on the same memory; None if it is not one of ``num_records``."""
     batch = _from_ipc(view, _NAMES_SCHEMA, num_records)
     return None if batch is None else batch.column(0)

@@ -1,4 +1,4 @@
-"""Opening whatever holds records: a store, the shards of one, or a classic database as it is."""
+"""Open anything that holds records: a store, its shards, or a classic database."""
 
 from __future__ import annotations
 
@@ -31,15 +31,13 @@ def open_store(path: str | os.PathLike[str]) -> Store:
     if shard_files(path):
         return ShardedStore(path)
     if glob.has_magic(os.fspath(path)) and not os.path.lexists(path):
-        raise StoreNotFoundError(
-            f"no store at {path}, and no file matches that pattern; name files that are there"
-        )
+        raise StoreNotFoundError(f"no store at {path}, and no file matches that pattern; name existing files")
     if is_classic(PageFile(database_file(path))):
         return ClassicStore(path)
     store = FileStore(path)
     if store.meta.shard is not None:
         shard = shard_name(path)
-        advice = "give it back its name, then name the set"
+        advice = "restore its name, then name the set"
         if shard is not None:
             advice = f"name the set: {Path(path).with_name(shard.set_name)}"
         raise StoreFormatError(f"{path}: one of {store.meta.shard.get('count')} shards; {advice}")

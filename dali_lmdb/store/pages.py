@@ -2,10 +2,10 @@
 
 liblmdb trusts the pages it maps: a flipped bit in a value's size makes it read past the end of
 the file, and the process dies with SIGBUS. It also forbids opening a file twice in a process and
-carrying an environment across ``fork``. A published store only needs look-ups, and those are a
-few bounded reads, so this module does them on a read-only map of its own. Nothing in a file can
-make it touch a byte outside the map, the map may be shared by threads and forked processes, and
-it lives exactly as long as the arrays taken from it. Writing is liblmdb's work (``writer.py``).
+using an environment after ``fork``. A published store only needs look-ups, and those are a few
+bounded reads, so this module does them on its own read-only map. No content of a file can make it
+access a byte outside the map, the map may be shared by threads and forked processes, and it lives
+exactly as long as the arrays that view it. Writing is left to liblmdb (``writer.py``).
 
 Format: LMDB 0.9, data version 1, little-endian, 64 bit; names as in liblmdb's ``mdb.c``::
 
@@ -54,7 +54,7 @@ _MADV_RANDOM = getattr(mmap, "MADV_RANDOM", None)
 
 
 class Extent(NamedTuple):
-    """Where a value lies in the file, in bytes."""
+    """Position of a value in the file, in bytes."""
 
     offset: int
     length: int
@@ -69,7 +69,7 @@ class _Meta(NamedTuple):
 
 
 def is_lmdb(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is a file that begins as LMDB files do.
+    """Return whether a path is a file that begins like an LMDB file.
 
     Raises:
         StoreError: the file cannot be read.
@@ -95,7 +95,7 @@ class PageFile:
         StoreNotFoundError: no file at ``path``.
         StoreError: it cannot be read or mapped.
         StoreFormatError: a folder or a pipe, or not an LMDB file of data version 1.
-        StoreDamagedError: the file is shorter than its pages.
+        StoreDamagedError: the file is too short for its pages.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -118,7 +118,7 @@ class PageFile:
         except OSError as error:
             raise StoreError(refusal(path, "cannot be read", error)) from error
         if _MADV_RANDOM is not None:
-            map_.madvise(_MADV_RANDOM)  # records are read in random order; the kernel's guess would be wrong
+            map_.madvise(_MADV_RANDOM)  # random access: the kernel's readahead would be wasted
         self.data: npt.NDArray[np.uint8] = np.frombuffer(map_, dtype=np.uint8)
         self._map = map_
         self._view = memoryview(map_)
@@ -131,10 +131,10 @@ class PageFile:
             )
 
     def find(self, key: bytes) -> Extent | None:
-        """Where the value of ``key`` lies, or None if there is no such key.
+        """Locate the value of ``key``; None if there is no such key.
 
         Raises:
-            StoreDamagedError: a page on the way is not what LMDB writes.
+            StoreDamagedError: a page on the path to the key is damaged.
         """
         if self._root == _NO_PAGE:
             return None
@@ -152,7 +152,7 @@ class PageFile:
         raise self._damaged(page, "a tree deeper than LMDB makes")
 
     def record_extents(self, start: int, stop: int) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint32]]:
-        """Where the values of the 8-byte big-endian keys start .. stop - 1 lie.
+        """Locate the values of the 8-byte big-endian keys start .. stop - 1.
 
         Reads the leaf pages only (about 30 bytes a record), never the values.
 
@@ -179,10 +179,10 @@ class PageFile:
         return offsets, lengths
 
     def items(self) -> Iterator[tuple[bytes, Extent]]:
-        """Every key in order, and where its value lies.
+        """Yield every key in order, with the extent of its value.
 
-        Reads the tree's pages only, never the values: extents are inside the file, but the head of a large
-        value's pages is not looked at.
+        Reads only the tree's pages, never the values: extents are inside the file, but the headers of overflow
+        pages are not validated.
 
         Raises:
             StoreDamagedError: a page is damaged.
@@ -205,7 +205,7 @@ class PageFile:
         return f"{count}: {', '.join(first)}" if first else count
 
     def leaf_of(self, key: bytes) -> Extent:
-        """The leaf page in which a key is or would be; (0, 0) in an empty file."""
+        """The leaf page that contains or would contain a key; (0, 0) if the file is empty."""
         for _, base, _ in self._leaves(key):
             return Extent(base, self.page_size)
         return Extent(0, 0)
@@ -215,15 +215,15 @@ class PageFile:
         return self._view[extent.offset : extent.offset + extent.length]
 
     def let_go(self) -> None:
-        """Unmap what was read until it is read again: each touch maps the pages around it too, and all of them
-        count as this process's memory."""
+        """Unmap all pages until they are read again: each access also maps the pages around it, and all of
+        them add to RSS."""
         if _MADV_DONTNEED is not None:
             self._map.madvise(_MADV_DONTNEED)
 
     def _newest_meta(self) -> _Meta:
         """The valid meta page with the greater transaction number, as mdb_env_pick_meta chooses it."""
         first = self._meta_at(0)
-        # The second meta lies one page further; if the first is damaged, try the sizes LMDB allows.
+        # The second meta page follows the first; if that is damaged, try the page sizes that LMDB allows.
         sizes = [first.page_size] if first else [1 << bits for bits in range(8, 16)]
         second = next((meta for size in sizes if (meta := self._meta_at(size)) is not None), None)
         metas = [meta for meta in (first, second) if meta is not None]
@@ -315,8 +315,8 @@ class PageFile:
         return Extent(offset, length)
 
     def _leaves(self, first: bytes = b"") -> Iterator[tuple[int, int, tuple[int, ...]]]:
-        """(page number, first byte, node offsets) of each leaf page in key order, from where ``first`` belongs."""
-        # Of each level of the tree, the pages that are still to come, the next one last.
+        """(page number, first byte, node offsets) of each leaf page in key order, from the one of ``first`` on."""
+        # The pages still to visit on each level of the tree, the next one last.
         levels = [[] if self._root == _NO_PAGE else [self._root]]
         num_pages = num_leaves = 0
         while levels:
@@ -338,13 +338,13 @@ class PageFile:
                 raise self._damaged(page, "a tree deeper than LMDB makes")
             if not pointers:
                 raise self._damaged(page, "an empty branch page")
-            # Only on the way to the first leaf; the pages right of it hold greater keys.
+            # Only on the path to the first leaf; the pages to its right hold greater keys.
             position = self._child_position(base, pointers, first) if num_leaves == 0 else 0
             levels.append([self._child(base, pointer) for pointer in reversed(pointers[position:])])
 
     def _child_position(self, base: int, pointers: tuple[int, ...], key: bytes) -> int:
-        """Which child of a branch page may hold a key: the one left of the first greater key."""
-        # The first node's key is not used by LMDB.
+        """Position of the child of a branch page that may hold a key: left of the first greater key."""
+        # LMDB does not use the first node's key.
         position = self._bisect(base, pointers, key, first=1)
         if position == len(pointers) or self._key(base, pointers[position]) != key:
             position -= 1
@@ -359,7 +359,7 @@ class PageFile:
         offsets: npt.NDArray[np.uint64],
         lengths: npt.NDArray[np.uint32],
     ) -> int:
-        """Fill offsets and lengths from ``record`` on with one leaf page; the number of records taken from it."""
+        """Fill offsets and lengths from one leaf page, ``record`` first; return its number of records."""
         nodes = np.asarray(pointers[: len(offsets)], dtype=np.int64)
         if len(nodes) == 0 or nodes.max() + 24 > self.page_size:
             # A node of ours is at least 8 + 8 bytes; 24 is needed to read an overflow page's number.

@@ -1,4 +1,4 @@
-"""What classic databases keep under a key: ``(image, label)``, a length, a list of keys."""
+"""Values in classic databases: ``(image, label)``, a length, a list of keys."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Located(NamedTuple):
 
 
 def locate_payload(view: memoryview) -> Located:
-    """Find image and label in a record's value; the image's bytes are not touched.
+    """Find image and label in a record's value, without reading the image's bytes.
 
     Raises:
         PayloadError: not ``(image, label)``, or it is refused.
@@ -45,10 +45,10 @@ def locate_payload(view: memoryview) -> Located:
 
 
 def bytes_at(view: memoryview, span: Span) -> memoryview:
-    """The bytes of a span of ``view``: a slice of it, or a copy where they are stored as text.
+    """The bytes of a span of ``view``: a slice of it, or a copy if they are stored as text.
 
     Raises:
-        PayloadError: text that does not stand for bytes.
+        PayloadError: text that does not represent bytes.
     """
     raw = view[span.start : span.stop]
     if not span.is_text:
@@ -56,7 +56,7 @@ def bytes_at(view: memoryview, span: Span) -> memoryview:
     try:
         return memoryview(str(raw, "utf-8").encode("latin-1"))
     except UnicodeError:
-        raise PayloadError("damaged pickle: text that does not stand for bytes") from None
+        raise PayloadError("damaged pickle: text that does not represent bytes") from None
 
 
 def decode_payload(view: memoryview) -> tuple[memoryview, int]:

@@ -1,4 +1,4 @@
-"""liblmdb's own way of reading records: what other ways are measured against."""
+"""Reading records through liblmdb: the baseline of measurements."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ __all__ = ["plain_reading"]
 
 @contextmanager
 def plain_reading(store: Store) -> Iterator[Callable[[int], memoryview]]:
-    """Give a function that reads one record with ``txn.get``; the files are closed at the end.
+    """Yield a function that reads one record with ``txn.get``; the files are closed on exit.
 
-    What it returns is a view of liblmdb's map, to be dropped before the end. liblmdb trusts the pages that it
+    It returns views of liblmdb's map, which must be dropped before the exit. liblmdb trusts the pages that it
     maps: do not use this on a file that may be damaged.
 
     Raises:
-        StoreFormatError: not a store of ours, one file or shards.
-        StoreError: liblmdb refuses the file.
+        StoreFormatError: a classic database, not a store.
+        StoreError: liblmdb cannot open the file.
     """
     if isinstance(store, ShardedStore):
         shards = store.shards
@@ -54,7 +54,7 @@ def plain_reading(store: Store) -> Iterator[Callable[[int], memoryview]]:
 
 @contextmanager
 def _transaction(path: Path) -> Iterator[lmdb.Transaction]:
-    """A read transaction that gives views. The kernel's readahead is off, as for all random reading."""
+    """Open a read transaction that returns views, without the kernel's readahead: access is random."""
     try:
         environment = lmdb.open(str(path), subdir=False, readonly=True, lock=False, readahead=False)
     except lmdb.Error as error:

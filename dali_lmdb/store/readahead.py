@@ -1,12 +1,12 @@
-"""Filling the page cache ahead: exact byte ranges, asked for early, waited for in a thread of the loader.
+"""Readahead of exact byte ranges into the page cache: requested early, awaited in a thread of the loader.
 
-The kernel's own readahead guesses that a file is read in order; in random order it reads many times what is
-used. Here each record's range is announced with ``posix_fadvise(WILLNEED)`` while earlier batches are still
-at work, so that the device has many requests at once, and is waited for just before the batch is handed
-over. As long as everything is in memory anyway, that costs one system call a record and nothing is announced.
+The kernel's own readahead assumes sequential access; in random order it reads many times what is used. Here
+each record's range is announced with ``posix_fadvise(WILLNEED)`` while earlier batches are still being
+processed, so that the device has many requests at once, and is waited for just before the batch is handed
+over. While everything is in the page cache, that costs one system call per record and nothing is announced.
 
-Announcing keeps the kernel busy for 25 µs a record of 110 kB, since it sets pages aside, and for longer where the
-device's queue is full. So a few threads do it; they exist from the first record that is missing.
+Announcing keeps the kernel busy for 25 µs per record of 110 kB, since it allocates pages, and for longer if the
+device's queue is full. So a few threads do it, started when the first record is missing.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ from dali_lmdb.store.base import Store
 __all__ = ["Readahead"]
 
 _STAY_COLD = 64
-"""Batches that must be found in memory one after the other before announcing stops."""
-# Linux only; elsewhere every record counts as cold, which is right and only slower.
+"""Number of consecutive batches that must be in the page cache before announcing stops."""
+# Linux only; elsewhere every record counts as cold, which is correct, only slower.
 _NOWAIT = getattr(os, "RWF_NOWAIT", None)
 _ANNOUNCERS = 4
 _RANGES_AT_ONCE = 16
-"""Announced by one thread before it takes the next."""
+"""Number of ranges announced by one task of a thread."""
 _PIECE_BYTES = 128 << 10
-"""What one call is sure to announce: Linux cuts it to the greater of a device's read_ahead_kb, 128 if nobody
-changed it, and max_sectors_kb (force_page_cache_ra in mm/readahead.c)."""
+"""Size that one call is sure to announce: Linux truncates it to the greater of the device's read_ahead_kb, by
+default 128, and max_sectors_kb (force_page_cache_ra in mm/readahead.c)."""
 
 Range = tuple[int, int, int]
 """File descriptor, first byte, number of bytes."""
 
 
 class Readahead:
-    """Reads the records of one store into the page cache. For one thread at a time.
+    """Reads the records of one store into the page cache. Not thread-safe.
 
     Args:
-        store: a store whose bytes lie in files (``Store.byte_ranges``); with another nothing is done.
+        store: a store that knows its ``byte_ranges``; for any other, nothing is done.
 
     Attributes:
-        cold: whether announcing is worth while: something was missing lately.
-        bytes_read: of records that were not in memory when their batch was due.
+        cold: whether announcing is worthwhile: a record was missing recently.
+        bytes_read: size of the records that were missing from the page cache when their batch was needed.
     """
 
     def __init__(self, store: Store) -> None:
@@ -61,7 +61,7 @@ class Readahead:
         self.bytes_read = 0
 
     def announce(self, records: npt.NDArray[np.int64]) -> None:
-        """Ask the kernel to read some records; returns at once."""
+        """Ask the kernel to read some records, without waiting."""
         if self._announcers is None:
             self._announcers = ThreadPoolExecutor(_ANNOUNCERS, thread_name_prefix="dali_lmdb announcer")
         ranges = self._ranges(records)
@@ -69,13 +69,13 @@ class Readahead:
             self._announcers.submit(_ask_for, ranges[first : first + _RANGES_AT_ONCE])
 
     def wait(self, records: npt.NDArray[np.int64]) -> None:
-        """Return when some records are in memory."""
+        """Wait until some records are in the page cache."""
         ranges = self._ranges(records)
         missing = [one for one in ranges if not self._in_memory(one)]
         self.bytes_read += sum(length for _, _, length in missing)
         if missing and not self.cold:
-            # The first cold batch was not announced. It is read as a whole: looking for a page may start reading
-            # it (Linux 6), so that a record seems to be in memory of which nothing but that page is.
+            # The first cold batch was not announced, so all of it is read: probing a page may start reading it
+            # (Linux 6), so that a record seems to be cached when only that page is.
             self.announce(records)
             missing = ranges
         for one in missing:
@@ -84,7 +84,7 @@ class Readahead:
         self.cold = self._warm_batches < _STAY_COLD if missing or self.cold else False
 
     def close(self) -> None:
-        """Stop the threads and let go of the files."""
+        """Stop the threads and close the files."""
         if self._announcers is not None:
             self._announcers.shutdown(cancel_futures=True)
             self._announcers = None
@@ -98,7 +98,7 @@ class Readahead:
                 self._files[path] = os.open(path, os.O_RDONLY)
             except OSError as error:
                 raise StoreError(refusal(path, "cannot be read ahead", error)) from error
-            # A read that misses then fetches just its own range.
+            # So that a cache miss reads only its own range.
             os.posix_fadvise(self._files[path], 0, 0, os.POSIX_FADV_RANDOM)
         return self._files[path]
 
@@ -111,18 +111,18 @@ class Readahead:
         ]
 
     def _in_memory(self, range_: Range) -> bool:
-        """Whether a range's last page is: ranges are read as a whole and in order."""
+        """Return whether a range's last page is in the page cache: ranges are read completely and in order."""
         descriptor, offset, length = range_
         if _NOWAIT is None or length == 0:
             return length == 0
         try:
             os.preadv(descriptor, self._probe, offset + length - 1, _NOWAIT)
-        except OSError:  # EAGAIN: it is not; another error shows again when it is read
+        except OSError:  # EAGAIN: it is not; any other error recurs when it is read
             return False
         return True
 
     def _read(self, range_: Range) -> None:
-        """Wait for a range by reading it; unlike touching a map, that lets other threads run."""
+        """Wait for a range by reading it, which releases the GIL, unlike a page fault."""
         descriptor, offset, length = range_
         while length > 0:
             try:
@@ -131,7 +131,7 @@ class Readahead:
                 path = next(path for path, opened in self._files.items() if opened == descriptor)
                 raise StoreError(refusal(path, "cannot be read ahead", error)) from error
             if count == 0:
-                return  # behind the end of the file; reading the record will say so
+                return  # past the end of the file; reading the record reports that
             offset, length = offset + count, length - count
 
 

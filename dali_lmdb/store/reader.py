@@ -23,7 +23,7 @@ __all__ = ["FileStore"]
 class FileStore(Store):
     """One published store file.
 
-    Opening maps the file and reads no record. Records, and columns that lie in one piece, are views of the
+    Opening maps the file and reads no record. Records, and columns stored in one piece, are views of the
     map, shared with every other process that has the file open, and keep the map alive after ``close``.
     A store pickles as its path.
 
@@ -71,7 +71,7 @@ class FileStore(Store):
         return self._index.gather(name, records)
 
     def extents(self, records: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint32]]:
-        """Where the bytes of some records lie in the file.
+        """Locate the bytes of some records in the file.
 
         Args:
             records: record indices, int64 of shape (n,).
@@ -107,7 +107,7 @@ class FileStore(Store):
         return self._names.one(self._checked(index))
 
     def names(self) -> pa.ChunkedArray:
-        """All names, strings on the map.
+        """All names, as strings in the memory map.
 
         Raises:
             StoreDamagedError: the names were altered.
@@ -118,7 +118,7 @@ class FileStore(Store):
         self._pages.let_go()
 
     def _moved(self) -> bool:
-        """Whether the first or last record is not where the index says."""
+        """Return whether the first or last record is not where the index says."""
         ends = [0, len(self) - 1] if len(self) else []
         offsets = self.gather("file_offset", np.array(ends, np.int64)).tolist()
         return any(offset not in (0, self._find(end).offset) for end, offset in zip(ends, offsets, strict=True))
@@ -131,11 +131,11 @@ class FileStore(Store):
 
 
 def _what_else(pages: PageFile) -> str:
-    """What an LMDB file is that is no store, and what to do."""
+    """Describe an LMDB file that is not a store, and the remedy."""
     if pages.find(layout.record_key(0)) is not None:
-        return "an unfinished store; run its conversion again to go on"
+        return "an unfinished store; run its conversion again to resume"
     return (
         f"an LMDB file of another layout, with {pages.describe()}; expected {layout.META_KEY.decode()} as in a "
         "store, or __len__ or __keys__ as in a classic database; unpack its images into class folders and convert "
-        "these"
+        "those"
     )

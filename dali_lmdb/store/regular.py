@@ -1,4 +1,4 @@
-"""Refusing what is not a regular file before it is opened: a pipe is waited for, and cannot be read twice."""
+"""Reject all but regular files before opening them: opening a pipe blocks, and it cannot be read twice."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _KINDS = {
 
 
 def check_regular(path: str | os.PathLike[str], *, error: type[DaliLmdbError]) -> os.stat_result:
-    """The status of a file that is about to be opened.
+    """Return the status of a file that is about to be opened.
 
     Raises:
-        DaliLmdbError: of type ``error``: it is not a regular file, nor a link to one.
-        OSError: nothing is there, or nothing that can be seen.
+        DaliLmdbError: of type ``error``, if it is not a regular file or a link to one.
+        OSError: it does not exist or is not accessible.
     """
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
-        found = _KINDS.get(stat.S_IFMT(status.st_mode), "no regular file")
-        remedy = "name a file in it" if found == "a folder" else "write what comes from it to a file first"
+        found = _KINDS.get(stat.S_IFMT(status.st_mode), "not a regular file")
+        remedy = "name a file in it" if found == "a folder" else "save its output to a file first"
         raise error(f"{os.fspath(path)}: {found}, expected a file; {remedy}")
     return status

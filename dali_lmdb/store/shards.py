@@ -1,4 +1,4 @@
-"""Several store files that read as one: the shards of a set, in order."""
+"""Several store files read as one: the shards of a set, in order."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from dali_lmdb.store.reader import FileStore
 __all__ = ["BESIDE", "ShardName", "ShardedStore", "set_files", "shard_files", "shard_name"]
 
 BESIDE = (".partial", ".partial-journal", ".bad.tsv", ".dali-index")
-"""Endings of the files that are kept beside a store under its name; no store's own name ends in one."""
+"""Suffixes of the files kept beside a store; no store's own name has one."""
 _MOST_SHOWN = 5  # files in a message
 _SHARD = re.compile(r"(.*[^.].*)-([0-9]{5})-of-([0-9]{5})(\.[^.]*)?", re.DOTALL)
 
 
 class ShardName(NamedTuple):
-    """What a shard's file name says; sorts shards by set and position."""
+    """The parts of a shard's file name; sorts shards by set and position."""
 
     set_name: str
-    """The name that the set was converted to, ``train.lmdb``."""
+    """The conversion's output name, such as ``train.lmdb``."""
     num_shards: int
     position: int
 
@@ -54,7 +54,7 @@ def shard_name(file: str | os.PathLike[str]) -> ShardName | None:
 
 
 def set_files(path: Path) -> list[Path]:
-    """The shards that were converted to the name ``path``, whatever their number; empty if there are none.
+    """The shards converted to the name ``path``, whatever their number; empty if there are none.
 
     Raises:
         OSError: the folder cannot be listed.
@@ -67,8 +67,8 @@ def shard_files(path: str | os.PathLike[str]) -> list[Path] | None:
     """The files of the set that ``path`` names, in order; None if it does not name a set.
 
     A set is named by the name it was converted to (``train.lmdb`` for ``train-00000-of-00004.lmdb`` and so on), by
-    a glob pattern (``train-*.lmdb``), or by the folder that holds its shards and no other store. Where a folder
-    or a pattern stands for more than that, all of it is here, and ``ShardedStore`` refuses it.
+    a glob pattern (``train-*.lmdb``), or by the folder that holds its shards and no other store. If a folder or
+    pattern matches more than that, all of it is returned, and ``ShardedStore`` rejects it.
 
     Raises:
         StoreError: a folder cannot be listed, or a file cannot be read.
@@ -80,7 +80,7 @@ def shard_files(path: str | os.PathLike[str]) -> list[Path] | None:
         if os.path.lexists(path):
             return None
         found = set_files(path)
-    except (FileNotFoundError, NotADirectoryError):  # a pattern of folders, too
+    except (FileNotFoundError, NotADirectoryError):  # the folder may be a pattern, too
         found = []
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:  # so it does not exist
@@ -92,7 +92,7 @@ def shard_files(path: str | os.PathLike[str]) -> list[Path] | None:
 
 
 def _shards_in(folder: Path, *, set_name: str | None = None) -> list[Path]:
-    """The shards in a folder, by set and position: all, or those of one name. Parquet shards are named alike."""
+    """The shards in a folder, by set and position: all, or one set's. Parquet shards have such names, too."""
     named = [(shard, folder / name) for name in os.listdir(folder) if (shard := shard_name(name))]
     sets = [
         [file for _, file in one]
@@ -103,7 +103,7 @@ def _shards_in(folder: Path, *, set_name: str | None = None) -> list[Path]:
 
 
 def _with_other_stores(folder: Path, shards: list[Path]) -> list[Path]:
-    """Shards, and the other LMDB files of their folder, of which there should be none."""
+    """Shards, and any other LMDB files in their folder; there should be none."""
     suffixes = {".mdb", *(file.suffix for file in shards)}
     others = {folder / name for name in os.listdir(folder) if os.path.splitext(name)[1] in suffixes}
     return shards and shards + sorted(filter(is_lmdb, others.difference(shards)))
@@ -114,10 +114,10 @@ def _in_order(file: Path) -> tuple[ShardName, Path]:
 
 
 class ShardedStore(Store):
-    """All shards of one set; record indices run through them in order.
+    """All shards of one set; record indices continue from each shard to the next.
 
     Args:
-        path: what names the set, see ``shard_files``.
+        path: names the set, see ``shard_files``.
 
     Attributes:
         shards: the files' stores, in order.
@@ -125,7 +125,7 @@ class ShardedStore(Store):
     Raises:
         StoreNotFoundError: no shard there.
         StoreFormatError: a shard is missing, or belongs to another set; or the path names several sets.
-        StoreError: a shard cannot be opened, or there are more than this process may open.
+        StoreError: a shard cannot be opened, or there are more than this process can open.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -154,11 +154,11 @@ class ShardedStore(Store):
 
     @cached_property
     def _fingerprint(self) -> str:
-        # That of the same records in one file: a set may be split differently between two parts of a run.
+        # The same as for one file with these records: a run may be resumed with a set split differently.
         return layout.fingerprint(zip(self.column_parts("label"), self.column_parts("crc32"), strict=True))
 
     def column(self, name: str) -> npt.NDArray[Any]:
-        """A whole index column, copied together from the shards."""
+        """A whole index column, concatenated from the shards."""
         return np.concatenate(list(self.column_parts(name)))
 
     def column_parts(self, name: str) -> Iterator[npt.NDArray[Any]]:
@@ -190,7 +190,7 @@ class ShardedStore(Store):
     def split(
         self, records: npt.NDArray[np.int64]
     ) -> list[tuple[FileStore, npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
-        """Records by shard: (shard, their places in ``records``, their indices inside the shard)."""
+        """Group records by shard: (shard, their places in ``records``, their indices inside the shard)."""
         which = np.searchsorted(self._starts, records, side="right") - 1
         return [
             (self.shards[index], places, records[places] - self._starts[index])
@@ -205,7 +205,7 @@ class ShardedStore(Store):
 
 
 def _check_one_set(path: Path, files: Sequence[Path]) -> None:
-    """Refuse files whose names are those of several sets, or of a set and other stores."""
+    """Reject files whose names belong to several sets, or to a set and other stores."""
     first: dict[tuple[str, int] | None, Path] = {}
     for file in files:
         shard = shard_name(file)
@@ -214,17 +214,17 @@ def _check_one_set(path: Path, files: Sequence[Path]) -> None:
         shown = list(first.values())[:_MOST_SHOWN]
         found = " and ".join(file.name for file in shown)
         names = " or ".join(repr(_name_of_set(file)) for file in shown)
-        raise StoreFormatError(f"{path}: stands for {found}, expected the shards of one set; name {names}")
+        raise StoreFormatError(f"{path}: matches {found}, expected the shards of one set; name {names}")
 
 
 def _name_of_set(file: Path) -> str:
-    """A path that stands for the set of a shard and for nothing else, or for another store."""
+    """A path that matches only the set of this shard; the file itself if it is not a shard."""
     shard = shard_name(file)
     return str(file) if shard is None else os.path.join(glob.escape(str(file.parent)), shard.pattern())
 
 
 def _check_set(path: Path, shards: Sequence[FileStore]) -> None:
-    """Refuse a set with a shard missing, renamed or of another conversion."""
+    """Reject a set with a shard that is missing, renamed or of another conversion."""
     alone = next((shard for shard in shards if shard.meta.shard is None), None)
     if alone is not None:
         raise StoreFormatError(f"{path}: {alone.path} is a store of its own, not a shard; name that file")
@@ -233,13 +233,13 @@ def _check_set(path: Path, shards: Sequence[FileStore]) -> None:
     if odd is not None or any(shard.classes != shards[0].classes for shard in shards):
         raise StoreFormatError(
             f"{path}: {(odd or shards[-1]).path.name} belongs to another conversion than {shards[0].path.name}; "
-            "put the shards of one conversion there"
+            "keep only the shards of one conversion there"
         )
     indices = [(shard.meta.shard or {}).get("index") for shard in shards]
     count = (shards[0].meta.shard or {}).get("count")
     if indices != list(range(len(shards))) or count != len(shards):
         missing = sorted(set(range(count if isinstance(count, int) else 0)) - set(indices))
-        what = f"missing: {missing[:_MOST_SHOWN]}" if missing else "their names do not say which is which"
+        what = f"missing: {missing[:_MOST_SHOWN]}" if missing else "their names do not match their contents"
         raise StoreFormatError(
             f"{path}: {len(shards)} shards, expected {count} in order; {what}; "
             "run the conversion again, or copy the missing files under their own names"

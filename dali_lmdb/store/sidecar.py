@@ -1,8 +1,8 @@
-"""The index of a database that has none of its own, kept beside it as ``NAME.dali-index``.
+"""The index of a database that has none of its own, saved beside it as ``NAME.dali-index``.
 
-One Arrow IPC stream of ``layout.INDEX_SCHEMA``, its metadata naming the database it was made from (size and
-time of change) and the columns' checksum. It only ever saves time: a stale or damaged one is not used, and
-where none can be written there is none.
+One Arrow IPC stream of ``layout.INDEX_SCHEMA``; its metadata identify the database (size and modification time)
+and hold the columns' checksum. It is only a cache: a stale or damaged one is ignored, and failing to write it is
+not an error.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dali_lmdb.store.regular import check_regular
 
 __all__ = ["Columns", "Stamp", "load", "one_at_a_time", "save", "sidecar_path"]
 
-_VERSION = 2  # raised when the same database would get other columns
+_VERSION = 2  # incremented when the same database would get other columns
 _STAMP_KEY, _CRC_KEY = b"made_from", b"crc32"
 _log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ Columns = dict[str, npt.NDArray[Any]]
 
 
 class Stamp(NamedTuple):
-    """What a database is known by."""
+    """Identifies the contents of a database."""
 
     size: int
     mtime_ns: int
@@ -46,12 +46,12 @@ class Stamp(NamedTuple):
 
 
 def sidecar_path(database: Path) -> Path:
-    """Where the index of a database lies."""
+    """Path of the index of a database."""
     return database.with_name(database.name + ".dali-index")
 
 
 def load(database: Path, stamp: Stamp) -> Columns | None:
-    """The columns kept beside a database, on a map; None unless they are whole and of this very database."""
+    """Map the columns saved beside a database; None unless they are intact and match ``stamp``."""
     try:
         check_regular(sidecar_path(database), error=StoreFormatError)
         with open(sidecar_path(database), "rb") as file:
@@ -61,7 +61,7 @@ def load(database: Path, stamp: Stamp) -> Columns | None:
     except FileNotFoundError:
         return None
     except (pa.ArrowException, StopIteration, EOFError, OSError, ValueError, StoreFormatError) as error:
-        _log.info("%s is not used: %s", sidecar_path(database), error)
+        _log.info("%s is ignored: %s", sidecar_path(database), error)
         return None
     metadata = batch.schema.metadata or {}
     if not batch.schema.equals(INDEX_SCHEMA, check_metadata=False) or batch.num_rows != stamp.num_records:
@@ -73,7 +73,7 @@ def load(database: Path, stamp: Stamp) -> Columns | None:
 
 
 def save(database: Path, stamp: Stamp, columns: Columns) -> bool:
-    """Keep columns beside a database; False where its folder does not allow it."""
+    """Save columns beside a database; return False if they cannot be written."""
     metadata = {_STAMP_KEY: stamp.to_bytes(), _CRC_KEY: _checksum(columns)}
     schema = INDEX_SCHEMA.with_metadata(metadata)
     arrays = [pa.array(columns[field.name], type=field.type) for field in schema]
@@ -93,17 +93,17 @@ def save(database: Path, stamp: Stamp, columns: Columns) -> bool:
 
 @contextlib.contextmanager
 def one_at_a_time(database: Path) -> Iterator[None]:
-    """Let one process make the index while the others wait for it, where it can be kept at all."""
+    """Let one process build the index while the others wait for it, if it can be saved at all."""
     if not os.access(database.parent, os.W_OK):
         yield
         return
     with open(database, "rb") as file:
-        with contextlib.suppress(OSError):  # a file system without locks: each makes its own
+        with contextlib.suppress(OSError):  # a file system without locks: each process builds its own
             fcntl.flock(file, fcntl.LOCK_EX)
         try:
             yield
         finally:
-            # Closing is not enough: a process forked meanwhile would go on holding the lock.
+            # Closing is not enough: a process forked meanwhile would keep holding the lock.
             with contextlib.suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_UN)
 

@@ -1,4 +1,4 @@
-"""Checking the B-tree of an LMDB file as a whole, without handing the file to liblmdb."""
+"""Check the whole B-tree of an LMDB file without opening the file with liblmdb."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ __all__ = ["check_structure"]
 
 
 def check_structure(path: str | os.PathLike[str]) -> list[str] | None:
-    """Every rule that LMDB's own writing keeps: meta pages, each page reachable once or free, counters, key order.
+    """Check LMDB's B-tree invariants: meta pages, each page reachable once or free, counters, key order.
 
     Reads tree pages only, not the values: about 10 s for a million records.
 
     Returns:
-        What is wrong, a phrase each (200 at most); None where py-lmdb is too old (< 3) to check it.
+        A phrase for each problem (at most 200); None if py-lmdb is too old (< 3) to check this.
 
     Raises:
         StoreError: the file cannot be read.

@@ -1,15 +1,15 @@
-"""Where integers, bytes and text lie in a value packed by pickle, msgpack or ``pa.serialize``.
+"""Locate integers, bytes and text in a value packed by pickle, msgpack or ``pa.serialize``.
 
-The folder2lmdb family of scripts packed these with pickle, msgpack or ``pa.serialize``, and a database does
-not say which; the first bytes do. Nothing here builds an object from a file or calls anything a file names:
-each reader walks the bytes, admits integers, bytes, text, tuples and lists, and says *where* the bytes lie
-in the value, so that an image is a slice of the map it came from.
+The folder2lmdb family of scripts used all three, and a database does not say which; the first bytes of a value
+do. Nothing here builds an object from a file or calls anything that a file names: each reader walks the bytes,
+accepts only integers, bytes, text, tuples and lists, and returns the *positions* of the bytes in the value, so
+that an image is a slice of the memory map.
 
 pickle, protocols 2 to 5
-    A small stack machine for the opcodes those types need. Protocol 2 has no bytes and spells them as a call
-    of ``_codecs.encode(text, "latin1")``, or of ``bytes()`` if there are none: these two spellings are
-    admitted and undone by hand. Not Python's ``Unpickler``, which besides calling what a file names also
-    reserves whatever memory a file asks for.
+    A small stack machine for the opcodes those types need. Protocol 2 has no bytes and writes them as a call of
+    ``_codecs.encode(text, "latin1")``, or of ``bytes()`` if they are empty: these two calls are recognised and
+    evaluated here. Python's ``Unpickler`` is not used, since it calls what a file names and allocates as much
+    memory as a file asks for.
 msgpack
     One integer, or one array of integers, bin and str: https://github.com/msgpack/msgpack/blob/master/spec.md
 pa.serialize
@@ -44,23 +44,23 @@ _ADMITTED = "only integers, bytes, text, tuples and lists are read from a databa
 
 
 class PayloadError(Exception):
-    """A value that no classic database holds, or one that is refused; the message is the reason."""
+    """A value that is invalid in a classic database, or refused; the message is the reason."""
 
 
 class Span(NamedTuple):
-    """Where bytes lie inside a value."""
+    """A range of bytes inside a value."""
 
     start: int
     stop: int
     is_text: bool = False
-    """The bytes are UTF-8 of text in which each character stands for one byte (``_codecs.encode``)."""
+    """The bytes are UTF-8 text in which each character represents one byte (``_codecs.encode``)."""
 
 
 Value = Union[int, Span, "list[Value]"]
 
 
 def unpack(view: memoryview) -> Value:
-    """Whatever a value holds; its first bytes tell how it was packed.
+    """Unpack a value, whose first bytes tell how it was packed.
 
     Raises:
         PayloadError: anything but an integer, bytes, text, or one list or tuple of those.
@@ -71,12 +71,12 @@ def unpack(view: memoryview) -> Value:
     if len(head) > 16 and head[:8] == bytes(8):
         return _decode_arrow(view)
     if len(head) == 24 and head[16:20] == b"\xff\xff\xff\xff" and max(struct.unpack_from("<4I", head)) < 1 << 16:
-        raise PayloadError("a pa.serialize payload with tensors or buffers, which is not read")
+        raise PayloadError("a pa.serialize payload with tensors or buffers, which is not supported")
     return _MsgpackReader(view).read()
 
 
 class _Reader:
-    """A place in a value that moves on as fields are taken, never past the end."""
+    """A cursor in a value that advances as fields are taken, never past the end."""
 
     format: str
 
@@ -84,7 +84,7 @@ class _Reader:
         self.view, self.at = view, 0
 
     def take(self, field: struct.Struct) -> int:
-        """The next integer."""
+        """Take the next integer."""
         if self.at + field.size > len(self.view):
             raise PayloadError(f"damaged {self.format}: it ends early")
         (value,) = field.unpack_from(self.view, self.at)
@@ -92,7 +92,7 @@ class _Reader:
         return value
 
     def span(self, length: int) -> Span:
-        """The next ``length`` bytes."""
+        """Take the next ``length`` bytes."""
         start, stop = self.at, self.at + length
         if stop > len(self.view):
             raise PayloadError(f"damaged {self.format}: it ends early")
@@ -100,7 +100,7 @@ class _Reader:
         return Span(start, stop)
 
     def end(self, value: Value) -> Value:
-        """``value``, if nothing follows it."""
+        """Return ``value`` if nothing follows it."""
         if self.at != len(self.view):
             raise PayloadError(f"damaged {self.format}: {len(self.view) - self.at} bytes after its end")
         return value
@@ -127,8 +127,8 @@ _PICKLE_GETS = {ord("h"): _U8, ord("j"): _U32}  # BINGET, LONG_BINGET
 _PICKLE_PASSED = {0x80: _U8, 0x95: _U64}  # PROTO, FRAME
 _MARK, _STOP, _GLOBAL, _REDUCE, _STACK_GLOBAL = ord("("), ord("."), ord("c"), ord("R"), 0x93
 _TUPLE, _EMPTY_LIST, _APPEND, _APPENDS, _MEMOIZE, _LONG1 = ord("t"), ord("]"), ord("a"), ord("e"), 0x94, 0x8A
-# How protocol 2 spells bytes (save_bytes in the standard library's pickle.py); they stand for the functions
-# on the stack.
+# How protocol 2 writes bytes (save_bytes in the standard library's pickle.py); on the stack, these represent the
+# functions.
 _ENCODE, _BYTES = b"_codecs\nencode\n", b"__builtin__\nbytes\n"
 
 
@@ -149,13 +149,13 @@ class _PickleReader(_Reader):
                 self.step(code)
             (value,) = self.stack
         except (IndexError, KeyError, ValueError, TypeError, AttributeError):
-            raise PayloadError("damaged pickle: its instructions make no sense") from None
+            raise PayloadError("damaged pickle: its instructions are invalid") from None
         if not _is_plain(value):
-            raise PayloadError("damaged pickle: its instructions make no sense")
+            raise PayloadError("damaged pickle: its instructions are invalid")
         return self.end(value)
 
     def step(self, code: int) -> None:
-        """Carry out one instruction."""
+        """Execute one instruction."""
         if code in _PICKLE_SPANS:
             self.stack.append(self.span(self.take(_PICKLE_SPANS[code])))
         elif code in _PICKLE_INTS:
@@ -182,7 +182,7 @@ class _PickleReader(_Reader):
             self.step_marked(code)
 
     def step_marked(self, code: int) -> None:
-        """Carry out an instruction that marks the stack or takes what lies above a mark, or refuse it."""
+        """Execute an instruction that marks the stack or takes what is above a mark, or refuse it."""
         if code == _MARK:
             self.marks.append(self.stack)
             self.stack = []
@@ -204,7 +204,7 @@ class _PickleReader(_Reader):
             raise PayloadError(f"refused: a pickle with instruction 0x{code:02x}; {_ADMITTED}")
 
     def find_global(self) -> None:
-        """Admit the two functions by which protocol 2 spells bytes."""
+        """Accept the two functions with which protocol 2 writes bytes."""
         for name in (_ENCODE, _BYTES):
             if self.view[self.at : self.at + len(name)] == name:
                 self.at += len(name)
@@ -213,12 +213,12 @@ class _PickleReader(_Reader):
         self.refuse(b".".join(bytes(self.view[self.at : self.at + 200]).split(b"\n")[:2]))
 
     def refuse(self, name: bytes) -> None:
-        """Say what a pickle wanted to call."""
+        """Raise an error that names what a pickle would call."""
         shown = ascii(name[:60].decode("latin-1"))[1:-1]
         raise PayloadError(f"refused: a pickle that calls {shown}; {_ADMITTED}")
 
     def call(self) -> None:
-        """Undo ``_codecs.encode(text, "latin1")`` or ``bytes()``."""
+        """Evaluate ``_codecs.encode(text, "latin1")`` or ``bytes()``."""
         arguments, function = self.stack.pop(), self.stack.pop()
         if function == _BYTES and arguments == []:
             self.stack.append(Span(0, 0))
@@ -230,7 +230,7 @@ class _PickleReader(_Reader):
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a value is an integer, a span, or a list of those; nothing deeper is ever read."""
+    """Return whether a value is an integer, a span, or a list of those; deeper nesting is not supported."""
     if isinstance(value, list):
         return all(type(item) in (int, Span) for item in value)
     return type(value) in (int, Span)
@@ -247,7 +247,7 @@ _MSGPACK_ARRAYS = {0xDC: struct.Struct(">H"), 0xDD: struct.Struct(">I")}
 
 
 class _MsgpackReader(_Reader):
-    """msgpack's integers, bin, str, and one level of array."""
+    """Reads msgpack's integers, bin, str, and one level of array."""
 
     format = "msgpack"
 
@@ -260,7 +260,7 @@ class _MsgpackReader(_Reader):
         else:
             return self.end(self.scalar(code))
         values: list[Value] = []
-        for _ in range(count):  # each takes a byte at least, so a count that lies ends at the value's end
+        for _ in range(count):  # each takes at least one byte, so a false count fails at the value's end
             values.append(self.scalar(self.take(_U8)))
         return self.end(values)
 
@@ -279,7 +279,7 @@ class _MsgpackReader(_Reader):
         raise PayloadError(f"begins with 0x{self.view[0]:02x}: not pickle, msgpack or pa.serialize; {_ADMITTED}")
 
 
-# What pyarrow raises about bytes that are not what they say; ArrowException itself covers only a part.
+# Errors that pyarrow raises for malformed bytes; not all of them are an ArrowException.
 _ARROW_ERRORS = (
     pa.ArrowException,
     StopIteration,
@@ -293,11 +293,11 @@ _ARROW_ERRORS = (
 
 
 def _decode_arrow(view: memoryview) -> Value:
-    """A ``pa.serialize`` payload."""
+    """Decode a ``pa.serialize`` payload."""
     prefix = 16 if view[8:16] == bytes(8) else 8
     buffer = pa.py_buffer(view)
     if buffer.address % 8:
-        buffer = pa.py_buffer(bytes(view))  # Arrow wants its messages aligned; spans are the same in a copy
+        buffer = pa.py_buffer(bytes(view))  # Arrow requires aligned messages; spans are the same in a copy
     try:
         batch = pa.ipc.open_stream(buffer.slice(prefix)).read_next_batch()
         batch.validate(full=True)
@@ -311,7 +311,7 @@ def _decode_arrow(view: memoryview) -> Value:
 
 
 class _ArrowWalk:
-    """The way through a validated ``pa.serialize`` column, down to where its bytes lie in ``buffer``."""
+    """Walks a validated ``pa.serialize`` column and locates its bytes in ``buffer``."""
 
     def __init__(self, buffer: pa.Buffer) -> None:
         self.buffer = buffer
@@ -353,19 +353,19 @@ class _ArrowWalk:
         raise PayloadError(f"holds {kind}; {_ADMITTED}")
 
     def spans(self, child: pa.Array, places: list[int]) -> list[Value]:
-        """Where the bytes at ``places`` of a binary child lie."""
+        """Locate the bytes at ``places`` of a binary child."""
         _, offsets, data = child.buffers()
         if data is None or data.size == 0 or offsets is None:
             return [Span(0, 0) for _ in places]
         ends = memoryview(offsets).cast("i")[child.offset :]
         base = data.address - self.buffer.address
         if not 0 <= base <= base + data.size <= self.buffer.size:
-            raise PayloadError("a compressed pa.serialize payload, which is not read")
+            raise PayloadError("a compressed pa.serialize payload, which is not supported")
         return [Span(base + ends[place], base + ends[place + 1]) for place in places]
 
 
 def _child_position(kind: pa.DataType, code: int) -> int:
-    """Which child of a union a type code stands for."""
+    """Position of the child that a type code of a union refers to."""
     if all(not kind.field(position).name for position in range(kind.num_fields)):
         return code  # 0.9 to 0.12
     return kind.type_codes.index(code)

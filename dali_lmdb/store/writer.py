@@ -1,4 +1,4 @@
-"""Writing a store's LMDB file: records in order, then the index. Publishing it is the converter's work."""
+"""Write a store's LMDB file: records in order, then the index. The converter publishes it."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from dali_lmdb.store.pages import PageFile
 
 __all__ = ["StoreWriter"]
 
-# Address space only: the file grows by what is written. LMDB touches the map as it goes, and each touch brings in
-# the pages around it; setting a new size maps it afresh, so that what was touched does not add up (0.2 GB a GB).
+# Address space only: the file grows by what is written. Each access of LMDB to the map also maps the pages around
+# it; setting a new size remaps the file, so that they do not add up in RSS (0.2 GB per GB written).
 _MAP_STEP_BYTES = 128 << 20
 _PAGE_BYTES = 4096
-# A transaction's pages are on the heap until it ends. So little is reused by the next one; more goes back to the
-# kernel and comes again page by page, which takes three times as long (1 GB: 0.7 s, against 1.7 s with 64 MB).
+# A transaction's pages are on the heap until it ends. The heap reuses this size for the next transaction; more
+# is returned to the kernel and faulted in again page by page, which is slower (1 GB: 0.7 s, 1.7 s with 64 MB).
 _TRANSACTION_BYTES = 2 << 20
-# After so much the disk begins to write, while images are read; what is left for the end takes 0.02 s, not 0.3 s.
+# Start a flush to disk after this much, while images are read; the last one then takes 0.02 s, not 0.3 s.
 _FLUSH_BYTES = 64 << 20
-_META_BYTES = 1 << 20  # of meta without its class names
-_CHARACTER_BYTES = 12  # of a class name at most, as JSON spells it
-_VALUE_BYTES = 128  # counted for a value besides its own, so that tiny ones fill a transaction too
+_META_BYTES = 1 << 20  # limit for the metadata without class names
+_CHARACTER_BYTES = 12  # most bytes in JSON for a character of a class name
+_VALUE_BYTES = 128  # overhead counted for each value, so that tiny ones fill a transaction too
 
 
 class StoreWriter:
     """Append records to an unpublished LMDB file, in transactions.
 
-    What was committed survives the death of this process at any instant. It is on the disk, safe from the
-    machine's, after ``sync`` and ``finish``; until then a thread keeps the disk writing, and nobody waits for it.
+    Committed records survive the death of this process at any time, and a crash of the machine after ``sync`` or
+    ``finish``. A thread flushes them to disk in the background.
 
     Args:
         path: the partial file; created if absent, continued if present.
@@ -49,7 +49,7 @@ class StoreWriter:
         finished: whether the file is a complete store.
 
     Raises:
-        ConversionError: not a file this class left behind, or the disk refuses.
+        ConversionError: not a file that this class wrote, or it cannot be written.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -70,7 +70,7 @@ class StoreWriter:
             raise self._refused(error) from error
         try:
             self._need_bytes = os.path.getsize(path)
-            # Not the environment's sync: that reads the map, which may be mapped afresh meanwhile.
+            # Not the environment's sync: that reads the map, which may be remapped meanwhile.
             self._descriptor = os.open(path, os.O_RDONLY)
         except OSError as error:
             self._env.close()
@@ -87,7 +87,7 @@ class StoreWriter:
         """Write values as the next records, in transactions of about ``_TRANSACTION_BYTES``.
 
         Raises:
-            ConversionError: disk full, or another error of the disk; earlier commits stay.
+            ConversionError: disk full, or another disk error; earlier commits remain.
         """
         self._reserve(sum(len(value) + 2 * _PAGE_BYTES for value in values))
         done = 0
@@ -102,14 +102,14 @@ class StoreWriter:
             self._flush_sometimes(num_bytes)
 
     def sync(self) -> None:
-        """Wait until all that was committed is on the disk.
+        """Wait until everything committed is on disk.
 
         Raises:
-            ConversionError: the disk refuses.
+            ConversionError: the file cannot be written.
         """
         try:
             if self._flush is not None:
-                self._flush.result()  # an error of the disk is told only once
+                self._flush.result()  # the kernel reports a disk error only once
             self._env.sync(True)
         except (lmdb.Error, OSError) as error:
             raise self._refused(error) from error
@@ -117,10 +117,10 @@ class StoreWriter:
     def record_extents(self, start: int, stop: int) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint32]]:
         """Offsets and lengths of committed records, as ``PageFile.record_extents``.
 
-        An offset is 0 where adding to the index may move the value: small values lie in leaf pages,
-        and the leaf of the last record is copied when keys are added behind it.
+        An offset is 0 if writing the index may move the value: small values are in leaf pages, and the
+        leaf of the last record is copied when keys are added after it.
         """
-        pages = PageFile(self.path)  # anew, since each transaction may reuse pages of the tree before
+        pages = PageFile(self.path)  # opened again, since each transaction may reuse pages of the previous tree
         offsets, lengths = pages.record_extents(start, stop)
         self._extents = start, offsets, lengths
         leaf = pages.leaf_of(layout.record_key(max(0, self.num_records - 1)))
@@ -131,14 +131,14 @@ class StoreWriter:
     def checksums(self, start: int, stop: int) -> npt.NDArray[np.uint32]:
         """CRC-32 of the records start .. stop - 1, read back from the file; may be called in any thread.
 
-        They are among those that ``record_extents`` was last asked for.
+        They must be among those last passed to ``record_extents``.
 
         Returns:
             uint32 of shape (stop - start,).
         """
         first, offsets, lengths = self._extents
         run = slice(start - first, stop - first)
-        # pread, not the map: pages that are touched in a map count as this process's memory.
+        # pread, not the map: mapped pages add to RSS.
         with open(self.path, "rb", buffering=0) as file:
             values = (
                 os.pread(file.fileno(), length, offset)
@@ -158,7 +158,7 @@ class StoreWriter:
             names: n strings.
 
         Raises:
-            ConversionError: the disk refuses.
+            ConversionError: the file cannot be written.
         """
         index, name_stream = layout.index_to_ipc(columns), layout.names_to_ipc(names)
         piece = len(self._index_crc32)
@@ -175,13 +175,13 @@ class StoreWriter:
     def finish(
         self, *, classes: list[str], made: dict[str, Any], shard: dict[str, Any] | None = None
     ) -> layout.Meta:
-        """Add meta, after index and names of all records; the file is then a complete store.
+        """Add the metadata, after index and names of all records; the file is then a complete store.
 
         Args:
             classes, made, shard: see ``layout.Meta``.
 
         Raises:
-            ConversionError: the disk refuses.
+            ConversionError: the file cannot be written.
         """
         assert self._indexed == self.num_records, "add_index for all pieces comes first"
         self._reserve(_META_BYTES + _CHARACTER_BYTES * sum(map(len, classes)))
@@ -230,10 +230,10 @@ class StoreWriter:
                 raise self._refused(error) from error
 
     def _refused(self, error: BaseException) -> ConversionError:
-        then = "then run the same command again to go on"
+        then = "then run the same command again to resume"
         code = (error.errno if isinstance(error, OSError) else getattr(error, "code", 0)) or 0
         if code in (errno.EIO, errno.ENOSPC, 0):
-            # A write that is cut short, as on a full disk, is EIO to LMDB; py-lmdb 1 has no codes.
+            # LMDB reports a short write, as on a full disk, as EIO; py-lmdb 1 has no codes.
             disk = os.statvfs(self.path.parent)
             free_mb = disk.f_bavail * disk.f_frsize / 1e6
             return ConversionError(
@@ -256,7 +256,7 @@ class StoreWriter:
 
 
 class _Transaction:
-    """A write transaction whose failures, at commit too, are ``ConversionError``."""
+    """A write transaction that fails, also at commit, with ``ConversionError``."""
 
     def __init__(self, writer: StoreWriter) -> None:
         self._writer = writer
@@ -293,11 +293,11 @@ def _what_is_there(path: Path) -> tuple[int, bool]:
     except (StoreDamagedError, StoreFormatError) as error:
         raise ConversionError(f"{path}: the interrupted conversion is damaged ({error}); use --restart") from error
     except StoreError as error:
-        raise ConversionError(f"{error}, then run the same command again to go on") from error
+        raise ConversionError(f"{error}, then run the same command again to resume") from error
 
 
 def _num_reserved(pages: PageFile) -> int:
-    """How many keys are not a record's."""
+    """Number of keys that are not a record's."""
     found = int(pages.find(layout.META_KEY) is not None)
     for key in (layout.index_key, layout.names_key):
         piece = 0
