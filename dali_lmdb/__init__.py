@@ -1,6 +1,6 @@
 """JPEG data sets in one LMDB file, fed to PyTorch training through NVIDIA DALI.
 
-The names below are imported when first used, so that ``import dali_lmdb`` needs neither torch nor DALI.
+The names below are imported on first use, so that ``import dali_lmdb`` needs neither torch nor DALI.
 """
 
 from __future__ import annotations
@@ -47,18 +47,18 @@ __all__ = [
 
 
 def _open_standard_descriptors() -> None:
-    """Open /dev/null for each of descriptors 0 to 2 that is closed, as daemons leave them.
+    """Open /dev/null for each closed descriptor among 0 to 2; daemons may start programs with these closed.
 
-    Otherwise a data file would take the number, and what C libraries print there would land in it.
+    Otherwise a data file would get that number, and the output of C libraries would be written into it.
     """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
-        except OSError:  # closed: the next open takes its number, the lowest free one
+        except OSError:  # closed: open(2) returns the lowest free number
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
 
 
-_open_standard_descriptors()  # before anything is imported that could open files
+_open_standard_descriptors()  # before any import that could open files
 
 
 def __getattr__(name: str) -> Any:

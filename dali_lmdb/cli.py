@@ -1,7 +1,7 @@
-"""The command ``dali-lmdb``, and what all commands share.
+"""The ``dali-lmdb`` command, and code shared by all commands.
 
-Our errors, Ctrl-C and an output that cannot be written become one line and an exit code. Standard streams may be
-closed, as daemons start commands: that is the same as /dev/null.
+Our errors, Ctrl-C and an unwritable stdout become one line and an exit code. Closed standard streams, with which
+daemons may start commands, are treated as /dev/null.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ _COMMANDS = {
     "train": "dali_lmdb.train.__main__:main",
     "verify": "dali_lmdb.inspect.__main__:verify_command",
 }
-_LINE_EVERY_S = 10  # between lines of progress where there is no terminal
-_INTERRUPTED = 130  # what a shell says of a command that Ctrl-C ended
+_LINE_EVERY_S = 10  # between progress lines if stderr is not a terminal
+_INTERRUPTED = 130  # a shell's exit code for a command ended by Ctrl-C: 128 + SIGINT
 
 
 @contextmanager
 def _stopping() -> Iterator[None]:
-    """Turn KeyboardInterrupt into its message, if it has one, and exit code 130; click would say 1."""
+    """Turn KeyboardInterrupt into its message, if it has one, and exit code 130; click would exit with 1."""
     try:
         yield
     except KeyboardInterrupt as stop:
@@ -46,7 +46,7 @@ def _stopping() -> Iterator[None]:
 
 
 class _StandardStreams(click.Command):
-    """A command that runs with any standard streams, and says in one line that it cannot write to stdout."""
+    """A command that tolerates closed standard streams and reports an unwritable stdout in one line."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
@@ -62,7 +62,7 @@ class _StandardStreams(click.Command):
 class Command(_StandardStreams):
     """A command whose ``DaliLmdbError`` and ``ValueError`` become ``Error: ...`` and exit code 1.
 
-    ``ValueError`` is what the library raises for arguments that do not fit together or do not fit the data.
+    The library raises ``ValueError`` for arguments that do not fit together or do not fit the data.
     ``KeyboardInterrupt`` becomes exit code 130 and its message; ``Stopped.`` if it has none.
     """
 
@@ -72,7 +72,7 @@ class Command(_StandardStreams):
                 return super().invoke(ctx)
             except (DaliLmdbError, ValueError) as error:
                 raise click.ClickException(one_line(str(error))) from error
-            except BrokenPipeError:  # the reader of our progress went away
+            except BrokenPipeError:  # the reader of our progress is gone
                 sys.exit(1)
 
 
@@ -89,14 +89,14 @@ def print_result(text: str, *, done: str | None = None) -> None:
     """Print a command's result to stdout.
 
     Args:
-        done: what has been made all the same, for the message if ``text`` cannot be written.
+        done: the output that is complete, mentioned in the error if ``text`` cannot be written.
     """
     with _stdout_errors("" if done is None else f"; {done} is complete"):
         click.echo(text)
 
 
 def print_progress(text: str) -> None:
-    """Print a line to stderr; work goes on if it cannot be written, unless its reader went away."""
+    """Print a line to stderr, ignoring write errors other than a broken pipe."""
     try:
         click.echo(text, err=True)
     except BrokenPipeError:
@@ -107,7 +107,7 @@ def print_progress(text: str) -> None:
 
 @contextmanager
 def _stdout_errors(note: str = "") -> Iterator[None]:
-    """Turn an error in writing to stdout into one line; without a word if its reader went away, as `head` does."""
+    """Turn an error writing to stdout into one line; exit silently on a broken pipe, as after ``| head``."""
     try:
         yield
     except OSError as error:
@@ -118,16 +118,16 @@ def _stdout_errors(note: str = "") -> Iterator[None]:
 
 
 def _discard_output(stream: TextIO) -> None:
-    """Send what a stream could not write, and what follows, to /dev/null: Python would try again at its end."""
+    """Redirect a stream and its unwritten buffer to /dev/null: Python would retry the write at exit."""
     with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), stream.fileno())
 
 
 class ProgressBar:
-    """Rate and time left of work on records: a bar on a terminal, else a plain line now and then; on stderr.
+    """Progress on stderr, with rate and time left: a bar on a terminal, otherwise a plain line now and then.
 
     Args:
-        quiet: no plain lines.
+        quiet: print no plain lines.
         unit: what is counted, in the plural.
     """
 
@@ -140,12 +140,12 @@ class ProgressBar:
         self._begin = self._last = time.monotonic()
 
     def show(self, phase: str, done: int, total: int, num_bytes: int) -> None:
-        """Say how far it is.
+        """Report progress.
 
         Args:
-            phase: what is being done; another one begins another bar.
-            done, total: number of images or the like; a total of 0 is not known.
-            num_bytes: done since the beginning.
+            phase: the current activity; a new one starts a new bar.
+            done, total: number of units done and expected; a total of 0 means unknown.
+            num_bytes: number of bytes processed since the start.
         """
         if self._quiet:
             return
@@ -169,7 +169,7 @@ class ProgressBar:
         print_progress(f"{phase}: {done:,} of {total:,} {self._unit}, {rate:,.0f} MB/s")
 
     def close(self) -> None:
-        """Leave the bar as it is."""
+        """Close the bar, leaving it on the terminal."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -182,7 +182,7 @@ class ProgressBar:
 
 
 class _Commands(_StandardStreams, click.Group):
-    """Imports a command when it is asked for: converting needs no torch, training no converter."""
+    """Imports a command only when it is used: converting needs no torch, training no converter."""
 
     def invoke(self, ctx: click.Context) -> Any:
         with _stopping():  # while a command is imported, too

@@ -1,4 +1,4 @@
-"""What the operating system refuses about files, in one line with advice that fits; and renames that last."""
+"""File errors of the operating system as one line with advice, and durable renames."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from dali_lmdb.errors import DaliLmdbError
 
 __all__ = ["lack_of_descriptors", "os_errors", "refusal", "sync_folder"]
 
-_NOT_OFFERED = "its file system does not offer this; use another disk"
+_NOT_OFFERED = "its file system does not support this; use another disk"
 _LOST = "the network file system lost it; check the mount, then try again"
 _ADVICE = {
-    errno.ENOENT: "is it still there?",
+    errno.ENOENT: "check that it still exists",
     errno.ENOTDIR: "a part of its path is not a folder; check the path",
     errno.EISDIR: "it is a folder; name a file",
     errno.ENAMETOOLONG: "choose a shorter name",
-    errno.ELOOP: "its symbolic links lead in a circle; name the file itself",
+    errno.ELOOP: "its symbolic links form a loop; name the file itself",
     errno.EROFS: "its file system is read-only; use another disk or mount it writable",
     errno.ENOSPC: "make room on its disk",
-    errno.EDQUOT: "your quota there is used up; make room or use another disk",
-    errno.EFBIG: "a file may not be so large there; raise the limit with: ulimit -f, or use another file system",
+    errno.EDQUOT: "your quota there is exhausted; make room or use another disk",
+    errno.EFBIG: "it would exceed the file size limit there; raise it with: ulimit -f, or use another file system",
     errno.EIO: "the device failed; read the kernel's log (dmesg) and check the disk",
-    errno.ENFILE: "the machine's limit of open files is reached; close programs or raise fs.file-max",
+    errno.ENFILE: "the machine's limit on open files is reached; close programs or raise fs.file-max",
     errno.ENOMEM: "no memory or address space is left; free some or raise ulimit -v and vm.max_map_count",
     errno.ENODEV: "its file system cannot map files into memory; copy it to a local disk",
     errno.EINVAL: _NOT_OFFERED,
@@ -38,16 +38,16 @@ _ADVICE = {
     errno.ESTALE: _LOST,
     errno.ENOTCONN: _LOST,
     errno.ETIMEDOUT: _LOST,
-    errno.EBUSY: "something else uses it; stop that or choose another name",
+    errno.EBUSY: "it is in use; stop whatever uses it or choose another name",
 }
-# fsync(2) of a folder where a file system has none: EINVAL on old CIFS and DrvFs, ENOSYS and EOPNOTSUPP on FUSE;
-# PostgreSQL's fsync_fname_ext passes over EBADF, too. Such a file system could not keep more than it does.
+# Errors of fsync(2) on a folder if the file system does not support it: EINVAL on old CIFS and DrvFs, ENOSYS and
+# EOPNOTSUPP on FUSE; PostgreSQL's fsync_fname_ext ignores EBADF, too. Nothing more can be done there.
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)
-_SPARE_DESCRIPTORS = 256  # asked for beyond what is needed, where the hard limit allows it
+_SPARE_DESCRIPTORS = 256  # requested beyond what is needed, if the hard limit allows it
 
 
 def refusal(path: str | os.PathLike[str], what: str, error: OSError, *, then: str = "") -> str:
-    """``PATH: WHAT: CAUSE; ADVICE``, one line.
+    """Describe an ``OSError`` in one line: ``PATH: WHAT: CAUSE; ADVICE``.
 
     Args:
         path: the file or folder that the error is about.
@@ -70,10 +70,10 @@ def refusal(path: str | os.PathLike[str], what: str, error: OSError, *, then: st
 def os_errors(
     path: str | os.PathLike[str], what: str, kind: type[DaliLmdbError], *, then: str = ""
 ) -> Iterator[None]:
-    """Raise an ``OSError`` from inside as ``kind``, see ``refusal``; but a broken pipe as it is.
+    """Convert an ``OSError`` to ``kind`` with the message of ``refusal``; a broken pipe is raised unchanged.
 
     Args:
-        path: what the error is about, unless it names a file itself.
+        path: the file to name, unless the error names one itself.
         what, then: see ``refusal``.
     """
     try:
@@ -86,14 +86,14 @@ def os_errors(
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in a folder survive a power cut, where its file system offers that.
+    """Make renames in a folder survive a power cut, if its file system supports that.
 
     Raises:
-        OSError: the disk refuses.
+        OSError: the folder cannot be synced.
     """
     try:
         descriptor = os.open(folder, os.O_RDONLY)
-    except PermissionError:  # it may be written but not listed, so nobody can sync it
+    except PermissionError:  # writable but not readable, so it cannot be opened for syncing
         return
     try:
         os.fsync(descriptor)
@@ -105,10 +105,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def lack_of_descriptors(count: int) -> str | None:
-    """Raise this process's soft limit of open files for ``count`` more of them.
+    """Raise this process's soft limit on open files to allow ``count`` more.
 
     Returns:
-        None; or, where the hard limit is below that, a phrase with both numbers and what to do.
+        None, or if the hard limit is too low, a phrase with both numbers and the remedy.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = _num_open(soft) + count
@@ -124,7 +124,7 @@ def lack_of_descriptors(count: int) -> str | None:
 def _num_open(limit: int) -> int:
     try:
         return len(os.listdir("/proc/self/fd"))
-    except OSError as error:  # no /proc, or all are open
+    except OSError as error:  # no /proc, or no descriptor is left
         return limit if error.errno == errno.EMFILE else 0
 
 
@@ -133,11 +133,11 @@ def _limit(value: int) -> str:
 
 
 def _about_permissions(path: Path) -> str:
-    """Whose the file is that may not be used, or the folder in which nothing may be made or found."""
+    """Advice that names the owner and mode of an inaccessible file, or of the folder that denies access."""
     for place in (path, *path.absolute().parents):
         try:
             status = os.stat(place)
-        except OSError:  # not there, or in a folder that may not be entered
+        except OSError:  # missing, or in a folder that may not be searched
             continue
         it = "it" if place == path else f"its folder {place}"
         mode = stat.filemode(status.st_mode)

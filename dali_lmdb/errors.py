@@ -1,4 +1,4 @@
-"""Everything this package raises on purpose about data, devices and saved states.
+"""Exceptions that this package raises about data, devices and saved states.
 
 ::
 
@@ -11,10 +11,10 @@
     ├── SourceError              images to convert or to read are missing or unusable
     ├── ConversionError          a store cannot be written
     ├── StateError               a saved state belongs to other data or settings, or cannot be written
-    └── DeviceError              the device that was asked for is not there
+    └── DeviceError              the requested device is not available
 
-Wrong arguments raise ``ValueError``; our own bugs raise ``AssertionError``. The commands
-turn this tree into one line and exit code 1 and leave every other traceback alone.
+Wrong arguments raise ``ValueError``; our own bugs raise ``AssertionError``. The commands report
+``DaliLmdbError`` and ``ValueError`` in one line, with exit code 1; a bug keeps its traceback.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = [
 
 
 def one_line(text: str) -> str:
-    r"""Text on one line: what is not printable is escaped, as in ``\n``, ``\x1b``, ``\u202e``.
+    r"""Return ``text`` on one line: non-printable characters are escaped, as in ``\n``, ``\x1b``, ``\u202e``.
 
     Bytes of file names that are not UTF-8 become ``\xff``.
     """
@@ -51,7 +51,7 @@ def _escaped(char: str) -> str:
 
 
 class DaliLmdbError(Exception):
-    """Base of all errors of this package; the message is one line, whatever is in the names it cites."""
+    """Base class of this package's errors; the message is always one line, whatever names it contains."""
 
     def __str__(self) -> str:
         return one_line(super().__str__())
@@ -66,7 +66,7 @@ class StoreNotFoundError(StoreError):
 
 
 class StoreFormatError(StoreError):
-    """The file is not an LMDB file, not one of this package, or of a newer format."""
+    """The file is not an LMDB file, not a store of this package, or has a newer format."""
 
 
 class StoreDamagedError(StoreError):
@@ -77,7 +77,7 @@ class RecordError(DaliLmdbError):
     """One record cannot be read or decoded; the message names store, index, name and cause.
 
     Attributes:
-        end: the position of the epoch after the step that failed, where the loader goes on; None outside a loader.
+        end: position in the epoch after the failed step, where the loader continues; None outside a loader.
     """
 
     end: int | None = None
@@ -92,8 +92,8 @@ class ConversionError(DaliLmdbError):
 
 
 class StateError(DaliLmdbError):
-    """A saved state belongs to other data or other settings; or it, or a run's log, cannot be written."""
+    """A saved state belongs to other data or settings, or it or a run's log cannot be written."""
 
 
 class DeviceError(DaliLmdbError):
-    """The device that was asked for is not there."""
+    """The requested device is not available."""

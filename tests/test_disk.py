@@ -324,7 +324,7 @@ def test_a_read_only_file_system_is_not_called_a_matter_of_permissions(image_fol
     ("make", "advice"),
     [
         (lambda folder: folder / ("x" * 300), "File name too long; choose a shorter name"),
-        (lambda folder: link(folder / "a", to=folder / "a"), "symbolic links lead in a circle"),
+        (lambda folder: link(folder / "a", to=folder / "a"), "symbolic links form a loop"),
         (lambda folder: folder / "file" / "x.lmdb", "Not a directory; a part of its path is not a folder"),
     ],
     ids=["too long", "circle", "in a file"],
@@ -371,7 +371,7 @@ def test_a_descriptor_that_fails_while_it_is_read_ahead_is_an_error_of_the_store
         (errno.ENOMEM, "ulimit -v"),
         (errno.ENODEV, "copy it to a local disk"),
         (errno.ENAMETOOLONG, "shorter name"),
-        (errno.ELOOP, "circle"),
+        (errno.ELOOP, "loop"),
         (errno.ESTALE, "mount"),
         (errno.EXDEV, "check the path"),
     ],
