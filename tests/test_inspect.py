@@ -148,7 +148,7 @@ def test_info_says_that_nothing_was_looked_at(mixed_folder, tmp_path):
     convert(mixed_folder, tmp_path / "unseen.lmdb", settings=ConvertSettings(check="none"))
     found = info(tmp_path / "unseen.lmdb")
     assert (found.not_looked_at, found.decoders.none, found.height) == (6, 6, None)
-    assert "6 of them not looked at" in run("info", tmp_path / "unseen.lmdb").output
+    assert "6 of them not inspected" in run("info", tmp_path / "unseen.lmdb").output
 
 
 def test_info_reads_no_record(copy):
@@ -315,7 +315,7 @@ def test_verify_reports_labels_out_of_range(tmp_path):
 def test_verify_reports_names_that_occur_twice(tmp_path):
     path = write_store(tmp_path / "twice.lmdb", ["ant/0", "bee/0", "ant/0", "ant/0"], classes=("ant", "ant"))
     assert [line.split(": ", 1)[1] for line in verify(path).damage] == [
-        "class names that occur twice",
+        "duplicate class names",
         "record 2 (ant/0): the same name as record 0",
         "record 3 (ant/0): the same name as record 0",
     ]
@@ -334,7 +334,7 @@ def test_verify_reports_offsets_that_readers_would_trust(tmp_path):
         offsets = store.column("file_offset").copy()
     offsets[1] = offsets[2]
     bad = write_store(tmp_path / "bad.lmdb", list("abcd"), values=values, file_offset=offsets)
-    assert any("record 1 (b): lies at " in line for line in verify(bad).damage)
+    assert any("record 1 (b): is at offset " in line for line in verify(bad).damage)
 
 
 def test_a_compacted_copy_is_clean_with_a_note(tmp_path):
@@ -365,7 +365,7 @@ def test_verify_takes_records_that_nobody_looked_at(image_folder, tmp_path):
     convert(image_folder, tmp_path / "unseen.lmdb", settings=ConvertSettings(check="none"))
     found = verify(tmp_path / "unseen.lmdb")
     assert found.clean
-    assert "24 records were stored without a look" in found.notes[0]
+    assert "24 records were stored uninspected" in found.notes[0]
 
 
 def test_verify_checks_every_shard(image_folder, tmp_path):
@@ -502,10 +502,10 @@ def test_export_refuses_class_names_that_are_not_a_folders(name, tmp_path):
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
-        (["ant/x", "bee/x", "ant/x"], "is that of record 0 too"),
-        (["ant/x", "bee/x", "ant/x/y"], "is a folder too"),
-        (["ant/x/y/z", "bee/x", "ant/x"], "is a folder too"),
-        (["x", "bee/x", "ant/x"], "is that of record 0 too"),
+        (["ant/x", "bee/x", "ant/x"], "is also that of record 0"),
+        (["ant/x", "bee/x", "ant/x/y"], "is also a folder"),
+        (["ant/x/y/z", "bee/x", "ant/x"], "is also a folder"),
+        (["x", "bee/x", "ant/x"], "is also that of record 0"),
     ],
 )
 def test_export_refuses_names_of_one_file(names, expected, tmp_path):
@@ -522,7 +522,7 @@ def test_export_refuses_names_of_one_file(names, expected, tmp_path):
 def test_names_that_differ_in_case_only_are_refused_where_they_are_one(names, classes, tmp_path):
     with open_store(write_store(tmp_path / "case.lmdb", names, classes=classes)) as store:
         assert record_paths(store, fold_case=False).to_pylist() == names
-        with pytest.raises(DaliLmdbError, match=r"one on this file system|is that of record 0 too"):
+        with pytest.raises(DaliLmdbError, match=r"the same on this file system|is also that of record 0"):
             record_paths(store, fold_case=True)
 
 
@@ -548,7 +548,7 @@ def test_export_into_a_link_to_an_empty_folder_fills_that_folder(store_path, ima
 
 def test_export_leaves_an_unfinished_export_alone(store_path, tmp_path):
     (tmp_path / "out.partial").mkdir()
-    with pytest.raises(ConversionError, match="is there already"):
+    with pytest.raises(ConversionError, match="already exists"):
         export(store_path, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
 
@@ -691,7 +691,7 @@ def test_export_refuses_labels_without_class(tmp_path):
 def test_limits_of_tars_without_tars_are_refused(store_path, tmp_path):
     result = run("export", store_path, tmp_path / "out", "--per-shard", "5")
     assert (result.exit_code, list(tmp_path.iterdir())) == (1, [])
-    assert "but not tar" in result.output
+    assert "given without tar" in result.output
 
 
 # damage of any kind

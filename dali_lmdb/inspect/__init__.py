@@ -1,4 +1,4 @@
-"""Looking into stores: what is in one, whether it is whole, and its files back out of it."""
+"""Inspect stores: describe, verify and export them."""
 
 from dali_lmdb.inspect.export import ExportSummary, export
 from dali_lmdb.inspect.info import Spread, StoreInfo, info

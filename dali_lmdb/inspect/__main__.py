@@ -23,11 +23,13 @@ _HELP = {"help_option_names": ["-h", "--help"]}
 
 @click.command("info", cls=Command, context_settings=_HELP)
 @click.argument("store", metavar="STORE")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, with the records of each class.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object, with the record count of each class."
+)
 def info_command(store: str, *, as_json: bool) -> None:
-    """Say what is in STORE: records, classes, sizes, kinds, which of them the GPU decodes, how it was made.
+    """Describe STORE: records, classes, sizes, kinds, how many the GPU decodes, how it was made.
 
-    Only the index is read, and the headers of images that are no JPEG or WebP.
+    Reads only the index, and the headers of images other than JPEG and WebP.
     """
     found = info(store)
     print_result(json.dumps(asdict(found)) if as_json else _table(found))
@@ -35,13 +37,13 @@ def info_command(store: str, *, as_json: bool) -> None:
 
 @click.command("verify", cls=Command, context_settings=_HELP)
 @click.argument("store", metavar="STORE")
-@click.option("--decode", is_flag=True, help="Decode every record too.")
-@click.option("--threads", type=click.IntRange(min=1), help="Threads that read and check.  [default: the cores]")
+@click.option("--decode", is_flag=True, help="Also decode every record.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads that read and check.  [default: all cores]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def verify_command(store: str, *, decode: bool, threads: int | None, as_json: bool) -> None:
     """Check every checksum, key and column of STORE.
 
-    Exit code 1 and a line for each damage if it is damaged, 0 if it is not.
+    Exits with 1 and prints a line for each problem if it is damaged, and with 0 if it is not.
     """
     with ProgressBar(quiet=as_json, unit="records") as bar:
         found = verify(store, decode=decode, num_threads=threads, progress=_shown_by(bar))
@@ -63,20 +65,20 @@ def verify_command(store: str, *, decode: bool, threads: int | None, as_json: bo
     "--shard-size-bytes",
     type=click.IntRange(min=1),
     metavar="N",
-    help=f"With --tar: begin another shard before one gets larger.  [default: {SHARD_SIZE_BYTES}]",
+    help=f"With --tar: start a new shard before one gets larger than N.  [default: {SHARD_SIZE_BYTES}]",
 )
 @click.option(
     "--per-shard",
     type=click.IntRange(min=1),
     metavar="N",
-    help="With --tar: begin another shard after N records.",
+    help="With --tar: start a new shard after N records.",
 )
 def export_command(
     store: str, folder: str, *, tar: bool, shard_size_bytes: int | None, per_shard: int | None
 ) -> None:
-    """Write the images of STORE back as files, byte for byte, in the new folder DIR: one folder for each class.
+    """Export the images of STORE as files, byte for byte, to the new folder DIR: one folder for each class.
 
-    DIR appears when all is written; on an error or an interrupt nothing is left.
+    DIR appears when everything is written; after an error or an interrupt nothing is left behind.
     """
     signal.signal(signal.SIGTERM, _interrupt)
     with ProgressBar(unit="records") as bar:
@@ -118,15 +120,15 @@ def _table(found: StoreInfo) -> str:
     rows = [
         ("store", found.store if not found.shards else f"{found.store} ({len(found.shards):,} shards)"),
         ("records", f"{found.records:,}"),
-        ("classes", f"{found.classes:,}" + _spread(", records in each", found.per_class)),
+        ("classes", f"{found.classes:,}" + _spread(", records per class", found.per_class)),
         ("height", _spread("", found.height) or "unknown"),
         ("width", _spread("", found.width) or "unknown"),
         ("kinds", ", ".join(f"{kind} {count:,}" for kind, count in found.kinds.items()) or "none"),
         ("on the GPU", f"nvJPEG decodes {found.decoders.gpu:,}"),
         ("on the CPU", f"{found.decoders.cpu:,} fall back to a CPU decoder{_by_pillow(found)}"),
-        ("by nothing", f"{found.decoders.none:,}{_not_looked_at(found)}"),
+        ("no decoder", f"{found.decoders.none:,}{_not_looked_at(found)}"),
         ("changed", f"{found.transcoded:,} transcoded, {found.resized:,} resized"),
-        ("bytes", f"{found.num_bytes:,}" + _spread(", of a record", found.record_bytes)),
+        ("bytes", f"{found.num_bytes:,}" + _spread(", per record", found.record_bytes)),
         ("file bytes", f"{found.file_bytes:,}"),
         ("fingerprint", found.fingerprint),
         *((f"made {key}", _value(value)) for key, value in found.made.items()),
@@ -153,11 +155,11 @@ def _spread(of: str, spread: Spread | None) -> str:
 def _by_pillow(found: StoreInfo) -> str:
     if not found.by_pillow:
         return ""
-    return f", {found.by_pillow:,} of them to Pillow, which is slow; --transcode makes JPEGs of them"
+    return f", {found.by_pillow:,} of them to Pillow, which is slow; convert with --transcode to make them JPEGs"
 
 
 def _not_looked_at(found: StoreInfo) -> str:
-    return f", {found.not_looked_at:,} of them not looked at (--check none)" if found.not_looked_at else ""
+    return f", {found.not_looked_at:,} of them not inspected (--check none)" if found.not_looked_at else ""
 
 
 def _value(value: object) -> str:

@@ -1,4 +1,4 @@
-"""The check of one file of a store, from end to end."""
+"""End-to-end checks of one file of a store."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from dali_lmdb.store.structure import check_structure
 __all__ = ["MAX_LISTED", "FileCheck", "Findings", "PayloadCheck", "Show"]
 
 MAX_LISTED = 10_000
-"""Damage beyond so many lines is counted, not listed."""
+"""Number of damage lines that are listed; further ones are only counted."""
 
 Show = Callable[[Progress], None]
 
 
 class Findings:
-    """What came up so far."""
+    """Damage and notes found so far."""
 
     def __init__(self) -> None:
         self.damage: list[str] = []
@@ -44,7 +44,7 @@ class Findings:
 
 
 class FileCheck:
-    """The check of one store file."""
+    """Checks one store file."""
 
     def __init__(self, path: Path, findings: Findings, *, decode: bool, threads: int, show: Show | None) -> None:
         self.path, self.findings, self.decode, self.threads, self.show = path, findings, decode, threads, show
@@ -52,11 +52,11 @@ class FileCheck:
         self.num_before = findings.num_damage
 
     def run(self) -> None:
-        """Check what can be checked; without meta and index that is the structure only."""
+        """Check everything that can be checked; without metadata and index, that is only the structure."""
         self._report_progress("checking the structure", 0, 0)
         problems = check_structure(self.path)
         if problems is None:
-            self.findings.notes.append(f"{self.path}: structure not checked; py-lmdb 3 or newer does that")
+            self.findings.notes.append(f"{self.path}: structure not checked; that needs py-lmdb 3 or newer")
         for problem in problems or ():
             self.findings.add(f"{self.path}: {problem}")
         try:
@@ -81,9 +81,9 @@ class FileCheck:
         labels, meta = self.columns["label"], self.meta
         found = layout.fingerprint([(labels, self.columns["crc32"])])
         if found != meta.fingerprint:
-            self._damaged(f"fingerprint {meta.fingerprint}, the index gives {found}")
+            self._damaged(f"fingerprint {meta.fingerprint}, that of the index is {found}")
         if len(set(meta.classes)) < len(meta.classes):
-            self._damaged("class names that occur twice")
+            self._damaged("duplicate class names")
         expected = meta.num_records + 2 * len(meta.pieces()) + 1  # index, names and meta
         if self.pages.entries != expected:
             self._damaged(f"{self.pages.entries} keys, expected {expected}")
@@ -98,7 +98,7 @@ class FileCheck:
             self._record_damaged(record, f"the same name as record {earlier}")
 
     def _find_records(self) -> npt.NDArray[np.uint64]:
-        """Check keys, lengths, offsets, labels; offset of each record's value, 0 where there is none to read."""
+        """Check keys, lengths, offsets, labels; return each value's offset, 0 if there is none to read."""
         num_records = self.meta.num_records
         try:
             offsets, lengths = self.pages.record_extents(0, num_records)
@@ -117,7 +117,7 @@ class FileCheck:
         return offsets
 
     def _find_one_by_one(self) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint32]]:
-        """Where a page is damaged: the records that can still be found."""
+        """Find the records that can still be found if a page is damaged."""
         offsets = np.zeros(self.meta.num_records, dtype=np.uint64)
         lengths = np.zeros(self.meta.num_records, dtype=np.uint32)
         for record in range(self.meta.num_records):
@@ -134,15 +134,15 @@ class FileCheck:
         return offsets, lengths
 
     def _check_offsets(self, offsets: npt.NDArray[np.uint64]) -> None:
-        """Whether readers find the records where they are; offsets in the index may be stale if readers notice."""
+        """Check that readers find the records; offsets in the index may be stale if readers detect that."""
         try:
             taken, _ = FileStore(self.path).extents(np.arange(self.meta.num_records))
         except StoreDamagedError as error:
-            if self.findings.num_damage == self.num_before:  # else it is a consequence of what is listed
+            if self.findings.num_damage == self.num_before:  # otherwise it follows from damage already listed
                 self.findings.add(str(error))
             return
         for record in np.flatnonzero((offsets != 0) & (taken != offsets)).tolist():
-            self._record_damaged(record, f"lies at {offsets[record]}, readers take what lies at {taken[record]}")
+            self._record_damaged(record, f"is at offset {offsets[record]}, readers use offset {taken[record]}")
         written = self.columns["file_offset"]
         num_stale = np.count_nonzero((written != 0) & (written != taken))
         if num_stale:
@@ -167,11 +167,11 @@ class FileCheck:
             self._report_progress("reading", run.stop, total)
         if unseen:
             self.findings.notes.append(
-                f"{self.path}: {unseen:,} records were stored without a look; their kind and size are unknown"
+                f"{self.path}: {unseen:,} records were stored uninspected; their kind and size are unknown"
             )
 
     def _check_run(self, run: range, offsets: npt.NDArray[np.uint64]) -> _Run:
-        """Runs in a thread."""
+        """Check consecutive records; called in a thread."""
         records = run.start + np.flatnonzero(offsets[run.start : run.stop])
         lengths = self.columns["num_bytes"][records]
         result = _Run(run.stop)
@@ -225,7 +225,7 @@ class FileCheck:
 
 
 class _Run:
-    """What some consecutive records gave."""
+    """The result for consecutive records."""
 
     def __init__(self, stop: int) -> None:
         self.stop = stop
@@ -236,14 +236,14 @@ class _Run:
 
 
 class PayloadCheck:
-    """The check of a store without checksums: each record can be read."""
+    """Checks that each record can be read, for a store without checksums."""
 
     def __init__(self, store: Store, findings: Findings, *, decode: bool, threads: int, show: Show | None) -> None:
         self.store, self.findings, self.decode, self.threads, self.show = store, findings, decode, threads, show
 
     def run(self) -> None:
-        """Read every record, and decode it if that is asked for."""
-        self.findings.notes.append(f"{self.store.path}: has no checksums; checked that each record can be read")
+        """Read every record, and decode it if requested."""
+        self.findings.notes.append(f"{self.store.path}: no checksums; only checked that each record can be read")
         total = len(self.store)
         for run in in_order(self._check_run, runs(total), num_threads=self.threads):
             for _, line in run.damage:
@@ -255,7 +255,7 @@ class PayloadCheck:
                 self.show(Progress(phase, run.stop, total, self.findings.num_bytes))
 
     def _check_run(self, run: range) -> _Run:
-        """Runs in a thread."""
+        """Check consecutive records; called in a thread."""
         result = _Run(run.stop)
         for record in run:
             try:

@@ -1,4 +1,4 @@
-"""The image files of a store back out of it, byte for byte: class folders, or WebDataset tar shards."""
+"""Export a store's image files, byte for byte: to class folders, or to WebDataset tar shards."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from dali_lmdb.store.checksum import crc32
 __all__ = ["SHARD_SIZE_BYTES", "ExportSummary", "export"]
 
 SHARD_SIZE_BYTES = 1_000_000_000
-"""Default size of a tar shard: WebDataset's documentation advises 1 GB or more."""
+"""Default size of a tar shard: WebDataset's documentation recommends 1 GB or more."""
 
 _EXTENSION = re.compile(r"\.[a-z0-9]{1,8}")
 _KIND_EXTENSIONS = {
@@ -53,12 +53,12 @@ _Show = Callable[[Progress], None]
 
 @dataclass(frozen=True, kw_only=True)
 class ExportSummary:
-    """What an export wrote."""
+    """The result of an export."""
 
     folder: str
     records: int
     num_bytes: int
-    """Of the records."""
+    """Size of all records."""
     classes: int
     tars: int
     """Tar shards written; 0 for class folders."""
@@ -76,17 +76,17 @@ def export(
 ) -> ExportSummary:
     """Write a store's images as files named like its records, each in its class's folder.
 
-    Names are checked before anything is written. All is written to ``FOLDER.partial``, which becomes ``FOLDER`` at
-    the end; on an error or an interrupt it is removed.
+    Names are checked before anything is written. Files are written to ``FOLDER.partial``, which is renamed to
+    ``FOLDER`` at the end, or removed on an error or an interrupt.
 
     Args:
         path: a store.
         folder: must not exist or be empty.
         tar: write WebDataset shards instead, ``FOLDER/FOLDER-000000.tar`` and so on, of ``000000041.jpg`` and
             ``000000041.cls`` (the label) for record 41, and ``classes.txt``. Equal stores give equal shards.
-        shard_size_bytes: begin another shard before one gets larger; by default ``SHARD_SIZE_BYTES``.
-        per_shard: begin another shard after so many records; by default only the size counts.
-        num_threads: threads that write files; by default the cores this process may use, at least 4.
+        shard_size_bytes: start a new shard before one gets larger; by default ``SHARD_SIZE_BYTES``.
+        per_shard: start a new shard after this many records; by default there is no such limit.
+        num_threads: number of threads that write files; by default the cores this process may use, at least 4.
         progress: called from time to time.
 
     Raises:
@@ -96,7 +96,7 @@ def export(
         ValueError: limits of tar shards without ``tar``, or below 1.
     """
     if not tar and (shard_size_bytes is not None or per_shard is not None):
-        raise ValueError("limits of tar shards were given, but not tar")
+        raise ValueError("limits of tar shards were given without tar")
     for name, limit in (("shard_size_bytes", shard_size_bytes), ("per_shard", per_shard)):
         if limit is not None and limit < 1:
             raise ValueError(f"{name} is {limit}, expected at least 1")
@@ -128,17 +128,17 @@ def export(
 
 @contextlib.contextmanager
 def _publishing(target: Path) -> Iterator[Path]:
-    """A new folder beside ``target`` that takes its name if all goes well, and else is removed."""
+    """Yield a new folder beside ``target``; rename it to ``target`` on success, remove it on failure."""
     _check_target(target)
     partial = target.with_name(target.name + ".partial")
     try:
         partial.mkdir()
     except FileExistsError:
         raise ConversionError(
-            f"{partial}: is there already; remove it if no other export to {target} is at work"
+            f"{partial}: already exists; remove it if no other export to {target} is running"
         ) from None
     except OSError as error:
-        raise ConversionError(f"{partial}: cannot be made: {error.strerror}; check its folder") from error
+        raise ConversionError(f"{partial}: cannot be created: {error.strerror}; check its folder") from error
     try:
         yield partial
         _sync_file_system(partial)
@@ -154,7 +154,7 @@ def _publishing(target: Path) -> Iterator[Path]:
 
 def _check_target(target: Path) -> None:
     if not target.parent.is_dir():
-        raise ConversionError(f"{target}: its folder {target.parent} does not exist; make it first")
+        raise ConversionError(f"{target}: its folder {target.parent} does not exist; create it first")
     if not os.path.lexists(target):
         return
     if not target.is_dir():
@@ -171,7 +171,7 @@ def _check_target(target: Path) -> None:
 
 
 def _sync_file_system(folder: Path) -> None:
-    """Put all that was written on the disk: one syncfs(2), where a million calls of fsync would take minutes."""
+    """Flush all files to disk with one syncfs(2); a million calls of fsync would take minutes."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         if ctypes.CDLL(None, use_errno=True).syncfs(descriptor):
@@ -190,13 +190,13 @@ class _FolderWriter:
         self.num_bytes = 0
 
     def run(self, progress: _Show | None) -> None:
-        """Make all folders, then write all files in threads."""
+        """Create all folders, then write all files in threads."""
         self.paths = record_paths(
             self.store,
             fold_case=not tells_case_apart(self.folder),
             max_name_bytes=os.pathconf(self.folder, "PC_NAME_MAX"),
         )
-        folders = set(self.store.classes)  # those without records too, so that labels stay what they are
+        folders = set(self.store.classes)  # even without records, so that labels stay the same
         for chunk in self.paths.chunks:
             folders |= {path.rpartition("/")[0] for path in chunk.to_pylist()}
         for folder in sorted(folders):
@@ -220,7 +220,7 @@ class _FolderWriter:
 
 
 class _TarWriter:
-    """Writes records in order to one tar after the other."""
+    """Writes records in order to consecutive tars."""
 
     def __init__(
         self, store: Store, folder: Path, *, name: str, shard_size_bytes: int, per_shard: int | None
@@ -261,7 +261,7 @@ class _TarWriter:
         if tar is None or self._in_tar == self.per_shard or _tar_bytes(tar.offset + need) > self.shard_size_bytes:
             if tar is not None:
                 tar.close()
-            # USTAR: no field that depends on time or machine. A record is at most 4 GiB, which it can hold.
+            # USTAR: no field that depends on time or machine. A record is at most 4 GiB, which it supports.
             tar = tarfile.open(  # noqa: SIM115  closed by run()
                 self.folder / f"{self.name}-{self.tars:06d}.tar", "x", format=tarfile.USTAR_FORMAT
             )
@@ -270,17 +270,17 @@ class _TarWriter:
             member = tarfile.TarInfo(name)  # mode 644, owner root, time 0
             member.size = len(value)
             tar.addfile(member, io.BytesIO(value))
-        tar.members = []  # type: ignore[attr-defined]  # else it remembers all of them
+        tar.members = []  # type: ignore[attr-defined]  # otherwise it keeps all of them
         self._in_tar += 1
 
 
 def _tar_bytes(content_bytes: int) -> int:
-    """Size of a tar with its end: two empty blocks, then filled up to whole records."""
+    """Size of a tar with its end: two empty blocks, then padding to whole records."""
     return -(-(content_bytes + 2 * _TAR_BLOCK_BYTES) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
 
 
 def _values(part: Part, run: range) -> Iterator[tuple[int, bytes]]:
-    """(record, value) of consecutive records of one file, compared with their checksums.
+    """Yield (record, value) of consecutive records of one file, after validating their checksums.
 
     Raises:
         RecordError: a record's checksum is wrong or it cannot be read.
@@ -317,7 +317,7 @@ def _check_class_lines(store: Store) -> None:
 
 
 def _extension(name: str, kind: int) -> str:
-    """Of a tar member: the name's, in lower case; where it has none that a tar's reader could use, the kind's."""
+    """Extension of a tar member: the name's, in lower case, or the kind's if tar readers could not use that."""
     extension = PurePosixPath(name).suffix.lower()
     if _EXTENSION.fullmatch(extension) and extension != ".cls":
         return extension

@@ -1,4 +1,4 @@
-"""What is in a store, from its index; of records only the first bytes are read, and only where kinds need it."""
+"""Describe a store from its index; the first bytes of records are read only if their kind requires it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["Shard", "Spread", "StoreInfo", "info"]
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """Smallest, middle and largest of some numbers."""
+    """Minimum, median and maximum of some numbers."""
 
     min: int
     median: float
@@ -39,7 +39,7 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class StoreInfo:
-    """What ``info`` found."""
+    """The result of ``info``."""
 
     store: str
     format: int | None
@@ -49,29 +49,29 @@ class StoreInfo:
     class_records: dict[str, int]
     """Number of records of each class, in label order."""
     per_class: Spread | None
-    """Of the records per class; None without classes. The other spreads are None without records."""
+    """Records per class; None without classes. The other spreads are None without records."""
     height: Spread | None
-    """As stored, in pixels."""
+    """Height of the images as stored, in pixels."""
     width: Spread | None
     kinds: dict[str, int]
     """Number of records of each kind that occurs, most frequent first; names of ``store.Kind``."""
     decoders: Decoders
     by_pillow: int
-    """Records that ``DaliLoader`` has Pillow decode, since DALI shows other pixels or none."""
+    """Number of records that ``DaliLoader`` decodes with Pillow, since DALI returns other pixels or none."""
     not_looked_at: int
-    """Records stored without a look at them (``--check none``): kind and size are unknown."""
+    """Number of records stored uninspected (``--check none``): kind and size are unknown."""
     transcoded: int
-    """Records that the converter re-encoded for the GPU."""
+    """Number of records that the converter re-encoded for the GPU."""
     resized: int
-    """Records that the converter shrank."""
+    """Number of records that the converter shrank."""
     num_bytes: int
-    """Of all records."""
+    """Size of all records."""
     record_bytes: Spread | None
     file_bytes: int
-    """Of the store's files."""
+    """Size of the store's files."""
     fingerprint: str
     made: dict[str, Any]
-    """By what, when, from which source and with which settings."""
+    """Version, time, source and settings of the conversion."""
     shards: tuple[Shard, ...]
     """The files, if there are several."""
 
@@ -119,7 +119,7 @@ def info(path: str | os.PathLike[str]) -> StoreInfo:
 
 def _class_records(store: Store) -> npt.NDArray[np.int64]:
     labels, num_classes = store.labels, len(store.classes)
-    inside = labels[(labels >= 0) & (labels < num_classes)]  # `verify` tells of others
+    inside = labels[(labels >= 0) & (labels < num_classes)]  # `verify` reports others
     return np.bincount(inside, minlength=num_classes)
 
 
@@ -140,14 +140,14 @@ _HEADER_BYTES = 4096  # a page
 
 
 def _by_pillow(store: Store) -> int:
-    """Records that Pillow decodes for DALI, of those that can be read; the kind does not always tell."""
+    """Count the readable records that Pillow decodes for DALI; the kind does not always tell."""
     unclear = np.flatnonzero(~np.isin(store.column("kind"), [Kind.UNKNOWN, *DALI_AGREES]))
     count = 0
     for run in runs(len(unclear)):
         records = unclear[run.start : run.stop]
-        with contextlib.suppress(DaliLmdbError):  # `verify` says what is damaged
+        with contextlib.suppress(DaliLmdbError):  # `verify` reports damage
             for path, offsets, _ in store.byte_ranges(records):
-                with open(path, "rb") as file:  # many requests at once, where the file is not in the page cache
+                with open(path, "rb") as file:  # many requests at once, for a cold page cache
                     for offset in offsets.tolist():
                         os.posix_fadvise(file.fileno(), offset, _HEADER_BYTES, os.POSIX_FADV_WILLNEED)
             count += sum(not dali_agrees(data) for data in store.arrays(records))

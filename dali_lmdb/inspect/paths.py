@@ -1,4 +1,4 @@
-"""Where a store's records go as files in a folder, whatever their names say."""
+"""Safe paths for a store's records as files in a folder, whatever their names."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from dali_lmdb.store import Store
 
 __all__ = ["record_paths", "tells_case_apart"]
 
-_USE_TAR = "export it with --tar, which does without names"
+_USE_TAR = "export it with --tar, which does not use names"
 _SHOWN = 80  # characters of a name in a message
-_AT_ONCE = 1 << 16  # names that are Python strings at a time
+_AT_ONCE = 1 << 16  # names that are converted to Python strings at a time
 
 
 def record_paths(store: Store, *, fold_case: bool, max_name_bytes: int = 255) -> pa.ChunkedArray:
-    """Where each record goes inside a folder: its name, below its class's folder if the name does not begin so.
+    """Each record's path inside a folder: its name, below its class's folder unless it begins with that.
 
     Args:
-        fold_case: whether names that differ in case only are the same file.
-        max_name_bytes: the longest name of a file or folder that the file system takes; most take 255.
+        fold_case: treat names that differ only in case as the same file.
+        max_name_bytes: the file system's limit on a file's or folder's name; usually 255.
 
     Returns:
-        Strings, as many as records; all of them relative, without ``..``, and different.
+        One string per record: relative, without ``..``, and unique.
 
     Raises:
         RecordError: a name cannot be such a path, or two records would be the same file.
@@ -83,7 +83,7 @@ def _path_problem(name: str, max_name_bytes: int) -> str | None:
 
 
 def _check_different(store: Store, paths: pa.ChunkedArray, *, fold_case: bool) -> None:
-    """Refuse two records that would be one file, and a file that would be a folder."""
+    """Reject two records that would be the same file, and a file that would be a folder."""
     folders = set(store.classes)
     for chunk in paths.chunks:
         for parent in {path.rpartition("/")[0] for path in chunk.to_pylist()} - folders:
@@ -94,23 +94,23 @@ def _check_different(store: Store, paths: pa.ChunkedArray, *, fold_case: bool) -
             other = folded.setdefault(folder.lower(), folder)
             if other != folder:
                 raise ConversionError(
-                    f"{store.path}: folders {other!r} and {folder!r} are one on this file system; {_USE_TAR}"
+                    f"{store.path}: folders {other!r} and {folder!r} are the same on this file system; {_USE_TAR}"
                 )
         folders, paths = set(folded), pc.utf8_lower(paths)
     for record, earlier in repeated(paths):
         raise RecordError(
-            f"{store.path}: record {record}: its name {paths[record].as_py()!r} is that of record {earlier} too; "
+            f"{store.path}: record {record}: its name {paths[record].as_py()!r} is also that of record {earlier}; "
             f"{_USE_TAR}"
         )
     is_folder = pc.is_in(paths, value_set=pa.array(sorted(folders), pa.large_string())).to_numpy()
     for record in np.flatnonzero(is_folder).tolist():
         raise RecordError(
-            f"{store.path}: record {record}: its name {paths[record].as_py()!r} is a folder too; {_USE_TAR}"
+            f"{store.path}: record {record}: its name {paths[record].as_py()!r} is also a folder; {_USE_TAR}"
         )
 
 
 def tells_case_apart(folder: Path) -> bool:
-    """Whether a file system has different files for ``a`` and ``A``."""
+    """Return whether a file system distinguishes the names ``a`` and ``A``."""
     probe = folder / "case"
     probe.touch()
     try:

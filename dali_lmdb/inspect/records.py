@@ -1,4 +1,4 @@
-"""Going through all records of a store in the order of the file: in threads, with little memory."""
+"""Iterate over all records of a store in file order: in threads, with little memory."""
 
 from __future__ import annotations
 
@@ -37,21 +37,21 @@ _Result = TypeVar("_Result")
 
 
 class Progress(NamedTuple):
-    """How far a check or an export is, given to the ``progress`` callback."""
+    """Progress of a check or an export, passed to the ``progress`` callback."""
 
     phase: str
     done: int
-    """Records."""
+    """Number of records done."""
     total: int
     num_bytes: int
-    """Of the records done."""
+    """Size of the records done."""
 
 
 class Part(NamedTuple):
     """One file of a store."""
 
     first: int
-    """Index in the whole store of its first record."""
+    """Index of its first record in the whole store."""
     store: Store
 
 
@@ -81,7 +81,7 @@ def names_of(store: Store) -> pa.ChunkedArray:
 
 
 def repeated(names: pa.Array | pa.ChunkedArray) -> list[tuple[int, int]]:
-    """(record, the earlier record) for each name that came before."""
+    """(record, the earlier record) for each name that occurred before."""
     codes = names.dictionary_encode()
     chunks = codes.unify_dictionaries().chunks if isinstance(codes, pa.ChunkedArray) else [codes]
     indices = np.concatenate([chunk.indices.to_numpy() for chunk in chunks] or [np.empty(0, np.int32)])
@@ -91,16 +91,16 @@ def repeated(names: pa.Array | pa.ChunkedArray) -> list[tuple[int, int]]:
 
 
 def runs(num_records: int) -> Iterator[range]:
-    """All records, some hundred consecutive ones at a time."""
+    """Yield all records in ranges of ``_RUN_RECORDS``."""
     for start in range(0, num_records, _RUN_RECORDS):
         yield range(start, min(start + _RUN_RECORDS, num_records))
 
 
 class Values:
-    """The values of consecutive records, read from the file and not through a map.
+    """The values of consecutive records, read with ``pread`` and not through a map.
 
-    Pages that are touched in a map count as this process's memory, and the stores' maps are advised to be
-    read at random. The kernel is told to read the whole run ahead.
+    Mapped pages add to RSS, and the stores' maps are advised for random access. The kernel is asked to read all
+    values ahead.
 
     Args:
         path: the LMDB file.
@@ -116,14 +116,14 @@ class Values:
         if self._offsets:
             start = min(self._offsets)
             stop = max(self._offsets) + self._lengths[int(np.argmax(offsets))]
-            if stop - start <= 2 * sum(self._lengths) + _ADVISED_SLACK_BYTES:  # else they are not side by side
+            if stop - start <= 2 * sum(self._lengths) + _ADVISED_SLACK_BYTES:  # otherwise they are not contiguous
                 os.posix_fadvise(self._file.fileno(), start, stop - start, os.POSIX_FADV_WILLNEED)
 
     def read(self, position: int) -> bytes:
-        """One value; shorter than asked for if the file ends there.
+        """Read one value; it is shorter than expected if the file ends there.
 
         Raises:
-            OSError: the disk refuses.
+            OSError: it cannot be read.
         """
         return os.pread(self._file.fileno(), self._lengths[position], self._offsets[position])
 
@@ -135,7 +135,7 @@ class Values:
 
 
 def values_of(store: Store, run: range) -> Iterator[bytes]:
-    """Values of consecutive records of one file.
+    """Yield the values of consecutive records of one file.
 
     Raises:
         StoreDamagedError: the file is not what its index says.
@@ -151,7 +151,7 @@ def values_of(store: Store, run: range) -> Iterator[bytes]:
 
 
 def read_one(store: Store, record: int) -> bytes:
-    """One record's bytes, not through the map where the store can do so.
+    """Read one record's bytes, without the map if the store supports that.
 
     Raises:
         RecordError: its value is not an image with a label.
@@ -161,14 +161,14 @@ def read_one(store: Store, record: int) -> bytes:
 
 
 def default_threads(num_threads: int | None) -> int:
-    """What is asked for, by default the cores this process may use, at least 4."""
+    """``num_threads``, by default the cores this process may use, at least 4."""
     return num_threads or max(4, len(os.sched_getaffinity(0)))
 
 
 def in_order(
     function: Callable[[_Task], _Result], tasks: Iterable[_Task], *, num_threads: int
 ) -> Iterator[_Result]:
-    """Results of a function that runs in threads, in the order of the tasks, a few tasks ahead."""
+    """Yield a function's results in the order of the tasks; threads work a few tasks ahead."""
     ahead: deque[Future[Any]] = deque()
     with ThreadPoolExecutor(num_threads) as pool:
         try:

@@ -1,4 +1,4 @@
-"""Whether a store is what its converter wrote: every checksum, key and column."""
+"""Verify that a store is what its converter wrote: every checksum, key and column."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ __all__ = ["Verification", "verify"]
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """What ``verify`` found."""
+    """The result of ``verify``."""
 
     store: str
     records: int
-    """Records whose bytes were read."""
+    """Number of records whose bytes were read."""
     num_bytes: int
-    """Of these records."""
+    """Size of these records."""
     seconds: float
     decoded: bool
-    """Whether each record was decoded too."""
+    """True if each record was also decoded."""
     damage: tuple[str, ...]
-    """A line each, ``STORE: record 41 (name): what``; at most ``checks.MAX_LISTED``."""
+    """A line for each problem, ``STORE: record 41 (name): what``; at most ``checks.MAX_LISTED``."""
     num_damage: int
-    """All lines, those not listed too."""
+    """Number of problems, including those not listed."""
     notes: tuple[str, ...]
-    """What is not damage but worth knowing, a line each."""
+    """A line for each finding that is not damage."""
 
     @property
     def clean(self) -> bool:
@@ -54,24 +54,24 @@ def verify(
 ) -> Verification:
     """Check a store from end to end; damage is listed, not raised.
 
-    Checked are the B-tree, the checksums of index, names and records, that keys are 0, 1, 2 ..., that lengths,
-    sizes and kinds in the index are those of the records, labels, names and the fingerprint. Of a classic
-    database, which has no checksums, only that each record can be read.
+    This checks the B-tree, the checksums of index, names and records, that keys are 0, 1, 2 ..., that lengths,
+    sizes and kinds in the index match the records, labels, names and the fingerprint. For a classic database,
+    which has no checksums, it only checks that each record can be read.
 
     Args:
         path: a store.
         decode: decode each record too.
-        num_threads: by default the cores this process may use, at least 4.
+        num_threads: number of threads; by default the cores this process may use, at least 4.
         progress: called from time to time.
 
     Raises:
-        StoreNotFoundError, StoreFormatError: there is no store that could be checked.
+        StoreNotFoundError, StoreFormatError: there is no store to check.
     """
     begin = time.perf_counter()
     findings = Findings()
     threads = default_threads(num_threads)
     with warnings.catch_warnings():
-        # Pillow warns of damaged metadata in images, which is no damage to the store.
+        # Pillow warns of damaged metadata in images, which is not damage to the store.
         warnings.simplefilter("ignore", UserWarning)
         for check in _checks(Path(path), findings, decode=decode, threads=threads, show=progress):
             check.run()
@@ -88,10 +88,10 @@ def verify(
 
 
 def _checks(path: Path, findings: Findings, **options: Any) -> Iterator[FileCheck | PayloadCheck]:
-    """One check for each file. Files are not opened as a store first where damage may prevent that."""
+    """Yield a check for each file; files are not opened as a store first, since damage may prevent that."""
     files = shard_files(path)
     if files:
-        # Damage shows in the checks; a set that is not whole cannot be checked.
+        # The checks report damage; an incomplete set cannot be checked.
         with contextlib.suppress(StoreDamagedError):
             open_store(path)
     elif path.is_file() and _has_meta(path):
@@ -106,7 +106,7 @@ def _checks(path: Path, findings: Findings, **options: Any) -> Iterator[FileChec
 
 
 def _has_meta(path: Path) -> bool:
-    """Whether a file is a store of ours, as far as its damage lets see."""
+    """Return whether a file is a store; True if damage prevents finding out."""
     try:
         return PageFile(path).find(layout.META_KEY) is not None
     except StoreDamagedError:
