@@ -158,7 +158,7 @@ def test_store_that_cannot_be_dropped_from_memory_is_said_not_to_be_cold(folder)
     assert result.warm_before == 1
     assert not result.is_cold
     assert result.to_dict()["is_cold"] is False
-    assert "NOT COLD: 100% of the records were in memory before" in output
+    assert "NOT COLD: 100% of the records were in the page cache before" in output
 
 
 @pytest.mark.parametrize("name", ["store", "shards"])
@@ -296,7 +296,7 @@ def test_commands_print_one_json_object(store):
 def test_option_that_means_nothing_to_the_task_is_wrong_usage(store, task, option, value):
     result = run(store, "--task", task, option, value)
     assert result.exit_code == 2
-    assert f"{option} means nothing with --task {task}" in result.stderr
+    assert f"{option} does not apply to --task {task}" in result.stderr
 
 
 def test_command_says_in_one_line_what_is_wrong(classic):

@@ -1,7 +1,7 @@
-"""One way of loading measured against another, on the same records and the same work.
+"""Benchmarks that compare ways of loading, on the same records and the same work.
 
 ``throughput`` measures images/s; ``repeat`` makes small data sets last long enough for that. ``cold`` measures
-reading from storage, ``handover`` what the way to DALI costs without decoding. The command is
+reading from storage, ``handover`` the cost of feeding DALI without decoding. The command is
 ``python -m dali_lmdb.compare``.
 """
 

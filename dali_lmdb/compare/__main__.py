@@ -44,33 +44,35 @@ def _option(name: str, *, help: str, **options: Any) -> Any:
     type=click.Choice(list(_SETTINGS)),
     default="train",
     show_default=True,
-    help="Loading with random crops and flips, or with central crops; or one of those below.",
+    help="train: random crops and flips; eval: central crops; cold and handover: see above.",
 )
 @click.option("--images", metavar="DIR", help="The image folder that STORE was made from, to measure it too.")
 @click.option(
     "--batch-size",
     type=_AT_LEAST_1,
-    help="Images of a step; no more than STORE has records.  [default: 64; 256 with cold and handover]",
+    help="Images per step, at most the record count.  [default: 64; 256 with cold and handover]",
 )
-@_option("--rounds", type=_AT_LEAST_1, help="Rounds that count.")
-@_option("--seconds", type=click.FloatRange(min=0, min_open=True), help="Time for each way in each round.")
-@_option("--workers", type=_AT_LEAST_1, help="DataLoader workers, and DALI threads.  [default: the cores]")
+@_option("--rounds", type=_AT_LEAST_1, help="Number of measured rounds.")
+@_option("--seconds", type=click.FloatRange(min=0, min_open=True), help="Length of each measurement, in seconds.")
+@_option("--workers", type=_AT_LEAST_1, help="DataLoader workers, and DALI threads.  [default: all cores]")
 @_option("--size", type=_AT_LEAST_1, help="Height and width of the images, in pixels.")
-@_option("--device", type=click.Choice(["auto", "cuda", "cpu"]), help="auto takes the GPU if there is one.")
-@_option("--records", type=_AT_LEAST_1, help="With cold and handover: records that are read, taken at random.")
+@_option("--device", type=click.Choice(["auto", "cuda", "cpu"]), help="auto uses the GPU if there is one.")
+@_option(
+    "--records", type=_AT_LEAST_1, help="With cold and handover: number of records to read, chosen at random."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 def main(store: str, *, task: str, as_json: bool, **options: Any) -> None:
-    """Measure how many images a second each way of loading STORE gives.
+    """Measure the images per second of each way of loading STORE.
 
-    files: an image folder, Pillow in DataLoader workers (with --images). torch: STORE, likewise, the classic
-    path. dali: STORE through DALI. All do the same work; they take turns, and the ratio to torch is the median
-    of the rounds' ratios.
+    files: an image folder, Pillow in DataLoader workers (with --images). torch: STORE, Pillow in DataLoader
+    workers (the classic path). dali: STORE, DALI. All do the same work; they take turns, and the ratio to torch
+    is the median of the rounds' ratios.
 
-    --task cold: how many records a second come from storage, in random order, the page cache being dropped
-    before each window: one by one through liblmdb, by 16 threads that know where the records lie, and by the
-    loader's reading ahead.
+    --task cold: records per second read from storage in random order, with the page cache dropped before each
+    window: one by one through liblmdb, by 16 threads that know the records' offsets, and by the loader's
+    readahead.
 
-    --task handover: how many records a second one core hands over to DALI, from memory, with no decoding.
+    --task handover: records per second that one core hands over to DALI from memory, without decoding.
     """
     given = _given(task, options)
     if task == "cold":
@@ -87,14 +89,14 @@ def main(store: str, *, task: str, as_json: bool, **options: Any) -> None:
 
 
 def _given(task: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The options that are on the command line; the library has the defaults of the others."""
+    """Options given on the command line; the library has the defaults of the others."""
     known = {field.name for field in dataclasses.fields(_SETTINGS[task])}
     if _SETTINGS[task] is CompareSettings:
         known.add("images")
     source = click.get_current_context().get_parameter_source
     given = {name: value for name, value in options.items() if source(name) is not ParameterSource.DEFAULT}
     for name in given.keys() - known:
-        raise click.UsageError(f"--{name.replace('_', '-')} means nothing with --task {task}; leave it out")
+        raise click.UsageError(f"--{name.replace('_', '-')} does not apply to --task {task}; leave it out")
     return given
 
 
@@ -165,13 +167,13 @@ def _cold_table(result: ColdComparison) -> str:
             f"{'unknown' if read is None else f'{read:.2f}':>11}"
         )
     notes = [f"{way:<9}{meaning}" for way, meaning in COLD_WAYS.items()]
-    notes.append("read/used: bytes that came from storage for each byte of a record")
+    notes.append("read/used: bytes read from storage per byte of the records")
     if not result.is_cold:
         notes += [
             "",
-            f"NOT COLD: {result.warm_before:.0%} of the records were in memory before they were read, although",
-            "the page cache was asked to drop them: the file system has no storage behind it (tmpfs), somebody",
-            "else has the store open, or it is not yours, and the kernel does not tell.",
+            f"NOT COLD: {result.warm_before:.0%} of the records were in the page cache before they were read,",
+            "although it was asked to drop them: the file system is in memory (tmpfs), another process has the",
+            "store open, or you do not own it and the kernel does not tell.",
         ]
     return "\n".join([head, columns, *rows, "", *notes])
 
@@ -192,8 +194,8 @@ def _handover_table(result: Handover) -> str:
         )
     ]
     notes = [
-        "elapsed  by the clock",
-        "cpu      by the time that the core worked for it: what it would be if nobody else had used the core",
+        "elapsed  per second of wall time",
+        "cpu      per second of CPU time: the rate if nothing else had used the core",
     ]
     if result.cold > 0.01:
         notes += [

@@ -1,13 +1,13 @@
-"""Records/s read in random order from storage, nothing of them being in memory before.
+"""Records/s read in random order from storage, with a cold page cache.
 
-A round gives each way one window, in an order that is reversed from round to round. Every window of a round
-reads the same records in the same order; before each, the store's pages are dropped from the page cache, and
-how much of the store is in memory nevertheless is looked up and told. A window begins with the first request
-and ends when all records are read, or with its time.
+Each round has one window for each way, in an order that is reversed from round to round. Every window of a round
+reads the same records in the same order; before each, the store's pages are dropped from the page cache, and the
+part that is cached nevertheless is measured and reported. A window begins with the first request and ends when
+all records are read or its time is over.
 
-The loader is what ``DaliLoader`` has before DALI: plan, crops, reading ahead, reader thread. It ends with views
-of bytes that are in memory, which is checked at the end of the window; ``get`` touches every page of such views,
-``pread`` copies.
+``loader`` is the part of ``DaliLoader`` before DALI: plan, crops, readahead, prefetcher. It returns views of bytes
+in the page cache, which is checked at the end of the window; ``get`` touches every page of such views, ``pread``
+copies.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ __all__ = ["COLD_WAYS", "ColdComparison", "ColdRound", "ColdWindow", "compare_co
 
 _PREAD_THREADS = 16
 COLD_WAYS = {
-    "get": "liblmdb, one txn.get after the other",
+    "get": "liblmdb, one txn.get after another",
     "pread": f"exact ranges, {_PREAD_THREADS} threads of pread",
-    "loader": "the loader's reader thread, reading ahead",
+    "loader": "the loader's prefetcher, with readahead",
 }
-"""What is measured, in the order of the table."""
+"""The ways that are measured, in the order of the table."""
 
 _PAGE_BYTES = 4096
-_FEW = 0.01  # of the records: some share pages with what opening the store touches
+_FEW = 0.01  # fraction of the records: some share pages with what opening the store reads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,13 +60,13 @@ class ColdWindow:
     num_records: int
     elapsed_s: float
     used_bytes: int
-    """Of the records."""
+    """Size of the records."""
     read_bytes: int | None
-    """From storage, by this process, asked for ahead included; None if the system does not tell."""
+    """Bytes that this process read from storage, with readahead; None if the system does not tell."""
     warm_before: float
-    """Part of the records that was in memory before, by their first and last pages; 0 if all is well."""
+    """Fraction of the records in the page cache before, by their first and last pages; ideally 0."""
     warm_after: float
-    """The same of those that were read, afterwards; 1 if all is well."""
+    """Fraction of the records read that are in the page cache afterwards; ideally 1."""
 
     @property
     def records_per_s(self) -> float:
@@ -80,12 +80,12 @@ class ColdWindow:
 
 @dataclass(frozen=True, kw_only=True)
 class ColdRound:
-    """One round's result, given to the ``progress`` callback."""
+    """One round's result, passed to the ``progress`` callback."""
 
     number: int
-    """From 1."""
+    """Number of the round, from 1."""
     windows: dict[str, ColdWindow]
-    """By way."""
+    """Windows by way."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,12 +97,12 @@ class ColdComparison(Measured):
 
     @property
     def is_cold(self) -> bool:
-        """Whether dropping the page cache worked, so that the figures are of storage."""
+        """True if dropping the page cache worked, so that the figures measure storage."""
         return self.warm_before <= _FEW
 
     @property
     def warm_before(self) -> float:
-        """Part of the records that was in memory before the worst window, 0 if all is well."""
+        """Fraction of the records in the page cache before the worst window; ideally 0."""
         return max(window.warm_before for one in self.rounds for window in one.windows.values())
 
     def speeds(self, way: str) -> list[float]:
@@ -110,11 +110,11 @@ class ColdComparison(Measured):
         return [one.windows[way].records_per_s for one in self.rounds]
 
     def ratios(self, way: str, *, to: str) -> list[float]:
-        """Records/s over those of another way in the same round."""
+        """Records/s divided by those of another way in the same round, for each round."""
         return [one.windows[way].records_per_s / one.windows[to].records_per_s for one in self.rounds]
 
     def read_per_used(self, way: str) -> float | None:
-        """Median of the rounds."""
+        """Median over the rounds."""
         found = [one.windows[way].read_per_used for one in self.rounds]
         known = [value for value in found if value is not None]
         return statistics.median(known) if known else None
@@ -146,7 +146,7 @@ def compare_cold(
     """Measure the records/s that each way reads from storage.
 
     Args:
-        store: one file or shards; nobody else should have it open, or its pages stay in memory.
+        store: one file or shards; no other process should have it open, or its pages stay in the page cache.
         settings: by default ``ReadingSettings()``.
         progress: called after every round.
 
@@ -199,18 +199,18 @@ def _window(way: str, store: Store, order: Listed, settings: ReadingSettings, *,
 
 
 def _warm(store: Store, records: npt.NDArray[np.int64]) -> float:
-    """Part of some records that is in memory, by their first and last pages."""
+    """Fraction of some records in the page cache, by their first and last pages."""
     return float(np.concatenate([page_cache.in_memory(*part) for part in store.byte_ranges(records)]).mean())
 
 
 def _touch(values: memoryview) -> None:
-    """Look at a byte of every page."""
+    """Read a byte of every page."""
     bytes(values[::_PAGE_BYTES])
     bytes(values[-1:])
 
 
 Read = Callable[[float], int]
-"""Read records until all are read or a time (of ``time.perf_counter``) is over; their number, at least 1."""
+"""Read records until all are read or a deadline (``time.perf_counter``); return their number, at least 1."""
 
 
 @contextmanager
@@ -271,7 +271,7 @@ def _ranges(store: Store, records: npt.NDArray[np.int64], stack: ExitStack) -> l
 
 @contextmanager
 def _load(store: Store, order: Listed, settings: ReadingSettings, epoch: int) -> Iterator[Read]:
-    # A store of its own: pages touched in a map stay in memory until it is closed.
+    # A separate store: mapped pages stay in the page cache until the map is closed.
     planner = Planner(
         open_store(store.path),
         transform=TrainTransform(),

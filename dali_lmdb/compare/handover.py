@@ -1,10 +1,10 @@
-"""Records/s that the source hands over to DALI on one core, from memory, with nothing decoded.
+"""Records/s that the source hands over to DALI on one core, from memory, without decoding.
 
-That is all that Python does for a batch: plan, crops, looking whether the bytes are in memory, the prefetcher's
-thread, wrapping, handing over. Where it is faster than a GPU decodes, one process is no limit to one GPU.
+This is all that Python does for a batch: plan, crops, checking the page cache, the prefetcher's thread, wrapping,
+handing over. If it is faster than a GPU decodes, one process can keep one GPU busy.
 
-The records are brought into memory first. Then this thread is bound to one core, and so are those that it
-starts: the prefetcher's and DALI's. The first window does not count.
+The records are first read into the page cache. Then this thread and those that it starts (the prefetcher's and
+DALI's) are bound to one core. The first window is a warm-up and does not count.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class HandoverRound:
     num_records: int
     elapsed_s: float
     cpu_s: float
-    """Time that this process's threads ran; less than ``elapsed_s`` where others used the core too."""
+    """CPU time of this process; less than ``elapsed_s`` if other processes used the core too."""
 
     @property
     def records_per_s(self) -> float:
@@ -51,7 +51,7 @@ class HandoverRound:
 
     @property
     def records_per_cpu_s(self) -> float:
-        """What it would be with the core to itself."""
+        """Records/s if nothing else had used the core."""
         return self.num_records / max(self.cpu_s, 1e-9)
 
 
@@ -62,7 +62,7 @@ class Handover(Measured):
     settings: ReadingSettings
     rounds: list[HandoverRound]
     cold: float
-    """Part of the bytes that was not in memory when it was due; 0 if all is well."""
+    """Fraction of the bytes missing from the page cache when they were needed; ideally 0."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for JSON."""

@@ -1,4 +1,4 @@
-"""The page cache from outside: dropping a file from it, and looking what is in it."""
+"""Drop files from the page cache, and find out what is in it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ __all__ = ["bytes_from_device", "drop", "in_memory"]
 
 
 def drop(path: Path) -> None:
-    """Ask the kernel to forget a file's pages.
+    """Ask the kernel to drop a file's pages.
 
-    It keeps those that some process has mapped and touched, and all pages of a file system that has no other
-    place for them, such as tmpfs: see ``in_memory``.
+    It keeps pages that a process has mapped and accessed, and all pages of a file system without storage, such
+    as tmpfs: see ``in_memory``.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)  # what is not on the disk yet cannot be dropped
+        os.fsync(descriptor)  # dirty pages cannot be dropped
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)
@@ -30,12 +30,12 @@ def drop(path: Path) -> None:
 def in_memory(
     path: Path, offsets: npt.NDArray[np.uint64], lengths: npt.NDArray[np.uint32]
 ) -> npt.NDArray[np.bool_]:
-    """Whether the first and the last page of some byte ranges are in memory; bool of shape (n, 2).
+    """Return whether the first and last page of each byte range are in the page cache; bool of shape (n, 2).
 
-    The kernel says so (mincore(2)) only to who may write the file or owns it; to others everything is.
+    mincore(2) tells this only to users who own or may write the file; for others, every page is reported present.
 
     Raises:
-        OSError: the kernel does not say.
+        OSError: the kernel does not tell.
     """
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as map_:
         data = np.frombuffer(map_, dtype=np.uint8)
@@ -44,14 +44,14 @@ def in_memory(
         library = ctypes.CDLL(None, use_errno=True)
         if library.mincore(*arguments, ctypes.c_void_p(pages.ctypes.data)) != 0:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(path))
-        del data  # the map cannot be closed before
+        del data  # otherwise the map cannot be closed
     first = offsets.astype(np.int64)
     last = first + np.maximum(lengths.astype(np.int64), 1) - 1
     return np.asarray(pages[np.stack([first, last], axis=1) // mmap.PAGESIZE] & 1, dtype=np.bool_)
 
 
 def bytes_from_device() -> int | None:
-    """Bytes that this process has caused to be read from storage so far; None if the system does not tell."""
+    """Bytes read from storage for this process so far; None if the system does not tell."""
     try:
         with open("/proc/self/io", encoding="ascii") as file:
             return next((int(line.split()[1]) for line in file if line.startswith("read_bytes:")), None)

@@ -1,4 +1,4 @@
-"""What is read where nothing is decoded: a part of a store's records, in random order."""
+"""What the benchmarks without decoding read: a random part of a store's records."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from dali_lmdb.store import Store
 
 __all__ = ["ReadingSettings", "shuffled_part"]
 
-_PART_SEED = 0x70617274  # unlike the seed of the epochs, so that their order does not follow the choice
+_PART_SEED = 0x70617274  # not the epochs' seed, so that their order is independent of this choice
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReadingSettings:
-    """What is read, and for how long.
+    """What to read, and for how long.
 
     Raises:
         ValueError: a setting is out of range.
     """
 
     batch_size: int = 256
-    """Records of a step; no more than are read."""
+    """Number of records per step, at most ``records``."""
     rounds: int = 5
-    """Rounds that count."""
+    """Number of measured rounds."""
     seconds: float = 5.0
-    """Length of a window."""
+    """Length of a window, in seconds."""
     records: int = 10_000
-    """Records that are read, taken at random; no more than the store has. They must fit in memory."""
+    """Number of records to read, chosen at random, at most all; they must fit in the page cache."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.rounds < 1 or self.records < 1:
@@ -43,10 +43,10 @@ class ReadingSettings:
             raise ValueError(f"seconds is {self.seconds}, expected more than 0")
 
     def fitted_to(self, store: Store) -> ReadingSettings:
-        """The same with no more records than there are.
+        """These settings with at most as many records as the store has.
 
         Raises:
-            StoreError: there are none.
+            StoreError: the store is empty.
         """
         if len(store) == 0:
             raise StoreError(f"{store.path}: no records to read; convert a folder with images in it")
@@ -55,6 +55,6 @@ class ReadingSettings:
 
 
 def shuffled_part(store: Store, num_records: int) -> Listed:
-    """Some records, taken evenly at random from the whole store, in another order in every epoch."""
+    """A uniform random sample of the store's records, in a different order in each epoch."""
     records = epoch_order(len(store), seed=_PART_SEED, epoch=0)(np.arange(num_records))
     return Listed(records, seed=0, shuffle="full")

@@ -1,4 +1,4 @@
-"""A store read several times over as if it were a larger one."""
+"""A store repeated several times, as if it were a larger one."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["RepeatedStore"]
 
 
 class RepeatedStore(Store):
-    """The records of ``store``, ``times`` times one after the other: record i is record i mod len(store).
+    """The records of ``store``, repeated ``times`` times: record i is record i mod len(store).
 
     Args:
-        store: at least one record.
+        store: has at least one record.
         times: at least 1.
     """
 

@@ -1,4 +1,4 @@
-"""What every result says: versions, machine, and the spread of its rounds."""
+"""What all results contain: versions, machine, and the spread of the rounds."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ __all__ = ["Measured", "machine", "spread", "versions"]
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What was measured, how and where; results add what was found."""
+    """What was measured, how and where; subclasses add the figures."""
 
     store: str
     num_records: int
     image_bytes: int
-    """Of all records together."""
+    """Total size of all records."""
     settings: Any
-    """As used: they fit the store."""
+    """The settings that were used, fitted to the store."""
     versions: dict[str, str]
     machine: dict[str, Any]
 
     def _described(self, **found: Any) -> dict[str, Any]:
-        """Plain types, for JSON: what was found between what was measured and where."""
+        """Convert to plain types for JSON, with the figures between the settings and the versions."""
         return {
             "store": self.store,
             "num_records": self.num_records,
@@ -41,7 +41,7 @@ class Measured:
 
 
 def versions() -> dict[str, str]:
-    """Version of Python, of this package and of those whose speed shows, by name."""
+    """Versions by name of Python, this package and the packages that affect the speed."""
     names = ["dali-lmdb", "torch", "torchvision", "nvidia-dali-cuda120", "pillow", "lmdb", "numpy"]
     found = {"python": platform.python_version()}
     for name in names:

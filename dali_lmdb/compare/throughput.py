@@ -1,16 +1,15 @@
-"""Images/s of the loaders doing the same work, taken in turns so that all meet the same machine.
+"""Images/s of loaders that do the same work, measured in turns so that the machine's load affects all alike.
 
-A round gives each backend one window of time, in an order that is reversed from round to round. Every
-window of a round reads the same plan: same records, same crops, same flips. One round goes before the
-first that counts.
+Each round has one window of time for each backend, in an order that is reversed from round to round. All
+windows of a round use the same plan: same records, same crops, same flips. A warm-up round comes first.
 
-What is compared is loading from memory: where the data are not in the page cache, the first backend of a
-round reads them from the disk and the others do not.
+This compares loading from the page cache: if data are missing from it, the first backend of a round reads
+them from disk and the others do not.
 
-Only one loader exists at a time: it is opened for its window and closed after it. Loaders that stay open
-would go on filling their queues with batches in the time of the next one. What a loader has prefetched
-when the clock starts would be a gift, so that many batches are dropped first; then the queue is as the
-consumer leaves it, at both ends of the window.
+Only one loader exists at a time: it is opened for its window and closed after it. An open loader would
+continue to fill its queue during the next one's window. Batches prefetched before the clock starts would
+inflate the result, so that many are dropped first; the queue is then in the same state at both ends of the
+window.
 """
 
 from __future__ import annotations
@@ -42,37 +41,37 @@ BACKENDS = {
     "torch": "store, Pillow in DataLoader workers (the classic path)",
     "dali": "store, DALI",
 }
-"""What can be measured, in the order of the table."""
+"""The backends that can be measured, in the order of the table."""
 
-# An epoch's end costs a DataLoader its prefetched batches, which a data set of some hundred records would pay
-# for at every other step, and one of ImageNet's size never notices. Smaller ones are repeated to this many steps.
+# At an epoch's end a DataLoader's prefetched batches run out, which happens every few steps with some hundred
+# records and is negligible with ImageNet. Smaller data sets are repeated to make this many steps.
 _EPOCH_STEPS = 1000
 
-# Batches a loader may have ready: DataLoader's prefetch_factor and DaliLoader's prefetch_queue_depth are both
+# Batches that a loader may have ready: DataLoader's prefetch_factor and DaliLoader's prefetch_queue_depth are both
 # 2 by default, DataLoader's for each worker.
 _AHEAD = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompareSettings:
-    """What is measured, and for how long.
+    """What to measure, and for how long.
 
     Raises:
         ValueError: a setting is out of range.
     """
 
     batch_size: int = 64
-    """Images of a step; no more than the store has records."""
+    """Images per step, at most the number of records in the store."""
     rounds: int = 5
-    """Windows of each backend that count."""
+    """Number of measured windows of each backend."""
     seconds: float = 5.0
-    """Length of one window; it ends with a batch, so it is a little longer."""
+    """Length of a window, in seconds; it ends with a batch, so it is a little longer."""
     workers: int | None = None
     """DataLoader worker processes, and threads of DALI's pipeline; None: the cores this process may use."""
     size: int = 224
     """Height and width of the images, in pixels."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """Where batches end up, and where DALI decodes; ``"auto"`` takes the GPU if there is one."""
+    """Where batches are delivered and DALI decodes; ``"auto"`` uses the GPU if there is one."""
     task: Literal["train", "eval"] = "train"
     """``"train"``: shuffled, random crops and flips; ``"eval"``: in order, central crops."""
 
@@ -106,11 +105,11 @@ class Measurement:
     rounds: list[float]
     """Images/s of each round."""
     ratios: list[float]
-    """Images/s over that of ``torch`` in the same round."""
+    """Images/s divided by that of ``torch`` in the same round."""
 
     @property
     def images_per_s(self) -> float:
-        """Median of the rounds."""
+        """Median over the rounds."""
         return statistics.median(self.rounds)
 
     @property
@@ -133,7 +132,7 @@ class Comparison(Measured):
     """The result of ``compare_throughput``."""
 
     settings: CompareSettings
-    """As used: nothing is None or ``"auto"``, ``batch_size`` fits the store."""
+    """The settings that were used: nothing is None or ``"auto"``, ``batch_size`` fits the store."""
     measurements: list[Measurement]
 
     def to_dict(self) -> dict[str, Any]:
@@ -145,12 +144,12 @@ class Comparison(Measured):
 
 @dataclass(frozen=True, kw_only=True)
 class Round:
-    """One round's result, given to the ``progress`` callback."""
+    """One round's result, passed to the ``progress`` callback."""
 
     number: int
     """0 for the warm-up, then from 1."""
     images_per_s: dict[str, float]
-    """By backend."""
+    """Images/s by backend."""
 
 
 def compare_throughput(
@@ -160,10 +159,10 @@ def compare_throughput(
     settings: CompareSettings | None = None,
     progress: Callable[[Round], None] | None = None,
 ) -> Comparison:
-    """Measure the images/s that a consumer gets from each backend if it does nothing with them.
+    """Measure the images/s that each backend delivers to a consumer that does nothing with them.
 
     Args:
-        store: what ``torch`` and ``dali`` read.
+        store: the store that ``torch`` and ``dali`` read.
         images: the image folder that the store was made from, to measure ``files`` too.
         settings: by default ``CompareSettings()``.
         progress: called after every round.
@@ -204,7 +203,7 @@ def compare_throughput(
 
 
 def _resolve(settings: CompareSettings, store: Store) -> CompareSettings:
-    """Settings with everything decided."""
+    """Replace None and ``"auto"``, and limit the batch size to the store's records."""
     if len(store) == 0:
         raise StoreError(f"{store.path}: no records to read; convert a folder with images in it")
     if settings.device == "cuda" and not torch.cuda.is_available():
@@ -259,8 +258,8 @@ def _burst(backend: str, settings: CompareSettings) -> int:
 def _window(loader: Loader, settings: CompareSettings, *, burst: int) -> float:
     """Images/s of one window.
 
-    Only whole bursts are counted: a window could else begin behind the first batch of one and end behind the
-    first of another, which is as many batches too many as there are workers.
+    Only whole bursts are counted: otherwise a window could begin after the first batch of one burst and end after
+    the first of another, which counts up to one batch per worker too many.
     """
     batches = _endless(loader)
     try:
@@ -280,12 +279,12 @@ def _endless(loader: Loader) -> Generator[int, None, None]:
     while True:
         for batch in loader:
             num_images = len(batch[1])
-            del batch  # its memory is the pipeline's, which needs it for the next one
+            del batch  # its memory belongs to the pipeline, which reuses it for the next one
             yield num_images
 
 
 def _now(device: str) -> float:
-    """The time in seconds at which all work given to the device is done."""
+    """The time in seconds, after all work given to the device is done."""
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()

@@ -1,8 +1,8 @@
 """The index of a database that has none of its own, saved beside it as ``NAME.dali-index``.
 
-One Arrow IPC stream of ``layout.INDEX_SCHEMA``; its metadata identify the database (size and modification time)
-and hold the columns' checksum. It is only a cache: a stale or damaged one is ignored, and failing to write it is
-not an error.
+One Arrow IPC stream of ``layout.INDEX_SCHEMA``; its metadata identifies the database (size and modification
+time) and holds the columns' checksum. It is only a cache: a stale or damaged one is ignored, and failing to write
+it is not an error.
 """
 
 from __future__ import annotations
