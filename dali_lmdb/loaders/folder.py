@@ -21,13 +21,13 @@ __all__ = ["FolderStore", "is_image_folder", "open_data"]
 
 
 def is_image_folder(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is a folder to read images from: not shards, not a classic database's folder."""
+    """Return whether a path is a folder to read images from, not one of shards or of a classic database."""
     folder = Path(path)
     return folder.is_dir() and not (folder / "data.mdb").is_file() and not shard_files(folder)
 
 
 class _ClassFolders(ImageFolder):
-    """An ``ImageFolder`` that does not ask for images in hidden folders; these are classes if they have some."""
+    """An ``ImageFolder`` that accepts hidden folders without images; they are classes only if they have some."""
 
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
         found = super().find_classes(directory)[0]
@@ -40,7 +40,7 @@ def _has_images(folder: Path) -> bool:
 
 
 class FolderStore(Store):
-    """The records of a folder with one folder for each class, found by torchvision's ``ImageFolder``.
+    """The images of a folder with one folder per class, found by torchvision's ``ImageFolder``.
 
     A hidden folder (``.git``) is a class only if it has images, as when converting. Only labels and names are
     known; there is no index with checksums, and all sizes are 0.
@@ -97,9 +97,9 @@ class FolderStore(Store):
 
 
 def open_data(path: str | os.PathLike[str]) -> Store:
-    """A store, or an image folder read as one.
+    """Open a store, or an image folder as one.
 
     Raises:
-        StoreError, SourceError: neither can be opened.
+        StoreError, SourceError: it cannot be opened.
     """
     return FolderStore(path) if is_image_folder(path) else open_store(path)

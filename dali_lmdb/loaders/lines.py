@@ -1,4 +1,4 @@
-"""Files of one JSON object a line, which hold whole lines whatever happens to the disk."""
+"""JSON Lines files that contain only whole lines, even after a disk error."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ def write_line(file: io.FileIO, values: Mapping[str, Any]) -> None:
     """Write one object as a line at the end of an unbuffered file.
 
     Raises:
-        OSError: it cannot be written; the part that was is removed.
+        OSError: it cannot be written; a partly written line is removed.
         ValueError: a value is NaN or infinite.
     """
     line = (json.dumps(values, allow_nan=False) + "\n").encode()
     written = 0
     try:
-        while written < len(line):  # a full disk first takes a part, and says why at the next try
+        while written < len(line):  # a full disk first accepts a part, and reports the error on the next write
             written += file.write(line[written:])
     except OSError:
-        with contextlib.suppress(OSError):  # a device or a pipe cannot be cut
+        with contextlib.suppress(OSError):  # a device or a pipe cannot be truncated
             end = file.tell()
-            if os.fstat(file.fileno()).st_size == end:  # nobody else has added a line since
+            if os.fstat(file.fileno()).st_size == end:  # no other process has added a line since
                 file.truncate(end - written)
         raise

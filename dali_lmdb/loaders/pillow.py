@@ -1,4 +1,4 @@
-"""Records decoded by Pillow: for the classic path, and for DALI where its own pixels would be other ones."""
+"""Records decoded by Pillow: for the classic path, and for DALI where its own pixels would differ."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ __all__ = ["REFUSED", "encoded_for_dali", "pillow_cause", "pixel_limits"]
 _AGREED = np.isin(np.arange(256), DALI_AGREES)  # by kind
 
 REFUSED: npt.NDArray[np.uint8] = np.empty(0, np.uint8)
-"""What DALI is given for a record that it must not decode: an empty file, which it refuses."""
+"""DALI's input for a record that it must not decode: an empty file, which it rejects."""
 
 
 def pixel_limits(store: Store, records: npt.NDArray[np.int64]) -> list[int | None]:
-    """``max_pixels`` for ``open_image``, for each of some records."""
+    """``max_pixels`` of ``open_image`` for each of some records."""
     heights, widths = (store.gather(name, records).tolist() for name in ("height", "width"))
     return [pixel_limit(height, width) for height, width in zip(heights, widths, strict=True)]
 
 
 def pillow_cause(store: Store, record: int) -> str | None:
-    """Why Pillow does not decode a record; None if it does."""
+    """Why Pillow cannot decode a record; None if it can."""
     (limit,) = pixel_limits(store, np.array([record]))
     try:
         to_rgb(open_image(store.read(record), max_pixels=limit))
@@ -38,8 +38,8 @@ def pillow_cause(store: Store, record: int) -> str | None:
 def encoded_for_dali(store: Store, records: npt.NDArray[np.int64]) -> list[npt.NDArray[np.uint8]]:
     """Image files of some records, which DALI decodes to Pillow's pixels or not at all.
 
-    A file is the store's own if DALI agrees with Pillow on it, see ``agreement``. Otherwise it is a PPM of what
-    Pillow decodes, or ``REFUSED`` if Pillow does not decode it.
+    A file is unchanged if DALI agrees with Pillow on it, see ``agreement``. Otherwise it is a PPM of Pillow's
+    pixels, or ``REFUSED`` if Pillow cannot decode it.
 
     Returns:
         uint8 of shape (num_bytes,) for each record.

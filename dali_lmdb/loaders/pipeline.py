@@ -56,13 +56,13 @@ _SOURCE_DTYPES = {
     np.int32: types.INT32,
     np.float32: types.FLOAT,
 }
-# DALI's own defaults, in bytes for each thread: nvJPEG's buffers grow, and stop the GPU, only past these.
+# DALI's own defaults, in bytes per thread: nvJPEG's buffers grow, which stalls the GPU, only beyond these.
 _DEVICE_MEMORY_PADDING = 16 << 20
 _HOST_MEMORY_PADDING = 8 << 20  # twice, for double buffering
 
 
-# What a process forgot and its collector did not yet find, a forked one would find: a pipeline that is collected
-# there waits for threads that it does not have, for ever. Frozen, it is left alone.
+# Hide existing objects from the garbage collector in forked children: a pipeline collected there would wait
+# forever for threads that the child does not have.
 os.register_at_fork(after_in_child=gc.freeze)
 
 
@@ -72,20 +72,20 @@ class GraphSettings:
 
     transform: Transform
     batch_size: int
-    """Most images of one batch."""
+    """Maximum number of images in a batch."""
     device: Literal["cuda", "cpu"]
     device_id: int | None
     """CUDA device number; None with ``device="cpu"``."""
     num_threads: int
-    """CPU threads that decode, or that prepare decoding on the GPU."""
+    """Number of CPU threads that decode, or that prepare decoding on the GPU."""
     prefetch_queue_depth: int
-    """Batches DALI works on ahead of the consumer."""
+    """Number of batches that DALI works on ahead of the consumer."""
     dtype: str
     layout: str
     hw_decoder_load: float
-    """Share of a batch that is offered to the hardware JPEG engine, where the GPU has one."""
+    """Fraction of a batch that is offered to the hardware JPEG engine, if the GPU has one."""
     height_hint: int
-    """Usual largest height and width in the store, in pixels: what the decoders allocate for, at once."""
+    """Typical maximum height and width in the store, in pixels: the size that the decoders preallocate for."""
     width_hint: int
 
 
@@ -105,7 +105,7 @@ def _decode_arguments(settings: GraphSettings) -> dict[str, Any]:
     arguments: dict[str, Any] = {
         "axes": [0, 1],  # windows are given as (y, x) and (height, width)
         "output_type": types.RGB,
-        # Pillow's convert("RGB"), and so torchvision, leaves the EXIF orientation alone.
+        # Pillow's convert("RGB"), and so torchvision, ignores the EXIF orientation.
         "adjust_orientation": False,
     }
     if settings.device == "cpu":
@@ -135,21 +135,21 @@ def _normalise_arguments(settings: GraphSettings) -> dict[str, Any]:
     return {
         "dtype": _DTYPES[settings.dtype],
         "output_layout": "HWC" if settings.layout == "NHWC" else "CHW",
-        # DALI decodes to 0..255; mean and std are of images in [0, 1].
+        # DALI decodes to 0..255; mean and std are for images in [0, 1].
         "mean": [0.0] if raw else [255 * value for value in transform.mean],
         "std": [1.0] if raw else [255 * value for value in transform.std],
     }
 
 
 def _erased_value(settings: GraphSettings) -> list[float]:
-    """The mean colour, as it is after normalising."""
+    """The mean colour after normalisation."""
     if settings.dtype == "uint8":
         return [float(round(255 * value)) for value in settings.transform.mean]
     return [0.0]
 
 
 def define_pipeline(source: Callable[[Any], Any], settings: GraphSettings) -> Pipeline:
-    """The graph, not yet built: needs no GPU and no driver.
+    """Define the graph without building it, which needs neither a GPU nor a driver.
 
     Outputs are ``OUTPUTS``: images (n, 3, size, size), or (n, size, size, 3) with NHWC, normalised unless
     uint8; labels and record indices int64 (n,). With ``device="cuda"`` images and labels are on the GPU.
@@ -197,9 +197,9 @@ def define_pipeline(source: Callable[[Any], Any], settings: GraphSettings) -> Pi
 
 
 def define_handover(source: Callable[[Any], Any], *, transform: Transform, batch_size: int) -> Pipeline:
-    """A graph that takes what ``define_pipeline`` takes and decodes nothing: what the source costs by itself.
+    """Define a graph with the inputs of ``define_pipeline`` that decodes nothing, to measure the source alone.
 
-    Outputs: labels and record indices, as there; then the shapes of the other fields, which are so taken in.
+    Outputs: labels and record indices, as there; then the shapes of the other inputs, so that these are used too.
     """
     pipeline = Pipeline(batch_size=batch_size, num_threads=1, device_id=None)
     with pipeline:
@@ -209,14 +209,14 @@ def define_handover(source: Callable[[Any], Any], *, transform: Transform, batch
 
 
 def build_pipeline(source: Callable[[Any], Any], settings: GraphSettings) -> Pipeline:
-    """``define_pipeline``, then allocate; with ``device="cuda"`` this needs the GPU."""
+    """Define the graph and build it, which allocates memory; with ``device="cuda"`` this needs the GPU."""
     pipeline = define_pipeline(source, settings)
     pipeline.build()
     return pipeline
 
 
 def feed_without_copy(plan: BatchPlan, planner: Planner) -> Feed:
-    """``feed_of`` with the images' bytes as DALI's tensors on the same memory, which they keep alive.
+    """``feed_of`` with the images' bytes as DALI tensors on the same memory, which they keep alive.
 
     DALI would wrap them itself, but in the thread that runs the pipeline, and three times slower.
     """
@@ -225,18 +225,18 @@ def feed_without_copy(plan: BatchPlan, planner: Planner) -> Feed:
 
 
 def release_unused_memory() -> None:
-    """Give back to the GPU's driver what DALI keeps of pipelines that are gone; others may run meanwhile."""
-    backend.ReleaseUnusedMemory()  # type: ignore[attr-defined]  # DALI's stubs forget it
+    """Return the memory that DALI keeps of deleted pipelines to the GPU's driver; others may run meanwhile."""
+    backend.ReleaseUnusedMemory()  # type: ignore[attr-defined]  # missing from DALI's stubs
 
 
 class Probe:
-    """Decodes one record at a time with graphs of its own, to find the one that spoils a batch.
+    """Decodes one record at a time with separate graphs, to find those that make a batch fail.
 
-    On a GPU there are two: in a batch any record may go to the hardware JPEG engine or past it, and it is bad if
-    it fails on either way.
+    On a GPU there are two graphs: in a batch, the hardware JPEG engine may or may not decode a record, and it is
+    bad if it fails in either case.
 
     Args:
-        settings: of the graph whose batch failed.
+        settings: settings of the graph whose batch failed.
     """
 
     def __init__(self, settings: GraphSettings) -> None:
@@ -247,30 +247,30 @@ class Probe:
         self._sample: Any = None
 
     def cause(self, feed: Sequence[Any], place: int) -> str | None:
-        """Why the record at a place of a batch does not decode; None if it does.
+        """Why the record at a place of a batch cannot be decoded; None if it can.
 
         Args:
-            feed: what the source gave for the batch.
+            feed: DALI's inputs for the batch.
         """
         self._sample = tuple(values[place : place + 1] for values in feed)
         for settings in self.settings:
             if settings not in self._pipelines:
                 self._pipelines[settings] = build_pipeline(lambda info: self._sample, settings)
             try:
-                self._pipelines[settings].run()  # with a queue of one, nothing was fetched before
+                self._pipelines[settings].run()  # with a queue of one, nothing is prefetched
             except RuntimeError as error:
                 del self._pipelines[settings]
                 return _cause(error)
         return None
 
     def close(self) -> None:
-        """Free the graphs."""
+        """Release the graphs."""
         self._pipelines.clear()
         self._sample = None
 
 
-# nvimgcodecStatus_t, nvimgcodec.h. Only those that say something of the image.
-_CODEC_STATUS = {"3": "damaged file", "4": "not a kind of image it decodes", "9": "not a kind of image it decodes"}
+# nvimgcodecStatus_t, nvimgcodec.h. Only those that describe the image.
+_CODEC_STATUS = {"3": "damaged file", "4": "unsupported kind of image", "9": "unsupported kind of image"}
 _NOISE = (
     "Critical error",
     "Error in ",
@@ -286,10 +286,10 @@ _NOISE = (
 
 
 def _cause(error: RuntimeError) -> str:
-    """The telling part of DALI's message, in one line."""
+    """The informative part of DALI's message, in one line."""
     lines = [line.strip() for line in str(error).splitlines()]
     telling = " ".join(line for line in lines if line and not line.startswith(_NOISE))
-    telling = re.sub(r"Failed to decode sample #\d+ :\s*", "", telling)  # its place in the probe's own batch
+    telling = re.sub(r"Failed to decode sample #\d+ :\s*", "", telling)  # its index in the probe's own batch
     status = re.fullmatch(r"nvImageCodec failure: '#(\d+)'", telling)
     if status is not None:
         return _CODEC_STATUS.get(status[1], telling)
