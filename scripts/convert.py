@@ -1,4 +1,4 @@
-"""Turn a folder of images, or another source, into a store: the same as ``dali-lmdb convert``."""
+"""Convert a folder of images, or another source, to a store: the same as ``dali-lmdb convert``."""
 
 from dali_lmdb.convert.__main__ import main
 

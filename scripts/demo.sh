@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The whole way in a few minutes: makes a small image set, converts it, trains a ResNet-18 on it with two
-# ranks on whatever device there is, and compares the loaders' speed.
+# The whole workflow in a few minutes: makes a small image set, converts it, trains a ResNet-18 on it with two
+# ranks on the available devices, and compares the loaders' speed.
 #
 #     scripts/demo.sh                      # everything goes to demo/ in the checkout
 #     DEMO_DIR=/data/demo scripts/demo.sh  # ... or elsewhere
 #
-# A second run uses the images and stores that are there, and trains anew. The environment is .venv in the
-# checkout, made on the first run (see venv.sh).
+# A second run reuses the images and stores, and trains from scratch. The environment is .venv in the checkout,
+# created on the first run (see venv.sh).
 set -euo pipefail
 demo=$(realpath -m "${DEMO_DIR:-$(dirname "${BASH_SOURCE[0]}")/../demo}")
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
@@ -28,7 +28,7 @@ for split in train val; do
     fi
 done
 
-# Two ranks, each on a GPU of its own, or both on the CPU. NCCL refuses two ranks on one GPU.
+# Two ranks, each on its own GPU, or both on the CPU. NCCL refuses two ranks on one GPU.
 gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
 ranks=2
 if ((gpus == 1)); then ranks=1; fi

@@ -1,4 +1,4 @@
-"""Make a small image set that a net can learn, for trying things out where no data set is at hand."""
+"""Make a small image set that a network can learn, to try things out without a data set."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ FloatArray: TypeAlias = npt.NDArray[np.floating[Any]]
 # Half of ImageNet's photos are 500 pixels wide; the other shapes are its next most frequent ones.
 SIZES = ((500, 375), (500, 375), (375, 500), (500, 333), (333, 500), (500, 400))  # (width, height), pixels
 
-# With this quality a picture made here has about the bytes of an ImageNet photo, 110 kB.
+# At this quality, these images are about as large as an ImageNet photo, 110 kB.
 JPEG_QUALITY = 91
 
-# Each pattern fills the plane and looks alike when mirrored, so that random crops and flips keep the class.
-# (u, v) are coordinates in periods of the pattern, of any shape; the answer is a mask in [0, 1].
+# Each pattern fills the plane and looks the same when mirrored, so that random crops and flips keep the class.
+# (u, v) are coordinates in periods of the pattern, of any shape; the result is a mask in [0, 1].
 PATTERNS: dict[str, Callable[[FloatArray, FloatArray], FloatArray]] = {
     "bars": lambda u, v: _edge(np.cos(2 * math.pi * u)),
     "checks": lambda u, v: _edge(np.cos(math.pi * u) * np.cos(math.pi * v)),
@@ -43,7 +43,7 @@ PATTERNS: dict[str, Callable[[FloatArray, FloatArray], FloatArray]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class DemoImages:
-    """What to make."""
+    """The settings of an image set."""
 
     classes: int = 4
     """Number of classes, 2 to the number of patterns."""
@@ -66,17 +66,17 @@ class DemoImages:
 def make_demo_images(out: Path, settings: DemoImages) -> int:
     """Write OUT/train/CLASS/*.jpg and OUT/val/CLASS/*.jpg and return their total size in bytes.
 
-    The folder appears under its name when it is whole. The same settings give the same pixels.
+    The folder appears under its name when it is complete. The same settings give the same pixels.
 
     Raises:
-        FileExistsError: OUT is there already.
+        FileExistsError: OUT exists already.
     """
     if out.exists():
         raise FileExistsError(f"{out} exists already; give another folder, or remove it first")
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        partial.chmod(0o755)  # mkdtemp's folders are for their owner only
+        partial.chmod(0o755)  # mkdtemp makes folders that only their owner can read
         jobs = []
         for split, count in enumerate((settings.train_per_class, settings.val_per_class)):
             for label, name in enumerate(list(PATTERNS)[: settings.classes]):
@@ -140,7 +140,7 @@ def _natural_noise(height: int, width: int, generator: np.random.Generator) -> F
 
 
 def _cell(coordinate: FloatArray) -> FloatArray:
-    """Distance to the middle of the coordinate's own cell, -0.5 to 0.5."""
+    """Signed distance to the centre of the coordinate's cell, -0.5 to 0.5."""
     return coordinate - np.floor(coordinate) - 0.5
 
 
@@ -163,14 +163,14 @@ def _edge(distance: FloatArray) -> FloatArray:
     type=click.IntRange(min=1),
     default=100,
     show_default=True,
-    help="Training images of each class.",
+    help="Number of training images per class.",
 )
 @click.option(
     "--val-per-class",
     type=click.IntRange(min=1),
     default=25,
     show_default=True,
-    help="Validation images of each class.",
+    help="Number of validation images per class.",
 )
 @click.option(
     "--seed",

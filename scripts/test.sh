@@ -3,7 +3,7 @@
 #
 #     scripts/test.sh -k store
 #
-# The environment is .venv in the checkout, made on the first run (see venv.sh).
+# The environment is .venv in the checkout, created on the first run (see venv.sh).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 
@@ -12,7 +12,7 @@ failed=()
 "$python" -m ruff check || failed+=("ruff check")
 "$python" -m ruff format --check || failed+=("ruff format")
 "$python" -m mypy || failed+=("mypy")
-# The last one, so that the last line says how many tests passed.
+# Last, so that the last line shows how many tests passed.
 "$python" -m pytest "$@" || failed+=("pytest")
 
 if ((${#failed[@]})); then

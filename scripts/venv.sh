@@ -1,22 +1,22 @@
-# Sourced by test.sh and demo.sh: makes the environment if need be, and sets $root and $python.
+# Sourced by test.sh and demo.sh: creates the environment if needed, and sets $root and $python.
 #
 # The environment is .venv in the checkout, whatever environment is active, so that both scripts share
-# one and change no other. It is made with $PYTHON (python3 where that is not set), and installed into
-# again only when the requirements have changed, or the checkout has moved. To start over, remove .venv.
+# one and change no other. It is created with $PYTHON (by default python3), and packages are installed
+# again only when the requirements have changed or the checkout has moved. To start over, remove .venv.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=$root/.venv/bin/python
 
-# A half-made environment, left by an interrupted run, has no pip yet; making it again completes it.
+# An incomplete environment, left by an interrupted run, has no pip yet; creating it again completes it.
 if ! "$python" -m pip --version >/dev/null 2>&1; then
     base=${PYTHON:-python3}
     if ! "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
         echo "Error: $base: no Python 3.10 or newer; name one with: PYTHON=/path/to/python3 bash $0" >&2
         exit 1
     fi
-    echo "Making $root/.venv ..."
+    echo "Creating $root/.venv ..."
     if ! "$base" -m venv "$root/.venv"; then
-        echo "Error: could not make $root/.venv; on Debian and Ubuntu, install python3-venv first" >&2
+        echo "Error: could not create $root/.venv; on Debian and Ubuntu, install python3-venv first" >&2
         exit 1
     fi
 fi
