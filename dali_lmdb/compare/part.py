@@ -1,4 +1,4 @@
-"""What the benchmarks without decoding read: a random part of a store's records."""
+"""Settings and records of the benchmarks without decoding."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PART_SEED = 0x70617274  # not the epochs' seed, so that their order is independ
 
 @dataclass(frozen=True, kw_only=True)
 class ReadingSettings:
-    """What to read, and for how long.
+    """Number of records to read, and for how long.
 
     Raises:
         ValueError: a setting is out of range.

@@ -193,7 +193,7 @@ class FileCheck:
         return result
 
     def _look(self, record: int, data: bytes, result: _Run) -> str | None:
-        """What is wrong with a record, or None."""
+        """The problem with a record, or None."""
         columns = self.columns
         if len(data) != columns["num_bytes"][record]:
             return f"only {len(data):,} bytes could be read"

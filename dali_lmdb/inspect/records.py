@@ -104,7 +104,7 @@ class Values:
 
     Args:
         path: the LMDB file.
-        offsets, lengths: where the values lie, uint64 and uint32 of shape (n,), in bytes.
+        offsets, lengths: positions of the values, uint64 and uint32 of shape (n,), in bytes.
 
     Raises:
         OSError: the file cannot be opened.

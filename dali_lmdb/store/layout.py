@@ -9,7 +9,7 @@ key                 value
 ``__meta__``        JSON, see ``Meta``
 ==================  ==========================================================================
 
-``__index__`` and ``__names__`` hold the first ``PIECE_RECORDS`` records; the next as many are in
+``__index__`` and ``__names__`` hold the first ``PIECE_RECORDS`` records; the same number follows in
 ``__index__/00000001`` and ``__names__/00000001``, and so on, since LMDB keeps a whole value in memory
 until it is written.
 """
@@ -123,7 +123,7 @@ class Decoders:
 
 
 class Change(enum.IntFlag):
-    """What the converter did to the source's bytes; the index column ``change``."""
+    """Changes that the converter made to the source's bytes; the index column ``change``."""
 
     NONE = 0
     TRANSCODED = 1

@@ -56,7 +56,7 @@ class StoreWriter:
         self.path = Path(path)
         self.num_records, self.finished = _what_is_there(self.path)
         try:
-            # The converter holds a lock of its own; LMDB's would leave a second file behind.
+            # The converter holds its own lock; LMDB's would leave a second file behind.
             self._env = lmdb.open(
                 str(path),
                 subdir=False,
