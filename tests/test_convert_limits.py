@@ -69,7 +69,7 @@ def test_a_report_that_does_not_fit_on_the_disk_is_one_line(images, small_disk):
     target = small_disk / "x.lmdb"
 
     def work():
-        original = job._write_report
+        original = job.write_report
 
         def write_report(*arguments, **options):
             with open(small_disk / "filler", "wb", buffering=0) as file, contextlib.suppress(OSError):
@@ -77,7 +77,7 @@ def test_a_report_that_does_not_fit_on_the_disk_is_one_line(images, small_disk):
                     file.write(b"\1" * 1024)
             return original(*arguments, **options)
 
-        job._write_report = write_report
+        job.write_report = write_report
         try:
             convert(images, target)
         except ConversionError as error:

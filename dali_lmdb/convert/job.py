@@ -1,119 +1,95 @@
-"""One store file's conversion: read and audited by threads, written in order, verified, left complete.
-
-Files, for a target ``NAME.lmdb`` (all beside it, so that publishing is one rename):
-
-* ``NAME.lmdb.partial``: the LMDB file while it grows;
-* ``NAME.lmdb.partial-journal``: what was done so far, see ``journal.py``;
-* ``NAME.lmdb.bad.tsv``: the images that were refused and the files that were left out, with reasons.
-"""
+"""One file of a store: images are read in threads, written in order, verified, then indexed."""
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from itertools import chain, islice
-from pathlib import Path
-from typing import Any, Literal
+from itertools import islice
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from dali_lmdb.convert.journal import INDEX_ROW_COLUMNS, ROW_SCHEMA, Journal
-from dali_lmdb.convert.reading import Looked, look_at
+from dali_lmdb.convert.files import Files
+from dali_lmdb.convert.journal import INDEX_ROW_COLUMNS, ROW_SCHEMA, Journal, Row, batch_of
+from dali_lmdb.convert.reading import ReadImage, read_images
+from dali_lmdb.convert.report import write_report
 from dali_lmdb.convert.settings import ConvertSettings, Progress
 from dali_lmdb.convert.sources.base import Item, Source
-from dali_lmdb.disk import os_errors
-from dali_lmdb.errors import ConversionError, one_line
-from dali_lmdb.store.layout import fingerprint
+from dali_lmdb.errors import ConversionError
+from dali_lmdb.store.layout import Fingerprint
 from dali_lmdb.store.reader import FileStore
 from dali_lmdb.store.writer import StoreWriter
 
-__all__ = ["Files", "Job", "NameBlocks", "Part"]
+__all__ = ["Job", "Part", "Written"]
 
 # Images that are journalled together, then written.
 _COMMIT_BYTES = 16 << 20
 _COMMIT_RECORDS = 20_000
-_VERIFY_RECORDS = 256  # records one thread checks at a time when reading back
+_VERIFY_RECORDS = 256  # read back by one thread at a time
 
 
-class Files:
-    """The paths beside a target."""
+class Part(NamedTuple):
+    """The run of the source's items that goes into one file."""
 
-    def __init__(self, target: Path) -> None:
-        self.target = target
-        self.partial = target.with_name(target.name + ".partial")
-        self.journal = target.with_name(target.name + ".partial-journal")
-        self.report = target.with_name(target.name + ".bad.tsv")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """Which of the source's items go into one file."""
-
+    first: int
+    """Index of its first item in the source."""
     num_items: int
-    names: list[bytes]
-    """``NameBlocks`` of the items, to notice that the source changed since it was counted."""
     is_last: bool
     """Whether the source ends with it."""
     shard: dict[str, Any] | None
-    """What ``layout.Meta.shard`` says, but for the set; None for a store of one file."""
+    """What ``layout.Meta.shard`` says, except for the set; None for a store of one file."""
 
 
-class NameBlocks:
-    """A hash of each block of names in order; two sequences of names are equal if these are."""
+class Written(NamedTuple):
+    """What is in a file whose records are all written."""
 
-    _BLOCK_NAMES = 1024
-
-    def __init__(self) -> None:
-        self._blocks: list[bytes] = []
-        self._hash = hashlib.blake2b(digest_size=8)
-        self._in_block = 0
-
-    def add(self, name: str) -> None:
-        """Take one more name."""
-        self._hash.update(name.encode(errors="surrogateescape") + b"\0")
-        self._in_block += 1
-        if self._in_block == self._BLOCK_NAMES:
-            self._close_block()
-
-    def begins(self, blocks: list[bytes]) -> bool:
-        """Whether what was taken so far, as far as blocks are full, is how ``blocks`` begin."""
-        done = len(self._blocks)
-        return self._blocks[-1:] == blocks[max(0, done - 1) : done]
-
-    def end(self) -> list[bytes]:
-        """The blocks, the last one as full as it is."""
-        if self._in_block:
-            self._close_block()
-        return self._blocks
-
-    def _close_block(self) -> None:
-        self._blocks.append(self._hash.digest())
-        self._hash, self._in_block = hashlib.blake2b(digest_size=8), 0
+    num_records: int
+    num_bad: int
+    """Images that were refused."""
+    fingerprint: str
+    """``layout.Fingerprint`` of the records."""
 
 
 @dataclass
 class _Pending:
-    """Images looked at but not yet committed."""
+    """Images that were read but not yet committed."""
 
     values: list[bytes] = field(default_factory=list)
-    rows: list[tuple[Any, ...]] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
     num_bytes: int = 0
 
-    def add(self, looked: Looked) -> None:
-        self.rows.append(looked.row)
-        if looked.row[-1] is None:
-            self.values.append(looked.data)
-            self.num_bytes += len(looked.data)
+    def add(self, image: ReadImage) -> None:
+        self.rows.append(image.row)
+        if image.row.reason is None:
+            self.values.append(image.data)
+            self.num_bytes += len(image.data)
 
     def full(self) -> bool:
         return self.num_bytes >= _COMMIT_BYTES or len(self.rows) >= _COMMIT_RECORDS
+
+
+class _Tally:
+    """Running totals of the journal's rows, so that it need not be read again for them."""
+
+    def __init__(self) -> None:
+        self.num_rows = self.num_bad = 0
+        self._fingerprint = Fingerprint()
+
+    def add(self, batch: pa.RecordBatch) -> None:
+        stored = batch.column("reason").is_null()
+        labels, checksums = (batch.column(name).filter(stored).to_numpy() for name in ("label", "crc32"))
+        self._fingerprint.add(labels, checksums)
+        self.num_rows += batch.num_rows
+        self.num_bad += batch.num_rows - len(labels)
+
+    def written(self) -> Written:
+        return Written(self.num_rows - self.num_bad, self.num_bad, self._fingerprint.hexdigest())
 
 
 class Job:
@@ -123,7 +99,7 @@ class Job:
         source, part, settings: what to convert and how.
         files: where.
         journal: open on ``files.journal``.
-        num_threads: threads that read and look at images.
+        num_threads: threads that read and validate images.
         progress: called from time to time.
     """
 
@@ -141,55 +117,46 @@ class Job:
         self.source, self.part, self.settings, self.files = source, part, settings, files
         self.journal = journal
         self.num_threads, self.progress = num_threads, progress
-        self.done = 0
-        self.num_bytes = 0
+        self._tally = _Tally()
+        self._num_bytes = self._num_left_out = 0
 
-    def write(self, items: Iterator[Item], *, restart: bool) -> tuple[int, int]:
-        """Go on with what is there, or begin, until every image of the part is written or reported.
+    def write(self, items: Iterator[Item], *, restart: bool) -> Written:
+        """Resume, or begin, until every image of the part is written or reported.
 
         Args:
             items: the source's, from the part's first on; exactly the part's are taken.
-            restart: forget what is there.
-
-        Returns:
-            The number of records and of bad images.
+            restart: discard what an interrupted conversion left.
 
         Raises:
             SourceError, ConversionError: see ``converter.convert``.
         """
         self._claim(restart=restart)
-        items = self._as_counted(islice(items, self.part.num_items))
+        items = self._of_part(items)
         with StoreWriter(self.files.partial) as self.writer:
+            if not self.writer.finished:
+                self.journal.cut_to(self.writer.num_records)
+            self._replay_journal(items)
             if self.writer.finished:
                 deque(items, maxlen=0)
             else:
-                self.done = self.journal.cut_to(self.writer.num_records)
-                self._check_unchanged(items)
                 self._write(items)
                 self.writer.sync()
-        _write_report(self._not_stored(), self.files.report)
-        bad = self.journal.num_bad()
-        return self.part.num_items - bad, bad
+        self._report()
+        return self._tally.written()
 
-    def skip(self, items: Iterator[Item]) -> tuple[int, int]:
+    def skip(self, items: Iterator[Item]) -> Written:
         """Leave a file alone that was published already, if the source is still what it was made from.
 
-        Args, Returns, Raises: as ``write``.
+        Args, Raises: as ``write``.
         """
-        items = self._as_counted(islice(items, self.part.num_items))
-        self._check_unchanged(items)
+        items = self._of_part(items)
+        self._replay_journal(items)
         deque(items, maxlen=0)
-        return len(FileStore(self.files.target)), self.journal.num_bad()
-
-    def fingerprint(self) -> str:
-        """``layout.fingerprint`` of the file's records, which are all written."""
-        if self.files.target.exists():
-            return FileStore(self.files.target).fingerprint
-        records = _records(self.journal)
-        return fingerprint((one.column("label").to_numpy(), one.column("crc32").to_numpy()) for one in records)
+        store = FileStore(self.files.target)
+        return Written(len(store), self._tally.num_bad, store.fingerprint)
 
     def finish(self, set_name: str) -> None:
-        """Make the partial file, with all records in it, a whole store: verify it and add the index.
+        """Make the partial file, with all records in it, a complete store: verify it and add the index.
 
         Args:
             set_name: what a shard says of the set that it belongs to.
@@ -210,17 +177,6 @@ class Job:
     def is_same(self) -> bool:
         """Whether the journal is of this conversion."""
         return self.journal.header == self._header()
-
-    def _left_out(self) -> Iterator[tuple[str, str]]:
-        return self.source.left_out() if self.part.is_last else iter(())
-
-    def _not_stored(self) -> Iterator[tuple[str, str]]:
-        """(name, reason) of bad images, then of files that are none."""
-        for batch in self.journal.rows():
-            for row in batch.filter(batch.column("reason").is_valid()).to_pylist():
-                yield row["name"], row["reason"]
-        for name, reason in self._left_out():
-            yield name, f"left out: {reason}"
 
     def _header(self) -> dict[str, Any]:
         return {
@@ -246,32 +202,27 @@ class Job:
                     f"now {now[name]}; give the same again, or --restart to start over"
                 )
 
-    def _as_counted(self, items: Iterator[Item]) -> Iterator[Item]:
-        """The items, as long as they are those that were counted."""
-        names = NameBlocks()
-        for item in items:
-            names.add(item.name)
-            if not names.begins(self.part.names):
-                raise self._changed(f"not the images that were there, up to {item.name}")
+    def _of_part(self, items: Iterator[Item]) -> Iterator[Item]:
+        """The part's items; refuses a source that has fewer than were counted."""
+        count = 0
+        for count, item in enumerate(islice(items, self.part.num_items), start=1):  # noqa: B007  used below
             yield item
-        if names.end() != self.part.names:
-            raise self._changed("images were added, removed or renamed")
+        if count < self.part.num_items:
+            raise ConversionError(
+                f"{self.files.target}: the source changed during the conversion: images were removed; use "
+                "--restart when nothing writes to it"
+            )
 
-    def _changed(self, what: str) -> ConversionError:
-        return ConversionError(
-            f"{self.files.target}: the source changed during the conversion: {what}; use --restart when nothing "
-            "writes to it"
-        )
-
-    def _check_unchanged(self, items: Iterator[Item]) -> None:
-        """Compare the images that are already written with the source, without reading them."""
+    def _replay_journal(self, items: Iterator[Item]) -> None:
+        """Compare the images that are already written with the source, without reading them; and tally them."""
         with ThreadPoolExecutor(self.num_threads) as pool:
             for batch in self.journal.rows():
-                names, stamps = batch.column("name").to_pylist(), batch.column("stamp").to_pylist()
-                found = list(islice(items, len(names)))
-                now = list(pool.map(lambda item: (item.name, item.stamp()), found))
-                for name, stamp, place in zip(names, stamps, range(len(names)), strict=True):
-                    if place >= len(now) or now[place] != (name, stamp):
+                self._tally.add(batch)
+                found = pool.map(lambda item: (item.name, item.stamp()), list(islice(items, batch.num_rows)))
+                for name, stamp in zip(
+                    batch.column("name").to_pylist(), batch.column("stamp").to_pylist(), strict=True
+                ):
+                    if next(found, None) != (name, stamp):
                         raise ConversionError(
                             f"{self.files.target}: {name} of the source changed since the interrupted "
                             "conversion; use --restart to start over"
@@ -282,8 +233,8 @@ class Job:
         with ThreadPoolExecutor(1) as committer:  # so that images are read while a commit waits for the disk
             last: Future[None] | None = None
             try:
-                for looked in look_at(items, self.settings, num_threads=self.num_threads):
-                    pending.add(looked)
+                for image in read_images(items, self.settings, num_threads=self.num_threads):
+                    pending.add(image)
                     if pending.full():
                         if last is not None:
                             last.result()
@@ -291,25 +242,37 @@ class Job:
                         full, pending = pending, _Pending()
                         last = committer.submit(self._commit, full)
             finally:
-                # On an error or an interrupt too: what was looked at need not be looked at again.
+                # On an error or an interrupt too: what was read need not be read again.
                 if last is not None:
                     last.result()
                 if pending.rows:
                     committer.submit(self._commit, pending).result()
 
     def _commit(self, pending: _Pending) -> None:
-        columns = zip(*pending.rows, strict=True)
-        arrays = [pa.array(column, type=field.type) for column, field in zip(columns, ROW_SCHEMA, strict=True)]
-        self.journal.append(pa.RecordBatch.from_arrays(arrays, schema=ROW_SCHEMA))
+        batch = batch_of(pending.rows)
+        self.journal.append(batch)
         self.writer.commit(pending.values)
-        self.done += len(pending.rows)
-        self.num_bytes += pending.num_bytes
-        self._report_progress("writing", self.done)
+        self._tally.add(batch)
+        self._num_bytes += pending.num_bytes
+        self._report_progress("writing", self._tally.num_rows)
+
+    def _report(self) -> None:
+        """List bad images, then the files that were left out."""
+
+        def not_stored() -> Iterator[tuple[str, str]]:
+            for batch in self.journal.rows() if self._tally.num_bad else ():
+                bad = batch.filter(batch.column("reason").is_valid())
+                yield from zip(bad.column("name").to_pylist(), bad.column("reason").to_pylist(), strict=True)
+            for name, reason in self.source.left_out() if self.part.is_last else ():
+                self._num_left_out += 1
+                yield name, f"left out: {reason}"
+
+        write_report(not_stored(), self.files.report)
 
     def _finish(self, shard: dict[str, Any] | None) -> None:
-        rows = _Rows(_records(self.journal))
-        for piece in self.writer.pieces():
-            table = rows.take(len(piece))
+        pieces = self.writer.pieces()
+        tables = _recut(_stored_rows(self.journal), list(map(len, pieces)))
+        for piece, table in zip(pieces, tables, strict=True):
             columns = {name: table.column(name).to_numpy() for name in INDEX_ROW_COLUMNS}
             columns["file_offset"], lengths = self.writer.record_extents(piece.start, piece.stop)
             self._verify(piece, columns, lengths)
@@ -319,8 +282,8 @@ class Job:
             "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "source": {"kind": self.source.kind, **self.source.identity()},
             "settings": self.settings.identity(),
-            "skipped": self.journal.num_bad(),
-            "left_out": sum(1 for _ in self._left_out()),
+            "skipped": self._tally.num_bad,
+            "left_out": self._num_left_out,
         }
         self.writer.finish(classes=self.source.classes, made=made, shard=shard)
 
@@ -344,44 +307,19 @@ class Job:
 
     def _report_progress(self, phase: Literal["writing", "verifying"], done: int) -> None:
         if self.progress is not None:
-            self.progress(Progress(str(self.files.target), phase, done, self.part.num_items, self.num_bytes))
+            self.progress(Progress(str(self.files.target), phase, done, self.part.num_items, self._num_bytes))
 
 
-def _records(journal: Journal) -> Iterator[pa.RecordBatch]:
-    """The journal's rows of what is stored."""
+def _stored_rows(journal: Journal) -> Iterator[pa.RecordBatch]:
     for batch in journal.rows():
         yield batch.filter(batch.column("reason").is_null())
 
 
-class _Rows:
-    """Rows that come in batches, taken as many at a time as is wanted."""
-
-    def __init__(self, batches: Iterator[pa.RecordBatch]) -> None:
-        self._batches = batches
-        self._waiting: list[pa.RecordBatch] = []
-        self._num_waiting = 0
-
-    def take(self, count: int) -> pa.Table:
-        """The next rows."""
-        while self._num_waiting < count:
-            self._waiting.append(next(self._batches))
-            self._num_waiting += self._waiting[-1].num_rows
-        table = pa.Table.from_batches(self._waiting, ROW_SCHEMA)
-        self._waiting, self._num_waiting = table[count:].to_batches(), table.num_rows - count
-        return table[:count]
-
-
-def _write_report(rows: Iterator[tuple[str, str]], path: Path) -> None:
-    """List what is not stored, ``name TAB reason`` a line; no file if that is nothing."""
-    first = next(rows, None)
-    with os_errors(path, "cannot be written", ConversionError, then="then run the same command again to go on"):
-        if first is None:
-            path.unlink(missing_ok=True)
-            return
-        try:
-            with open(path, "w", encoding="utf-8") as file:
-                for row in chain([("name", "reason"), first], rows):
-                    file.write("\t".join(map(one_line, row)) + "\n")
-        except BaseException:
-            path.unlink(missing_ok=True)  # half a list would look like a whole one
-            raise
+def _recut(batches: Iterator[pa.RecordBatch], lengths: Sequence[int]) -> Iterator[pa.Table]:
+    """Consecutive rows as tables of these lengths, however long the batches are that they come in."""
+    waiting = ROW_SCHEMA.empty_table()
+    for length in lengths:
+        while waiting.num_rows < length:
+            waiting = pa.concat_tables([waiting, pa.Table.from_batches([next(batches)])])
+        yield waiting[:length]
+        waiting = waiting[length:]

@@ -15,10 +15,10 @@ import fcntl
 import json
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -28,7 +28,7 @@ from dali_lmdb.errors import ConversionError
 from dali_lmdb.store.checksum import crc32
 from dali_lmdb.store.layout import INDEX_SCHEMA
 
-__all__ = ["INDEX_ROW_COLUMNS", "ROW_SCHEMA", "Journal"]
+__all__ = ["INDEX_ROW_COLUMNS", "ROW_SCHEMA", "Journal", "Row", "batch_of"]
 
 INDEX_ROW_COLUMNS = [name for name in INDEX_SCHEMA.names if name != "file_offset"]
 """Index columns that are known when a record is written."""
@@ -41,6 +41,25 @@ ROW_SCHEMA = pa.schema(
         pa.field("reason", pa.large_string()),  # why it is not in the store; null if it is
     ]
 )
+
+
+class Row(NamedTuple):
+    """One image of the source, stored or refused; the fields are those of ``ROW_SCHEMA``."""
+
+    name: str
+    label: int
+    height: int
+    width: int
+    num_bytes: int
+    crc32: int
+    kind: int
+    change: int
+    stamp: int
+    """``sources.base.Item.stamp``."""
+    reason: str | None
+    """Why the image is not stored; None if it is."""
+
+
 _FRAME = struct.Struct("<II")
 _GO_ON = "then run the same command again to go on"
 
@@ -199,6 +218,14 @@ class Journal:
         with os_errors(self.path, "cannot be written", ConversionError, then=_GO_ON):
             self._file.truncate(end)
             self._file.seek(end)
+
+
+def batch_of(rows: Sequence[Row]) -> pa.RecordBatch:
+    """Rows as Arrow columns, at least one row."""
+    columns = dict(zip(Row._fields, zip(*rows, strict=True), strict=True))
+    return pa.RecordBatch.from_arrays(
+        [pa.array(columns[field.name], type=field.type) for field in ROW_SCHEMA], schema=ROW_SCHEMA
+    )
 
 
 def _rows_of_records(batch: pa.RecordBatch, count: int) -> int:

@@ -6,17 +6,17 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from dali_lmdb.convert.audit import BadImageError, Header, check_decodes, read_header
 from dali_lmdb.convert.change import change_image
-from dali_lmdb.convert.journal import INDEX_ROW_COLUMNS
+from dali_lmdb.convert.journal import Row
 from dali_lmdb.convert.settings import ConvertSettings
 from dali_lmdb.convert.sources.base import AT_ONCE_BYTES, AT_ONCE_ITEMS, Item
 from dali_lmdb.store.checksum import crc32
 from dali_lmdb.store.layout import Change, Kind
 
-__all__ = ["Looked", "look_at"]
+__all__ = ["ReadImage", "read_images"]
 
 # What one thread looks at in a row: images, and their bytes, but for the last one. One by one, handing over takes
 # longer than reading a warm file (10,000 of 105 kB, 2 cores: 1.7 s of processor time one by one, 1.0 s in blocks).
@@ -25,26 +25,25 @@ _BLOCK_BYTES = 4 << 20
 _SPARE_BLOCKS = 2  # ready for the writer, or for a thread that is done
 
 
-class Looked(NamedTuple):
+class ReadImage(NamedTuple):
     """One image after it was read and looked at, in a thread."""
 
     data: bytes
-    row: tuple[Any, ...]
-    """Of ``journal.ROW_SCHEMA``; its last value is why the image is bad, None if it is not."""
+    row: Row
 
 
-def look_at(items: Iterable[Item], settings: ConvertSettings, *, num_threads: int) -> Iterator[Looked]:
+def read_images(items: Iterable[Item], settings: ConvertSettings, *, num_threads: int) -> Iterator[ReadImage]:
     """Images in order, read and looked at by threads a bounded way ahead."""
     items = iter(items)
     most_blocks = num_threads + _SPARE_BLOCKS
     most_items = max(1, min(_BLOCK_ITEMS, AT_ONCE_ITEMS // most_blocks))
     most_bytes = min(_BLOCK_BYTES, AT_ONCE_BYTES // most_blocks)
-    queue: deque[tuple[Future[list[Looked]], list[Item]]] = deque()
+    queue: deque[tuple[Future[list[ReadImage]], list[Item]]] = deque()
     mean_bytes = 1 << 20  # of an image; a guess at first, then a running mean
     with ThreadPoolExecutor(num_threads) as pool:
 
-        def start(block: list[Item]) -> tuple[Future[list[Looked]], list[Item]]:
-            return pool.submit(_look_at_block, block, settings, most_bytes), block
+        def start(block: list[Item]) -> tuple[Future[list[ReadImage]], list[Item]]:
+            return pool.submit(_read_block, block, settings, most_bytes), block
 
         try:
             while True:
@@ -65,19 +64,19 @@ def look_at(items: Iterable[Item], settings: ConvertSettings, *, num_threads: in
                 future.cancel()
 
 
-def _look_at_block(items: list[Item], settings: ConvertSettings, most_bytes: int) -> list[Looked]:
+def _read_block(items: list[Item], settings: ConvertSettings, most_bytes: int) -> list[ReadImage]:
     """Read images and look at them, up to the one that makes it ``most_bytes``; runs in a thread."""
-    done: list[Looked] = []
+    done: list[ReadImage] = []
     num_bytes = 0
     for item in items:
-        done.append(_look(item, settings))
+        done.append(_read_image(item, settings))
         num_bytes += len(done[-1].data)
         if num_bytes >= most_bytes:
             break
     return done
 
 
-def _look(item: Item, settings: ConvertSettings) -> Looked:
+def _read_image(item: Item, settings: ConvertSettings) -> ReadImage:
     """Read one image and look at it; runs in a thread."""
     data = item.read()
     stamp = item.stamp()
@@ -97,14 +96,16 @@ def _look(item: Item, settings: ConvertSettings) -> Looked:
             )
         except BadImageError as error:
             reason = str(error)
-    index_row = {
-        "label": item.label,
-        "height": header.height,
-        "width": header.width,
-        "num_bytes": len(data),
-        "crc32": crc32(data),
-        "kind": int(header.kind),
-        "change": int(change),
-    }
-    values = [index_row[name] for name in INDEX_ROW_COLUMNS]
-    return Looked(data, (item.name, *values, stamp, reason))
+    row = Row(
+        name=item.name,
+        label=item.label,
+        height=header.height,
+        width=header.width,
+        num_bytes=len(data),
+        crc32=crc32(data),
+        kind=int(header.kind),
+        change=int(change),
+        stamp=stamp,
+        reason=reason,
+    )
+    return ReadImage(data, row)

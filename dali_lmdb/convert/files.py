@@ -1,0 +1,71 @@
+"""The files of a conversion: their paths, and whether they may be made.
+
+For a target ``NAME.lmdb``, all beside it, so that publishing is one rename:
+
+* ``NAME.lmdb.partial``: the LMDB file while it grows;
+* ``NAME.lmdb.partial-journal``: what was done so far, see ``journal.py``;
+* ``NAME.lmdb.bad.tsv``: the images that were refused and the files that were left out, with reasons.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from dali_lmdb.disk import refusal
+from dali_lmdb.errors import ConversionError
+from dali_lmdb.store.shards import BESIDE, set_files, shard_name
+
+__all__ = ["Files", "check_name", "check_target"]
+
+MAX_NAME_BYTES = 255  # of a file in most file systems of Linux (NAME_MAX)
+
+
+class Files:
+    """The paths beside a target."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+        self.partial = target.with_name(target.name + ".partial")
+        self.journal = target.with_name(target.name + ".partial-journal")
+        self.report = target.with_name(target.name + ".bad.tsv")
+
+
+def check_target(target: Path, all_files: Sequence[Files]) -> None:
+    """Refuse a target that cannot be written, or that would not be what its name then opens."""
+    folder = target.parent
+    if target.is_dir():
+        raise ConversionError(f"{target}: a folder, expected the name of the file to make, such as train.lmdb")
+    if target.is_symlink() and not target.exists():
+        raise ConversionError(f"{target}: a link to nothing, which would be replaced; name {os.readlink(target)}")
+    if not folder.is_dir():
+        raise ConversionError(f"{target}: its folder {folder} does not exist; make it first")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        code = errno.EROFS if os.statvfs(folder).f_flag & os.ST_RDONLY else errno.EACCES
+        raise ConversionError(refusal(folder, "not writable", OSError(code, os.strerror(code))))
+    longest = max(len(os.fsencode(files.journal.name)) for files in all_files)
+    if longest > MAX_NAME_BYTES:
+        raise ConversionError(
+            f"{target}: its name is too long by {longest - MAX_NAME_BYTES} bytes, with what is added to it during "
+            "the conversion; choose a shorter one"
+        )
+    check_name(target, all_files)
+
+
+def check_name(target: Path, all_files: Sequence[Files]) -> None:
+    """Refuse a name that stands for something else already, or for what is kept beside another store."""
+    ending = next((ending for ending in BESIDE if target.name.endswith(ending)), None)
+    if ending is not None:
+        raise ConversionError(f"{target}: names that end in {ending} are for files beside a store; choose another")
+    mine = {files.target for files in all_files}
+    there = [file for file in set_files(target) if file not in mine]
+    if target not in mine:
+        there += [target] if os.path.lexists(target) else []
+    elif (shard := shard_name(target)) is not None:  # a store of its own, which the shards' name would open, too
+        there += [f for f in set_files(target.with_name(shard.set_name)) if not f.match(shard.pattern())]
+    if there:
+        raise ConversionError(
+            f"{target}: {there[0].name} is there, which opens by the same name; choose another name"
+        )
