@@ -9,7 +9,7 @@ from image_sets import make_image_folder, save_grey
 from packing import image_paths, items_of, pack, pack_folder, records_of, write_parquet
 
 from dali_lmdb.convert import convert, job
-from dali_lmdb.convert.sources import KINDS, FolderSource, digest, open_source, scratch
+from dali_lmdb.convert.sources import KINDS, FolderSource, digest, files, open_source, scratch
 from dali_lmdb.errors import ConversionError, SourceError
 
 CLASSES = ["ant", "bee", "cat"]
@@ -278,6 +278,35 @@ def test_an_image_that_vanishes_or_appears_after_the_folder_was_counted_is_named
     else:
         save_grey(root / "bee" / "003.jpg.jpg", 7)
     with pytest.raises(SourceError, match=rf"bee: bee/003[.jpg]+ {change} since the images were counted"):
+        list(source.items())
+
+
+def test_a_folder_is_listed_once_and_again_only_where_it_changed_since(tmp_path, monkeypatch):
+    root = make_image_folder(tmp_path / "images", num_records=6)
+    (root / "bee" / "deep").mkdir()
+    save_grey(root / "bee" / "deep" / "006.jpg", 6)
+    for folder, _, _ in os.walk(root):
+        os.utime(folder, (1e9, 1e9))
+    listed, original = [], files.list_folder
+    monkeypatch.setattr(files, "list_folder", lambda path: (listed.append(path), original(path))[1])
+    source = open_source(root, kind="folder")
+    assert source.count() == 7
+    first = [item.name for item in source.items()]
+    assert sorted(listed) == [str(root / name) for name in ("ant", "bee", "bee/deep", "cat")]
+    listed.clear()
+    (root / "bee" / "deep" / "notes.txt").touch()
+    assert [item.name for item in source.items()] == first
+    assert sorted(listed) == [str(root / name) for name in ("bee", "bee/deep")]
+
+
+def test_a_folder_that_changed_just_before_it_was_listed_is_listed_again(tmp_path):
+    root = make_image_folder(tmp_path / "images", num_records=6)
+    source = open_source(root)
+    assert source.count() == 6
+    time = os.stat(root / "bee").st_mtime_ns
+    save_grey(root / "bee" / "006.jpg", 6)
+    os.utime(root / "bee", ns=(time, time))  # as where times of files are coarse
+    with pytest.raises(SourceError, match="appeared since"):
         list(source.items())
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dali_lmdb.convert.sources.base import is_image_name
 from dali_lmdb.errors import SourceError
@@ -15,14 +16,18 @@ from dali_lmdb.store.layout import MAX_RECORD_BYTES
 from dali_lmdb.store.regular import check_regular
 
 __all__ = [
+    "FolderListing",
     "ImageFile",
     "check_inside",
     "check_size",
     "identity_of_files",
-    "image_files",
+    "is_as_listed",
     "lines_of",
     "list_folder",
+    "list_images",
 ]
+
+_COARSEST_TIME_NS = 2_000_000_000  # FAT's; NFS, ext4 and others have finer ones
 
 
 def list_folder(path: str) -> list[os.DirEntry[str]]:
@@ -38,58 +43,79 @@ def list_folder(path: str) -> list[os.DirEntry[str]]:
         raise SourceError(f"{path}: cannot be read: {error.strerror}; check its permissions") from error
 
 
-def image_files(top: str, *, root: str, follow_links: bool, others: list[str] | None = None) -> Iterator[str]:
-    """Paths of the image files under a folder, at any depth.
+class FolderListing(NamedTuple):
+    """What lies under a folder, at any depth."""
 
-    Order: folders as ``sorted(os.walk(top))`` gives them, then file names, each sorted as strings, which is
-    the order of ``torchvision.datasets.folder.make_dataset``. The file names are held in memory.
+    images: list[str]
+    """In the order of ``torchvision.datasets.folder.make_dataset``: by folder as ``sorted(os.walk(top))`` gives
+    them, then by file name, as strings."""
+    others: list[str]
+    """Files that are no images by their name."""
+    folders: dict[str, int]
+    """Time of last change of every folder, in ns since 1970, see ``is_as_listed``."""
+
+
+def list_images(top: str, *, below: str, root: str, follow_links: bool) -> FolderListing:
+    """Find the image files under a folder.
 
     Args:
         top: the folder.
+        below: a folder that the paths of images and others are relative to; ``top`` begins with it.
         root: symbolic links may lead anywhere inside this folder; a real path.
         follow_links: they may lead out of it, too.
-        others: gets the paths of what is no image by its name.
 
     Raises:
         SourceError: a folder cannot be read, a link leads out of ``root`` or into a folder above itself, or
             an image name belongs to something that is not a file.
     """
-    found, pending = [], [top]
+    prefix = len(os.path.join(below, ""))
+    found, others, folders, pending = [], [], {}, [top]
     while pending:
         folder = pending.pop()
-        files, below = _images_and_folders(folder, root, follow_links, others)
+        folders[folder] = _changed_ns(folder)
+        files = []
+        for entry in list_folder(folder):
+            if not entry.is_dir() and not is_image_name(entry.name):
+                others.append(entry.path[prefix:])
+                continue
+            _check_entry(entry, folder, root=root, follow_links=follow_links)
+            if entry.is_dir():
+                pending.append(entry.path)
+            else:
+                files.append(entry.name)
         found.append((folder, files))
-        pending.extend(below)
-    for folder, files in sorted(found):
-        prefix = os.path.join(folder, "")
-        for file in files:
-            yield prefix + file
+    images = [os.path.join(folder, file)[prefix:] for folder, files in sorted(found) for file in files]
+    return FolderListing(images, others, folders)
 
 
-def _images_and_folders(
-    folder: str, root: str, follow_links: bool, others: list[str] | None
-) -> tuple[list[str], list[str]]:
-    """Names of the images in a folder, sorted, and paths of the folders in it."""
-    files, folders = [], []
-    for entry in list_folder(folder):
-        is_folder = entry.is_dir()
-        if not is_folder and not is_image_name(entry.name):
-            if others is not None:
-                others.append(entry.path)
-            continue
-        if entry.is_symlink():
-            check_inside(entry.path, root=root, follow_links=follow_links)
-            real = os.path.realpath(entry.path)
-            if is_folder and (os.path.realpath(folder) + os.sep).startswith(real + os.sep):
-                raise SourceError(f"{entry.path}: a link to a folder above itself, an endless loop; remove it")
-        if is_folder:
-            folders.append(entry.path)
-        elif entry.is_file():
-            files.append(entry.name)
-        else:
-            found = "a link to nothing" if entry.is_symlink() else "not a regular file"
-            raise SourceError(f"{entry.path}: {found}, expected an image file; remove it")
-    return files, folders
+def _check_entry(entry: os.DirEntry[str], folder: str, *, root: str, follow_links: bool) -> None:
+    """Refuse links out of ``root``, endless loops, and images that are no files."""
+    if entry.is_symlink():
+        check_inside(entry.path, root=root, follow_links=follow_links)
+        real = os.path.realpath(entry.path)
+        if entry.is_dir() and (os.path.realpath(folder) + os.sep).startswith(real + os.sep):
+            raise SourceError(f"{entry.path}: a link to a folder above itself, an endless loop; remove it")
+    if not entry.is_dir() and not entry.is_file():
+        found = "a link to nothing" if entry.is_symlink() else "not a regular file"
+        raise SourceError(f"{entry.path}: {found}, expected an image file; remove it")
+
+
+def is_as_listed(folder: str, changed_ns: int) -> bool:
+    """Whether no file came into a folder or left it; False where that cannot be told.
+
+    Args:
+        changed_ns: from ``FolderListing.folders``.
+    """
+    return 0 != changed_ns == _changed_ns(folder)
+
+
+def _changed_ns(folder: str) -> int:
+    """A folder's time of last change; 0 if it is missing, or if another change may get the same time."""
+    try:
+        changed_ns = os.stat(folder).st_mtime_ns
+    except OSError:  # listing it says why
+        return 0
+    return changed_ns if changed_ns < time.time_ns() - _COARSEST_TIME_NS else 0
 
 
 def check_inside(path: str, *, root: str, follow_links: bool) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from dali_lmdb.convert.sources.archive import Archive, Member
 from dali_lmdb.convert.sources.base import Item, Source, is_image_name, no_stamp
 from dali_lmdb.convert.sources.digest import NameDigest, digest_of_distinct
-from dali_lmdb.convert.sources.files import ImageFile, identity_of_files, image_files, lines_of
+from dali_lmdb.convert.sources.files import ImageFile, identity_of_files, lines_of, list_images
 from dali_lmdb.convert.sources.names import (
     classes_of,
     integer,
@@ -112,9 +112,10 @@ class FlatSource(Source):
         if self._archive is not None:
             yield from (member for member in self._archive.members(is_image_name) if not member.is_folder)
             return
-        top = os.path.join(self.path, "")
-        for file in image_files(top, root=os.path.realpath(top), follow_links=self._follow_links):
-            yield Member(file[len(top) :], 0, 0)
+        top = str(self.path)
+        found = list_images(top, below=top, root=os.path.realpath(top), follow_links=self._follow_links)
+        for file in found.images:
+            yield Member(file, 0, 0)
 
     def _labels_in_order(self, num_images: int) -> list[str]:
         texts = [line[0] for line in self._lines]

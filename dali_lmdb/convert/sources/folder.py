@@ -6,15 +6,18 @@ import hashlib
 import os
 import zlib
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dali_lmdb.convert.sources.base import IMAGE_EXTENSIONS, Item, Source, is_image_name
 from dali_lmdb.convert.sources.files import (
+    FolderListing,
     ImageFile,
     check_inside,
-    image_files,
+    is_as_listed,
     list_folder,
+    list_images,
 )
 from dali_lmdb.convert.sources.names import printable, repeated_name
 from dali_lmdb.convert.sources.scratch import Spool
@@ -31,8 +34,8 @@ class FolderSource(Source):
 
     A hidden folder (``.git``) is a class only if it has images.
 
-    Order: classes, then the images of each as ``files.image_files`` gives them, which is ``ImageFolder``'s
-    order. One class's file names are held in memory at a time.
+    Order: classes, then the images of each as ``files.list_images`` gives them, which is ``ImageFolder``'s
+    order. The folder is listed once; one class's file names are held in memory at a time.
 
     Args:
         path: the folder.
@@ -51,7 +54,6 @@ class FolderSource(Source):
             raise SourceError(f"{path}: {found}; expected a folder with one folder of images for each class")
         self._root = os.path.realpath(path)
         self._follow_links = follow_links
-        self._listing: _Listing | None = None
         self._folders: list[str] = []
         beside: list[str] = []
         for entry in list_folder(str(path)):
@@ -72,27 +74,23 @@ class FolderSource(Source):
         return [printable(name) for name in self._folders]
 
     def items(self) -> Iterator[Item]:
-        """All items in order; a class is listed when its first one is asked for.
+        """All items in order.
 
         Raises:
             SourceError: as for the class; or a class has other images than when they were counted.
         """
-        listed, prefix = self._listing, os.path.join(self.path, "")
-        for label, folder in enumerate(self._folders):
-            names = self._names(folder)
-            if listed is not None and _packed(names) != (before := listed.spool.whole(listed.classes[label])):
-                self._refuse_change(folder, _unpacked(before), names)
-            for name in names:
+        prefix = os.path.join(self.path, "")
+        for label in range(len(self._folders)):
+            for name in self._listed_names(label):
                 file = ImageFile(prefix + name)
                 yield Item(printable(name), label, file.read, file.stamp)
 
     def count(self) -> int:
-        return self._list().num_images
+        return self._listing.num_images
 
     def left_out(self) -> Iterator[tuple[str, str]]:
-        listed = self._list()
-        for number in listed.others:
-            for name in _unpacked(listed.spool.whole(number)):
+        for listed in self._listing.classes:
+            for name in self._listing.read(listed.others):
                 yield printable(name), "its name does not end as an image's"
         for name in _unpacked(self._beside):
             yield printable(name), "a hidden folder without images" if name.endswith("/") else "in no class folder"
@@ -100,42 +98,42 @@ class FolderSource(Source):
     def identity(self) -> dict[str, Any]:
         return {
             "path": os.path.abspath(self.path),
-            "images": self._list().num_images,
-            "names": self._list().digest,
+            "images": self._listing.num_images,
+            "names": self._listing.digest,
         }
 
-    def _list(self) -> _Listing:
-        if self._listing is None:
-            num_images, digest, spool = 0, hashlib.sha256(), Spool()
-            classes: list[int] = []
-            others: list[int] = []
-            for folder in self._folders:
-                found: list[str] = []
-                names = self._names(folder, found)
-                num_images += len(names)
-                packed = _packed(names)
-                digest.update(packed)
-                classes.append(spool.new(packed))
-                if found:
-                    others.append(spool.new(_packed(sorted(found))))
-            self._listing = _Listing(num_images, digest.hexdigest()[:32], spool, classes, others)
-        return self._listing
+    @cached_property
+    def _listing(self) -> _Listing:
+        num_images, digest, spool = 0, hashlib.sha256(), Spool()
+        classes = []
+        for folder in self._folders:
+            found = self._list(folder)
+            num_images += len(found.images)
+            images = _packed(found.images)
+            digest.update(images)
+            folders = [f"{changed_ns} {path}" for path, changed_ns in found.folders.items()]
+            parts = images, _packed(sorted(found.others)), _packed(folders)
+            classes.append(_ClassListing(*map(spool.new, parts)))
+        return _Listing(num_images, digest.hexdigest()[:32], spool, classes)
 
-    def _names(self, folder: str, others: list[str] | None = None) -> list[str]:
-        """The images of a class, relative to the source; ``others`` gets what else is there."""
+    def _list(self, folder: str) -> FolderListing:
         top = os.path.join(self.path, folder)
-        prefix = len(os.path.join(self.path, ""))
-        found: list[str] = []
-        files = image_files(top, root=self._root, follow_links=self._follow_links, others=found)
-        names = [file[prefix:] for file in files]
-        if not names:
+        found = list_images(top, below=str(self.path), root=self._root, follow_links=self._follow_links)
+        if not found.images:
             raise SourceError(
                 f"{top}: no image in this class folder (expected files ending in "
                 f"{' '.join(IMAGE_EXTENSIONS)}); {_advice(self.path, 'remove the folder or add images')}"
             )
-        if others is not None:
-            others.extend(file[prefix:] for file in found)
-        self._check_distinct(names)
+        self._check_distinct(found.images)
+        return found
+
+    def _listed_names(self, label: int) -> list[str]:
+        """The images of a class as they were counted; a folder is only listed again if it changed since."""
+        listed = self._listing.classes[label]
+        names = self._listing.read(listed.images)
+        folders = (line.split(" ", 1) for line in self._listing.read(listed.folders))
+        if not all(is_as_listed(path, int(changed_ns)) for changed_ns, path in folders):
+            self._check_same(self._folders[label], names, self._list(self._folders[label]).images)
         return names
 
     def _check_distinct(self, names: list[str]) -> None:
@@ -146,7 +144,7 @@ class FolderSource(Source):
         if repeated is not None:
             raise SourceError(f"{self.path}: {repeated}: two names are spelt so in UTF-8; rename one")
 
-    def _refuse_change(self, folder: str, before: list[str], now: list[str]) -> None:
+    def _check_same(self, folder: str, before: list[str], now: list[str]) -> None:
         where = os.path.join(self.path, folder)
         for what, names in (("vanished", set(before) - set(now)), ("appeared", set(now) - set(before))):
             if names:
@@ -157,18 +155,27 @@ class FolderSource(Source):
                 )
 
 
+class _ClassListing(NamedTuple):
+    """Numbers of a class's strings in the spool."""
+
+    images: int
+    others: int
+    folders: int
+    """``CHANGED_NS PATH`` of each."""
+
+
 class _Listing(NamedTuple):
-    """What the images were when they were counted."""
+    """The folder as it was when its images were counted."""
 
     num_images: int
     digest: str
     """Of all names."""
     spool: Spool
     """Holds names, compressed: ImageNet's 1.28 million take 4 MB."""
-    classes: list[int]
-    """Where in it those of each class are."""
-    others: list[int]
-    """Where those of the files are that are no images by their name, of each class with some."""
+    classes: list[_ClassListing]
+
+    def read(self, number: int) -> list[str]:
+        return _unpacked(self.spool.whole(number))
 
 
 def _advice(top: str | os.PathLike[str], otherwise: str) -> str:
