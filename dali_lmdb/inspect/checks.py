@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from dali_lmdb.convert.audit import check_decodes, read_header
 from dali_lmdb.errors import DaliLmdbError, StoreDamagedError
-from dali_lmdb.inspect.records import Progress, Values, in_order, read_one, repeated, runs
+from dali_lmdb.inspect.records import Progress, Values, in_order, repeated, runs
 from dali_lmdb.store import FileStore, Kind, Store, layout
 from dali_lmdb.store.checksum import crc32
 from dali_lmdb.store.images import BadImageError, pixel_limit
@@ -259,7 +259,7 @@ class PayloadCheck:
         result = _Run(run.stop)
         for record in run:
             try:
-                data = read_one(self.store, record)
+                data = self.store.copy(record)
             except DaliLmdbError as error:
                 result.damage.append((record, str(error)))
                 continue

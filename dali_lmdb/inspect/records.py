@@ -14,7 +14,6 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from dali_lmdb.store import FileStore, ShardedStore, Store
-from dali_lmdb.store.classic import ClassicStore
 
 __all__ = [
     "Part",
@@ -147,17 +146,7 @@ def values_of(store: Store, run: range) -> Iterator[bytes]:
                 yield values.read(position)
         return
     for record in run:
-        yield read_one(store, record)
-
-
-def read_one(store: Store, record: int) -> bytes:
-    """Read one record's bytes, without the map if the store supports that.
-
-    Raises:
-        RecordError: its value is not an image with a label.
-        StoreDamagedError: the file is not what its index says.
-    """
-    return store.copy(record) if isinstance(store, ClassicStore) else bytes(store.read(record))
+        yield store.copy(record)
 
 
 def default_threads(num_threads: int | None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dali_lmdb.errors import RecordError, StoreError, one_line
+from dali_lmdb.errors import RecordError, StoreDamagedError, StoreError, one_line
 from dali_lmdb.store.checksum import crc32
 
 __all__ = ["Store"]
@@ -97,6 +98,23 @@ class Store(ABC):
             StoreDamagedError: the file is not what its index says.
         """
         return self.arrays(np.array([self._checked(index)]))[0].data
+
+    def copy(self, index: int) -> bytes:
+        """The bytes of one record, read from its file and not through a map, whose pages would count as RSS.
+
+        Args:
+            index: in [0, len).
+
+        Raises:
+            IndexError: no such record.
+            StoreDamagedError: the file is not what its index says, or cannot be read.
+        """
+        ((path, (offset,), (length,)),) = self.byte_ranges(np.array([self._checked(index)]))
+        try:
+            with open(path, "rb", buffering=0) as file:
+                return os.pread(file.fileno(), int(length), int(offset))
+        except OSError as error:
+            raise StoreDamagedError(f"{self.where(index)}: cannot be read: {error.strerror}") from error
 
     def where(self, index: int) -> str:
         """``STORE: record 41 (n01440764/x.JPEG)``, the start of an error message."""

@@ -14,7 +14,6 @@ from dali_lmdb.convert.sources.base import Item, Source, no_stamp
 from dali_lmdb.errors import RecordError, SourceError, StoreDamagedError, StoreError
 from dali_lmdb.store import Store, open_store
 from dali_lmdb.store.checksum import crc32
-from dali_lmdb.store.classic import ClassicStore
 
 __all__ = ["StoreSource", "class_names"]
 
@@ -104,7 +103,7 @@ class StoreSource(Source):
 
     def _read(self, index: int) -> bytes:
         try:
-            data = _copy(self._store, index)
+            data = self._store.copy(index)
             if crc32(data) != int(self._store.gather("crc32", np.array([index]))[0]):
                 raise RecordError(f"{self._store.where(index)}: wrong checksum; the file was damaged")
         except (StoreError, RecordError) as error:
@@ -121,19 +120,6 @@ def class_names(given: Iterable[str], there: Iterable[str]) -> list[str]:
     """
     known = set(there)
     return [name for text in given for name in ([text] if text in known else text.split(","))]
-
-
-def _copy(store: Store, index: int) -> bytes:
-    """The bytes of one record, read from its file where it is in one: pages touched in a map count as memory."""
-    if isinstance(store, ClassicStore):
-        return store.copy(index)
-    for path, (offset,), (length,) in store.byte_ranges(np.array([index])):
-        try:
-            with open(path, "rb", buffering=0) as file:
-                return os.pread(file.fileno(), int(length), int(offset))
-        except OSError as error:
-            raise StoreDamagedError(f"{store.where(index)}: cannot be read: {error.strerror}") from error
-    return bytes(store.read(index))
 
 
 def _rank_in_class(labels: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
