@@ -12,14 +12,15 @@ from dali_lmdb.convert.audit import BadImageError, Header, check_decodes, read_h
 from dali_lmdb.convert.change import change_image
 from dali_lmdb.convert.journal import Row
 from dali_lmdb.convert.settings import ConvertSettings
-from dali_lmdb.convert.sources.base import AT_ONCE_BYTES, AT_ONCE_ITEMS, Item
+from dali_lmdb.convert.sources.base import Item
 from dali_lmdb.store.checksum import crc32
 from dali_lmdb.store.layout import Change, Kind
 
 __all__ = ["ReadImage", "read_images"]
 
-# What one thread looks at in a row: images, and their bytes, but for the last one. One by one, handing over takes
-# longer than reading a warm file (10,000 of 105 kB, 2 cores: 1.7 s of processor time one by one, 1.0 s in blocks).
+_AHEAD_ITEMS, _AHEAD_BYTES = 2_048, 64 << 20  # read but not yet written, at most
+# Limits per task; the last image may exceed the bytes. With one image a task, handing over takes longer than
+# reading a warm file (10,000 of 105 kB, 2 cores: 1.7 s of CPU time, against 1.0 s in blocks).
 _BLOCK_ITEMS = 32
 _BLOCK_BYTES = 4 << 20
 _SPARE_BLOCKS = 2  # ready for the writer, or for a thread that is done
@@ -36,8 +37,8 @@ def read_images(items: Iterable[Item], settings: ConvertSettings, *, num_threads
     """Images in order, read and looked at by threads a bounded way ahead."""
     items = iter(items)
     most_blocks = num_threads + _SPARE_BLOCKS
-    most_items = max(1, min(_BLOCK_ITEMS, AT_ONCE_ITEMS // most_blocks))
-    most_bytes = min(_BLOCK_BYTES, AT_ONCE_BYTES // most_blocks)
+    most_items = max(1, min(_BLOCK_ITEMS, _AHEAD_ITEMS // most_blocks))
+    most_bytes = min(_BLOCK_BYTES, _AHEAD_BYTES // most_blocks)
     queue: deque[tuple[Future[list[ReadImage]], list[Item]]] = deque()
     mean_bytes = 1 << 20  # of an image; a guess at first, then a running mean
     with ThreadPoolExecutor(num_threads) as pool:

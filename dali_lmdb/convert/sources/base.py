@@ -6,15 +6,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-__all__ = ["AT_ONCE_BYTES", "AT_ONCE_ITEMS", "IMAGE_EXTENSIONS", "Item", "Source", "is_image_name", "no_stamp"]
+__all__ = ["IMAGE_EXTENSIONS", "Item", "Source", "is_image_name", "no_stamp"]
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 """torchvision.datasets.folder.IMG_EXTENSIONS."""
-
-
-AT_ONCE_ITEMS = 2_048
-AT_ONCE_BYTES = 64 << 20
-"""Items that are read at the same time, by several threads, are no more than this apart, give or take an image."""
 
 
 def is_image_name(name: str) -> bool:

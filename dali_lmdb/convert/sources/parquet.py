@@ -6,16 +6,16 @@ import json
 import os
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from dali_lmdb.convert.sources.base import AT_ONCE_BYTES, AT_ONCE_ITEMS, Item, Source, no_stamp
+from dali_lmdb.convert.sources.base import Item, Source, no_stamp
 from dali_lmdb.convert.sources.digest import NameDigest, digest_of
 from dali_lmdb.convert.sources.files import identity_of_files
 from dali_lmdb.convert.sources.names import (
@@ -116,11 +116,15 @@ class ParquetSource(Source):
     def items(self) -> Iterator[Item]:
         by_row = self._names.repeated is not None
         images: _Images | None = None
+        run: _Run | None = None
         for row in self._rows():
             if images is None or images.group is not row.group:
                 images = _Images(row.group)
+                run = None
+            if run is None or row.row_in_group not in run.rows:
+                run = images.run_from(row.row_in_group)
             name = _name(row, self._classes[row.label], by_row=by_row)
-            yield Item(name, row.label, partial(images.read, row.row_in_group, row.row), no_stamp)
+            yield Item(name, row.label, partial(run.read, row.row_in_group, row.row), no_stamp)
 
     def count(self) -> int:
         return sum(file.num_rows for file in self._files)
@@ -274,28 +278,56 @@ def _labels_and_paths(group: _Group, first: int) -> Iterator[tuple[int, str | No
         first += len(labels)
 
 
-@dataclass
-class _Kept:
-    """A batch of images."""
-
-    images: pa.Array
-    num_left: int
-    """Of those that were not taken yet; each is, once."""
-
-
 class _Images:
-    """The images of one row group, read front to back a batch at a time and shared by threads."""
+    """The images of one row group, read front to back and shared by threads."""
 
     def __init__(self, group: _Group) -> None:
-        self.group, self._path = group, group.file.path
+        self.group = group
         found = group.metadata.row_group(group.number)
         mean_bytes = found.total_byte_size // max(1, found.num_rows)
         self._num_rows = found.num_rows
         self._batch_rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, mean_bytes)))
-        self._lock = threading.Lock()
+        self._runs = WeakValueDictionary[int, _Run]()  # of the items that are alive, by their first row
         self._batches: Iterator[pa.RecordBatch] = iter(())
-        self._kept: dict[int, _Kept] = {}  # by the row at which it starts
-        self._next: int | None = None  # row at which the next batch starts; None before the first
+        self._next = self._num_rows  # row at which the next batch starts
+        self.lock = threading.Lock()
+
+    def run_from(self, row: int) -> _Run:
+        """A run of rows, the multiple of ``_batch_rows`` up to ``row`` being its first."""
+        start = row - row % self._batch_rows
+        run = self._runs[start] = _Run(self, range(start, start + self._batch_rows))
+        return run
+
+    def read_through(self, row: int) -> None:
+        """Read up to a row that its run does not hold; images of rows without an item are dropped."""
+        if row < self._next:
+            columns = [f"{self.group.file.columns.image}.bytes"]
+            self._batches, self._next = _batches(self.group, columns, self._batch_rows), 0
+            for run in list(self._runs.values()):
+                run.images.clear()
+        while self._next <= row:
+            batch = next(self._batches, None)
+            if batch is None:
+                where = f"{self.group.file.path}: row group {self.group.number}"
+                raise SourceError(f"{where} is cut off; download the file again")
+            for image in batch.column(0).field("bytes"):
+                waiting = self._runs.get(self._next - self._next % self._batch_rows)
+                if waiting is not None:
+                    waiting.images.append(image)
+                self._next += 1
+            if self._next == self._num_rows:
+                self._batches = iter(())  # the reader holds a page, which may be as large as the group
+            # Else Arrow keeps what is freed for a while: 300 MB with pages of 100 MB and 16 threads.
+            pa.default_memory_pool().release_unused()
+
+
+class _Run:
+    """Consecutive rows of a group; their images are held from when they are read until the last one is taken."""
+
+    def __init__(self, group: _Images, rows: range) -> None:
+        self.rows = rows
+        self.images: list[pa.Scalar] = []
+        self._group, self._num_left = group, len(rows)
 
     def read(self, row_in_group: int, row: int) -> bytes:
         """The bytes of one image; may be called in any thread.
@@ -303,49 +335,19 @@ class _Images:
         Raises:
             SourceError: they are null or cannot be read.
         """
-        with self._lock:
-            start = self._batch_of(row_in_group)
-            kept = self._kept[start]
-            kept.num_left -= 1
-            if kept.num_left == 0:
-                del self._kept[start]
-        data = kept.images[row_in_group - start].as_py()
+        position = row_in_group - self.rows.start
+        with self._group.lock:
+            if position >= len(self.images):
+                self._group.read_through(row_in_group)
+            image = self.images[position]
+            self._num_left -= 1
+            if self._num_left == 0:
+                self.images.clear()
+        data = image.as_py()
         if data is None:
-            raise SourceError(
-                f"{self._path}: row {row}: no image bytes, perhaps only a path; embed the images in the file"
-            )
+            where = f"{self._group.group.file.path}: row {row}"
+            raise SourceError(f"{where}: no image bytes, perhaps only a path; embed the images in the file")
         return data
-
-    def _batch_of(self, row_in_group: int) -> int:
-        """Where the batch of a row starts; it is then kept."""
-        for start, kept in self._kept.items():
-            if start <= row_in_group < start + len(kept.images):
-                return start
-        if self._next is None or row_in_group < self._next:
-            columns = [f"{self.group.file.columns.image}.bytes"]
-            self._batches = _batches(self.group, columns, self._batch_rows)
-            self._kept.clear()
-            self._next = 0
-        for batch in self._batches:
-            start, images = self._next, batch.column(0).field("bytes")
-            self._kept[start] = _Kept(images, len(images))
-            self._forget_skipped()
-            self._next = start + len(images)
-            if self._next == self._num_rows:
-                self._batches = iter(())  # the reader holds a page, which may be as large as the group
-            # Else Arrow keeps what is freed for a while: 300 MB with pages of 100 MB and 16 threads.
-            pa.default_memory_pool().release_unused()
-            if row_in_group < self._next:
-                return start
-        raise SourceError(f"{self._path}: row group {self.group.number} is cut off; download the file again")
-
-    def _forget_skipped(self) -> None:
-        """Let go of batches that nobody asks for: a resumed conversion begins in the middle of a group."""
-        num_rows = num_bytes = 0
-        for start, kept in reversed(list(self._kept.items())):
-            if num_rows > AT_ONCE_ITEMS or num_bytes > AT_ONCE_BYTES:
-                del self._kept[start]
-            num_rows, num_bytes = num_rows + len(kept.images), num_bytes + kept.images.nbytes
 
 
 def _one_line(error: Exception) -> str:
