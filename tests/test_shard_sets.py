@@ -188,14 +188,14 @@ def test_a_shard_alone_names_its_set(tmp_path, sources):
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_set_beside_a_store_of_its_name_is_refused_however_few_its_shards(tmp_path, sources, count):
     convert(sources[0], tmp_path / "train.lmdb")
-    with pytest.raises(ConversionError, match="opens by the same name; choose another name"):
+    with pytest.raises(ConversionError, match="would open under the same name; choose another name"):
         convert(sources[1], tmp_path / "train.lmdb", shards=count)
     assert num_records(tmp_path / "train.lmdb") == 3
 
 
 def test_a_store_named_like_a_shard_of_a_set_that_is_there_is_refused(tmp_path, sources):
     convert(sources[0], tmp_path / "train.lmdb", shards=2)
-    with pytest.raises(ConversionError, match="opens by the same name; choose another name"):
+    with pytest.raises(ConversionError, match="would open under the same name; choose another name"):
         convert(sources[1], tmp_path / "train-00000-of-00003.lmdb")
     assert num_records(tmp_path / "train.lmdb") == 3
 
@@ -223,7 +223,7 @@ def test_of_two_conversions_to_one_name_the_later_to_end_is_not_published(tmp_pa
             convert(sources[1], target, shards=second)
             return super().items()
 
-    with pytest.raises(ConversionError, match="opens by the same name; choose another name"):
+    with pytest.raises(ConversionError, match="would open under the same name; choose another name"):
         convert(Overtaken(sources[0]), target, shards=first)
     assert num_records(target) == 4
 

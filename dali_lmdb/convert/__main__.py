@@ -37,7 +37,7 @@ _DEFAULTS = {field.name: field.default for field in fields(ConvertSettings)}
     "--source",
     "kind",
     type=click.Choice(KINDS),
-    help="What SOURCE is.  [default: detected]",
+    help="Kind of SOURCE.  [default: detected]",
 )
 @click.option(
     "--val-labels",
@@ -52,7 +52,7 @@ _DEFAULTS = {field.name: field.default for field in fields(ConvertSettings)}
     help="Keep only these classes, with SOURCE a store. Labels are renumbered. May be repeated: a NAME that has a "
     "comma stands alone.",
 )
-@click.option("--classes-file", metavar="FILE", help="Keep only the classes in FILE, too: a name on each line.")
+@click.option("--classes-file", metavar="FILE", help="Keep only the classes in FILE too, one name a line.")
 @click.option(
     "--per-class",
     type=click.IntRange(min=1),
@@ -78,7 +78,7 @@ _DEFAULTS = {field.name: field.default for field in fields(ConvertSettings)}
     type=click.IntRange(min=1),
     default=_DEFAULTS["max_pixels"],
     show_default=True,
-    help="Images of more pixels are bad.",
+    help="Reject larger images.",
 )
 @click.option(
     "--transcode", is_flag=True, help="Re-encode what the GPU cannot decode, and CMYK, as baseline RGB JPEG."
@@ -102,7 +102,7 @@ _DEFAULTS = {field.name: field.default for field in fields(ConvertSettings)}
     metavar="K",
     help="Write K files, NAME-00000-of-0000K.lmdb and so on. Under torchrun the ranks share them.",
 )
-@click.option("--restart", is_flag=True, help="Start over instead of going on with an interrupted conversion.")
+@click.option("--restart", is_flag=True, help="Start over instead of resuming an interrupted conversion.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads that read images.  [default: the cores]")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
 def main(
@@ -127,7 +127,7 @@ def main(
     ImageNet's tar of tars; a flat folder or tar with --val-labels; Parquet files as Hugging Face writes them; a
     CSV or TSV of path,label; a classic database of PyTorch-LMDB; or a store, to subset, re-shard or re-encode.
 
-    Interrupted, by Ctrl-C, a kill or a full disk, the same command goes on where it stopped.
+    After an interrupt, a kill or a full disk, the same command resumes where it stopped.
     """
     signal.signal(signal.SIGTERM, _interrupt)
     own = ranks_from_environment(RankEnvironment) or RankEnvironment()
@@ -166,7 +166,7 @@ def main(
 
 
 def _class_names(names: tuple[str, ...], file: str | None) -> list[str] | None:
-    """All that were given; None if none were."""
+    """All class names that were given; None if there are none."""
     if file is None:
         return list(names) or None
     return [*names, *lines_of(Path(file), what="class names")]

@@ -1,6 +1,6 @@
-"""Converting a source into a store of one or several files, published when all of it is done.
+"""Convert a source to a store of one or several files, published when all of it is done.
 
-Killed at any instant, the same call goes on after the last commit; see ``job.py`` for the files involved.
+Killed at any instant, the same call resumes after the last commit; ``files.py`` lists the files involved.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ __all__ = ["convert"]
 
 T = TypeVar("T")
 
-# Open at once besides the journals, and a file of the source in each thread: the partial file (3), archives, lists
-# that are kept in temporary files, modules that are imported late.
+# Open files besides the journals and each thread's file of the source: the partial file (3), archives, temporary
+# files for long lists, modules that are imported late.
 _OTHER_DESCRIPTORS = 16
 _ANY_FAILURE = "cannot be read or written"
 
@@ -51,23 +51,23 @@ def convert(
     num_threads: int | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Summary:
-    """Make a store from a source of images, or go on with an interrupted conversion of the same.
+    """Convert a source of images to a store, or resume an interrupted conversion of the same source.
 
     Args:
         source: what ``open_source`` takes, or a ``Source``.
         target: the store to make; must not exist.
-        settings: how images are looked at; by default ``ConvertSettings()``.
-        shards: write so many files, ``NAME-00000-of-00004.lmdb`` and so on, each with a run of the records;
+        settings: how images are validated and changed; by default ``ConvertSettings()``.
+        shards: number of files to write, ``NAME-00000-of-00004.lmdb`` and so on, each with consecutive records;
             by default one file, ``target`` itself.
-        ranks: processes that share the work, shards in turn; by default this one alone.
-        restart: forget an interrupted conversion instead of going on with it.
-        num_threads: threads that read and look at images; by default the cores this process may use, at least 2.
-        progress: called from time to time.
+        ranks: processes that share the shards; by default this process alone.
+        restart: discard an interrupted conversion instead of resuming it.
+        num_threads: threads that read and validate images; by default the cores this process may use, at least 2.
+        progress: called after every commit and while verifying.
 
     Raises:
         SourceError: the source is missing, empty, or changes during the conversion.
         ConversionError: the target exists, its folder cannot be written, the disk is full, another converter
-            works on it, the source or settings differ from those of the interrupted conversion, or
+            is writing it, the source or settings differ from those of the interrupted conversion, or
             ``on_bad="fail"`` and there are bad images.
         ValueError: ``shards`` is below 1, or there are several ranks and no shards.
     """
@@ -110,14 +110,14 @@ def convert(
 
 @dataclass(frozen=True, kw_only=True)
 class _Task:
-    """What is converted, how, and by whom."""
+    """The arguments of ``convert``, as its phases need them."""
 
     source: Source
     target: Path
     settings: ConvertSettings
     ranks: Ranks
     all_files: list[Files]
-    """Those of each shard; of the target, if it is no set."""
+    """Files of each shard; without shards, of the target alone."""
     is_set: bool
     restart: bool
     num_threads: int
@@ -125,12 +125,12 @@ class _Task:
 
     @property
     def mine(self) -> range:
-        """The files that this rank makes: consecutive ones, so that it lists a run of the source."""
+        """Indices of the files that this rank writes: consecutive, so that it goes through the source once."""
         count, ranks = len(self.all_files), self.ranks
         return range(count * ranks.rank // ranks.world_size, count * (ranks.rank + 1) // ranks.world_size)
 
     def on_all_ranks(self, work: Callable[[], T]) -> list[T]:
-        """What ``work`` returns on each rank, when all have done it; if it fails on one, it fails on all."""
+        """Do ``work`` on every rank and return all results; if it fails on one rank, it fails on all."""
         try:
             with os_errors(self.target, _ANY_FAILURE, ConversionError):
                 result = work()
@@ -148,7 +148,7 @@ class _RankWritten:
     bad: int = 0
     reports: list[str] = field(default_factory=list)
     fingerprints: list[str] = field(default_factory=list)
-    """Of each of its shards."""
+    """One for each of its shards."""
 
 
 # Phase 1: hold every target, then write all records.
@@ -157,7 +157,7 @@ class _RankWritten:
 def _jobs(task: _Task, journals: contextlib.ExitStack) -> list[Job]:
     """One job for each of this rank's files; their journals keep other converters off until all is published."""
     parts = _parts(task)
-    # All that an interrupted conversion left to do is perhaps removing journals, of which some may be gone.
+    # An interrupted conversion may have published everything and removed some of its journals.
     only_journals = all(files.target.exists() and not files.partial.exists() for files in task.all_files) and any(
         files.journal.exists() for files in task.all_files
     )
@@ -187,7 +187,7 @@ def _jobs(task: _Task, journals: contextlib.ExitStack) -> list[Job]:
 
 
 def _parts(task: _Task) -> list[Part]:
-    """Deal the source's items to files: consecutive runs whose lengths differ by one at most."""
+    """Split the source's items into runs whose lengths differ by one at most, one for each file."""
     total, count = task.source.count(), len(task.all_files)
     if total == 0:
         raise ConversionError(f"{task.target}: nothing to convert: the source has no images")
@@ -216,7 +216,7 @@ def _check_published(job: Job, *, restart: bool, only_journals: bool) -> None:
 
 
 def _write(task: _Task, jobs: Sequence[Job]) -> _RankWritten:
-    """Write the records of this rank's files: all images are validated before bad ones stop anything."""
+    """Write the records of this rank's files: every image is validated before bad ones are refused."""
     total = _RankWritten()
     if not jobs:
         return total
@@ -252,7 +252,7 @@ def _check_bad(task: _Task, all_written: Sequence[_RankWritten]) -> None:
 
 
 def _finish(task: _Task, jobs: Sequence[Job], all_written: Sequence[_RankWritten]) -> None:
-    """Make this rank's partial files complete stores, which name the set that they belong to."""
+    """Complete this rank's partial files; shards of one conversion share a set name."""
     parts = [
         task.source.kind,
         task.source.identity(),

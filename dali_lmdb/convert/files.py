@@ -3,8 +3,8 @@
 For a target ``NAME.lmdb``, all beside it, so that publishing is one rename:
 
 * ``NAME.lmdb.partial``: the LMDB file while it grows;
-* ``NAME.lmdb.partial-journal``: what was done so far, see ``journal.py``;
-* ``NAME.lmdb.bad.tsv``: the images that were refused and the files that were left out, with reasons.
+* ``NAME.lmdb.partial-journal``: what is done so far, see ``journal.py``;
+* ``NAME.lmdb.bad.tsv``: refused images and files that were left out, with reasons, see ``report.py``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dali_lmdb.store.shards import BESIDE, set_files, shard_name
 
 __all__ = ["Files", "check_name", "check_target"]
 
-MAX_NAME_BYTES = 255  # of a file in most file systems of Linux (NAME_MAX)
+_MAX_NAME_BYTES = 255  # NAME_MAX of most Linux file systems
 
 
 class Files:
@@ -34,7 +34,7 @@ class Files:
 
 
 def check_target(target: Path, all_files: Sequence[Files]) -> None:
-    """Refuse a target that cannot be written, or that would not be what its name then opens."""
+    """Refuse a target that cannot be written, or whose name would then open something else."""
     folder = target.parent
     if target.is_dir():
         raise ConversionError(f"{target}: a folder, expected the name of the file to make, such as train.lmdb")
@@ -46,16 +46,16 @@ def check_target(target: Path, all_files: Sequence[Files]) -> None:
         code = errno.EROFS if os.statvfs(folder).f_flag & os.ST_RDONLY else errno.EACCES
         raise ConversionError(refusal(folder, "not writable", OSError(code, os.strerror(code))))
     longest = max(len(os.fsencode(files.journal.name)) for files in all_files)
-    if longest > MAX_NAME_BYTES:
+    if longest > _MAX_NAME_BYTES:
         raise ConversionError(
-            f"{target}: its name is too long by {longest - MAX_NAME_BYTES} bytes, with what is added to it during "
-            "the conversion; choose a shorter one"
+            f"{target}: its name is too long by {longest - _MAX_NAME_BYTES} bytes, with what is added to it "
+            "during the conversion; choose a shorter one"
         )
     check_name(target, all_files)
 
 
 def check_name(target: Path, all_files: Sequence[Files]) -> None:
-    """Refuse a name that stands for something else already, or for what is kept beside another store."""
+    """Refuse a name under which something else already opens, or that is kept for files beside a store."""
     ending = next((ending for ending in BESIDE if target.name.endswith(ending)), None)
     if ending is not None:
         raise ConversionError(f"{target}: names that end in {ending} are for files beside a store; choose another")
@@ -63,9 +63,9 @@ def check_name(target: Path, all_files: Sequence[Files]) -> None:
     there = [file for file in set_files(target) if file not in mine]
     if target not in mine:
         there += [target] if os.path.lexists(target) else []
-    elif (shard := shard_name(target)) is not None:  # a store of its own, which the shards' name would open, too
+    elif (shard := shard_name(target)) is not None:  # a single store, which the name of its set would open too
         there += [f for f in set_files(target.with_name(shard.set_name)) if not f.match(shard.pattern())]
     if there:
         raise ConversionError(
-            f"{target}: {there[0].name} is there, which opens by the same name; choose another name"
+            f"{target}: {there[0].name} exists and would open under the same name; choose another name"
         )

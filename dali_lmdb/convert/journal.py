@@ -1,12 +1,12 @@
-"""What a conversion has done so far, beside its partial file: one row for each image looked at.
+"""The journal of a conversion: one row for each image that was read, stored or refused.
 
-The store's index is built from it at the end, and an interrupted conversion goes on by it. Rows are written
-before the records they describe, so the journal may be ahead of the partial file, never behind: when it is
-opened again, what is ahead is cut off.
+The store's index is built from it at the end, and an interrupted conversion resumes from it. Rows are written
+before the records they describe, so the journal may be ahead of the partial file, never behind; on resuming it is
+truncated to the records that are there.
 
-File: frames of ``length u32 | crc32 u32 | payload``; the first payload is JSON (what is converted and how),
-the others are Arrow IPC streams of ``ROW_SCHEMA``, one for each commit, or JSON: ``{"rows": n}``, of the stream
-before only the first n rows count. So no row of a record that is written is ever taken away, not for a moment.
+File: frames of ``length u32 | crc32 u32 | payload``. The first payload is JSON: what is converted and how. The
+others are Arrow IPC streams of ``ROW_SCHEMA``, one for each commit, or JSON ``{"rows": n}``: only the first n rows
+of the stream before it count. Thus the rows of written records are never removed, not even while truncating.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ _GO_ON = "then run the same command again to go on"
 
 
 class Journal:
-    """The open journal of one conversion; holding it keeps other converters off the same target.
+    """The open and locked journal of one conversion; the lock keeps other converters off the same target.
 
     Args:
         path: the file; created if absent.
@@ -74,7 +74,7 @@ class Journal:
         header: what the first frame says, None in a new journal.
 
     Raises:
-        ConversionError: another converter is at work on the target, or the file cannot be written.
+        ConversionError: another converter is writing the target, or the file cannot be written.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -82,7 +82,7 @@ class Journal:
         is_there = os.path.lexists(path)
         what = "of an interrupted conversion, cannot be continued" if is_there else "cannot be made"
         with os_errors(path, what, ConversionError):
-            # Unbuffered, so that nothing is left to be written when it is closed.
+            # Unbuffered, so that closing it writes nothing.
             self._file = open(path, "a+b", buffering=0)  # noqa: SIM115  closed by close()
         self.header: dict[str, Any] | None = None
         try:
@@ -95,13 +95,13 @@ class Journal:
             raise
 
     def start(self, header: dict[str, Any]) -> None:
-        """Begin anew: forget what is there and write the first frame."""
+        """Start over: truncate the file and write the first frame."""
         self._cut(0)
         self._body = self._write(json.dumps(header, ensure_ascii=True).encode())
         self.header = header
 
     def append(self, rows: pa.RecordBatch) -> None:
-        """Add rows; they survive the death of this process.
+        """Append rows; they survive the death of this process.
 
         Raises:
             ConversionError: the disk refuses.
@@ -112,16 +112,12 @@ class Journal:
         self._write(sink.getvalue())
 
     def rows(self) -> Iterator[pa.RecordBatch]:
-        """All rows, a batch for each commit, in order."""
+        """Yield all rows in order, one batch for each commit."""
         for batch, _ in self._batches():
             yield batch
 
-    def num_bad(self) -> int:
-        """Number of images that were refused."""
-        return sum(batch.num_rows - batch.column("reason").null_count for batch in self.rows())
-
     def cut_to(self, num_records: int) -> int:
-        """Forget the rows of records that did not reach the partial file.
+        """Drop the rows of records that did not reach the partial file.
 
         Args:
             num_records: records in the partial file.
@@ -152,16 +148,16 @@ class Journal:
         return kept_rows
 
     def remove_if_new(self) -> None:
-        """Leave nothing behind of a conversion that has not begun."""
+        """Remove the file of a conversion that has not begun."""
         if self.header is None:
             self.path.unlink(missing_ok=True)
 
     def empty(self) -> bool:
-        """Whether there is no row in it."""
+        """Whether it has no rows."""
         return next(self._batches(), None) is None
 
     def close(self) -> None:
-        """Let go of the target."""
+        """Release the lock and the file."""
         self._file.close()
 
     def __enter__(self) -> Journal:
@@ -180,7 +176,7 @@ class Journal:
                 ) from None
 
     def _batches(self) -> Iterator[tuple[pa.RecordBatch, int]]:
-        """(rows, end of their frames) of each commit."""
+        """Yield (rows, end of their frames) of each commit."""
         last: tuple[pa.RecordBatch, int] | None = None
         for payload, end in islice(self._frames(), 1, None):
             if last is not None and payload.startswith(b"{"):
@@ -193,7 +189,7 @@ class Journal:
             yield last
 
     def _frames(self) -> Iterator[tuple[bytes, int]]:
-        """(payload, end of the frame) of each whole frame; a torn one ends the file."""
+        """Yield (payload, end of the frame) of each whole frame; a torn frame ends the file."""
         position = 0
         while True:
             self._file.seek(position)
@@ -221,7 +217,7 @@ class Journal:
 
 
 def batch_of(rows: Sequence[Row]) -> pa.RecordBatch:
-    """Rows as Arrow columns, at least one row."""
+    """Convert rows, at least one, to an Arrow batch."""
     columns = dict(zip(Row._fields, zip(*rows, strict=True), strict=True))
     return pa.RecordBatch.from_arrays(
         [pa.array(columns[field.name], type=field.type) for field in ROW_SCHEMA], schema=ROW_SCHEMA
@@ -229,7 +225,7 @@ def batch_of(rows: Sequence[Row]) -> pa.RecordBatch:
 
 
 def _rows_of_records(batch: pa.RecordBatch, count: int) -> int:
-    """How many rows there are up to the one of the batch's ``count``-th record."""
+    """Number of rows up to and including the one of the batch's ``count``-th record."""
     if count == 0:
         return 0
     places = np.flatnonzero(batch.column("reason").is_null().to_numpy(zero_copy_only=False))

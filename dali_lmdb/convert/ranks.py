@@ -1,4 +1,4 @@
-"""Processes that share a conversion, one under plain Python, several under torchrun."""
+"""The processes that share a conversion: one under plain Python, several under torchrun."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Ranks:
     world_size = 1
 
     def agree(self, failure: BaseException | None, value: T) -> list[T]:
-        """Wait for all ranks; if any failed, all do.
+        """Wait for all ranks; if any failed, fail on all of them.
 
         Returns:
             Every rank's ``value``, in their order.

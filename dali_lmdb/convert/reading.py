@@ -1,4 +1,4 @@
-"""Images of a source, read and looked at by threads."""
+"""Read and validate a source's images in threads."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _SPARE_BLOCKS = 2  # ready for the writer, or for a thread that is done
 
 
 class ReadImage(NamedTuple):
-    """One image after it was read and looked at, in a thread."""
+    """An image that was read and validated; ``row`` says whether it is stored."""
 
     data: bytes
     row: Row
 
 
 def read_images(items: Iterable[Item], settings: ConvertSettings, *, num_threads: int) -> Iterator[ReadImage]:
-    """Images in order, read and looked at by threads a bounded way ahead."""
+    """Yield images in order, read and validated by threads that are a bounded number of images ahead."""
     items = iter(items)
     most_blocks = num_threads + _SPARE_BLOCKS
     most_items = max(1, min(_BLOCK_ITEMS, _AHEAD_ITEMS // most_blocks))
@@ -66,7 +66,7 @@ def read_images(items: Iterable[Item], settings: ConvertSettings, *, num_threads
 
 
 def _read_block(items: list[Item], settings: ConvertSettings, most_bytes: int) -> list[ReadImage]:
-    """Read images and look at them, up to the one that makes it ``most_bytes``; runs in a thread."""
+    """Read images until they have ``most_bytes``; runs in a thread."""
     done: list[ReadImage] = []
     num_bytes = 0
     for item in items:
@@ -78,7 +78,7 @@ def _read_block(items: list[Item], settings: ConvertSettings, most_bytes: int) -
 
 
 def _read_image(item: Item, settings: ConvertSettings) -> ReadImage:
-    """Read one image and look at it; runs in a thread."""
+    """Read, validate and perhaps re-encode one image; runs in a thread."""
     data = item.read()
     stamp = item.stamp()
     header, change, reason = Header(Kind.UNKNOWN, 0, 0), Change.NONE, None

@@ -1,4 +1,4 @@
-"""What a conversion is asked to do, and what it says of itself."""
+"""Settings, progress and summary of a conversion."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["ConvertSettings", "Progress", "Summary"]
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertSettings:
-    """How images are looked at and what becomes of bad ones.
+    """How images are validated and re-encoded, and what happens to bad ones.
 
     Raises:
         ValueError: a setting is out of range.
@@ -23,9 +23,9 @@ class ConvertSettings:
     """``"header"``: parse each file's header; ``"decode"``: decode it too, and reject what libjpeg only warns
     about; ``"none"``: store sizes and kinds as unknown (0)."""
     on_bad: Literal["fail", "skip"] = "fail"
-    """``"fail"``: look at everything, report, publish nothing; ``"skip"``: publish without the bad ones."""
+    """``"fail"``: validate everything, report, publish nothing; ``"skip"``: publish without bad images."""
     max_pixels: int = MAX_PIXELS
-    """Images of more pixels are bad."""
+    """Reject larger images."""
     transcode: bool = False
     """Re-encode what the GPU cannot decode, and CMYK, as baseline RGB JPEG."""
     resize: int | None = None
@@ -48,7 +48,7 @@ class ConvertSettings:
             raise ValueError(f"quality is {self.quality}, expected 1 to 100")
 
     def identity(self) -> dict[str, Any]:
-        """What must be the same when a conversion is resumed."""
+        """The settings that must not differ when a conversion is resumed."""
         identity = asdict(self)
         del identity["on_bad"]  # only decides what happens at the end
         return identity
@@ -56,26 +56,26 @@ class ConvertSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """What a conversion did."""
+    """The result of a conversion."""
 
     store: str
     records: int
     classes: int
     bytes: int
-    """Of the images in the store."""
+    """Total size of the images in the store."""
     seconds: float
     skipped: int
     """Bad images that are not in the store."""
     left_out: int
-    """Files among the images or beside the class folders that were not taken (``Source.left_out``)."""
+    """Files among the images or beside the class folders that were ignored (``Source.left_out``)."""
     reports: list[str]
-    """Paths of the lists of what is not in the store; none if there is nothing to list."""
+    """Paths of the lists of bad images and ignored files; empty if there are none."""
     gpu: int
     """Records that nvJPEG decodes on the GPU."""
     cpu: int
     """Records that fall back to a decoder on the CPU."""
     none: int
-    """Records that nothing known decodes, or that were not looked at."""
+    """Records that no known decoder takes, or that were not validated."""
     transcoded: int
     resized: int
 
@@ -91,13 +91,13 @@ class Summary:
 
 
 class Progress(NamedTuple):
-    """How far a conversion is, given to the ``progress`` callback after every commit."""
+    """Progress of a conversion, given to the ``progress`` callback after every commit."""
 
     store: str
     """The file that is being written."""
     phase: Literal["writing", "verifying"]
     done: int
-    """Images of this file."""
+    """Number of this file's images that are done."""
     total: int
     num_bytes: int
-    """Of the images written to this file in this run."""
+    """Total size of the images written to this file in this run."""

@@ -1,4 +1,4 @@
-"""Where images come from: each kind of source in a module of its own."""
+"""Sources of images, each kind in a module of its own."""
 
 from __future__ import annotations
 
@@ -56,15 +56,15 @@ def open_source(
     Args:
         path: a file or folder, or a pattern that matches one; for WebDataset, Parquet, ImageNet's class tars and
             the shards of a store, several.
-        kind: one of ``KINDS``; by default detected, and refused where it could be another.
+        kind: one of ``KINDS``; by default detected, and refused where it is ambiguous.
         val_labels: the labels of a flat folder or tar of images, see ``FlatSource``.
         follow_links: follow symbolic links that lead out of a folder of images.
-        classes: names of the classes to take of a store, see ``store.class_names``.
-        per_class: records to take of each class of a store, see ``StoreSource``.
+        classes: names of the classes to take from a store, see ``store.class_names``.
+        per_class: number of records to take of each class of a store, see ``StoreSource``.
 
     Raises:
-        ValueError: an unknown kind, or one that does not go with ``val_labels``, ``classes`` or ``per_class``.
-        SourceError: there is nothing that can be converted, or what could be of several kinds.
+        ValueError: an unknown kind, or one that does not take ``val_labels``, ``classes`` or ``per_class``.
+        SourceError: there is nothing that can be converted, or its kind is ambiguous.
     """
     path = os.fspath(path)
     if not path:
@@ -109,7 +109,7 @@ def open_source(
 
 
 def _matched(path: str) -> list[str]:
-    """What the path of a source stands for, see ``matches_of``; a set of shards has a name that does not exist."""
+    """The paths that a source's path matches, see ``matches_of``; the name of a set of shards is no file."""
     if os.path.lexists(path) or "\0" in path:
         return [path]
     shards = shard_files(path)
@@ -125,11 +125,11 @@ def _no_part(part: dict[str, Any]) -> None:
 
 
 def _open_lmdb(path: str, found: list[str], kind: str, part: dict[str, Any]) -> Source:
-    """A classic database or a store; ``kind`` is "store", or "lmdb" for what it is.
+    """Open a classic database or a store; ``kind`` is "store", or "lmdb" to detect which.
 
     Args:
         path: as the user gave it.
-        found: what that stands for.
+        found: the paths that it matches.
     """
     is_set = all(_SHARD.search(file) for file in found) and shard_files(path) == [Path(file) for file in found]
     if len(found) > 1 and not is_set:

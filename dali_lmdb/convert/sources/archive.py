@@ -1,4 +1,4 @@
-"""Uncompressed tar files read in place: members are found once and read by position, never unpacked to disk."""
+"""Uncompressed tar files, read in place: members are listed once and read by offset, never unpacked to disk."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dali_lmdb.store.regular import check_regular
 __all__ = ["COMPRESSED", "Archive", "Member"]
 
 _BLOCK_BYTES = tarfile.BLOCKSIZE
-_MAX_HEADER_BYTES = 1 << 20  # more than real names and PAX headers have; a damaged length must not take gigabytes
+_MAX_HEADER_BYTES = 1 << 20  # real names and PAX headers are shorter; a damaged length must not allocate gigabytes
 COMPRESSED = {
     b"\x1f\x8b": "gzip -dk",
     b"BZh": "bzip2 -dk",
@@ -31,7 +31,7 @@ class Member(NamedTuple):
     """A file or folder in an archive."""
 
     path: str
-    """Relative, without ``.`` and ``..``; as the file system would give it, so perhaps with surrogates."""
+    """Relative, without ``.`` and ``..``; may have surrogates, as names from the file system."""
     offset: int
     """Where its bytes start in the archive; -1 for a folder."""
     size: int
@@ -66,7 +66,7 @@ class Archive:
     def members(
         self, wanted: Callable[[str], bool], *, offset: int = 0, size: int | None = None, name: str = ""
     ) -> Iterator[Member]:
-        """Folders and the files of wanted names, in the archive's order; only headers are read.
+        """Yield folders and files of wanted names, in the archive's order; only headers are read.
 
         Args:
             offset, size, name: of a tar inside this one, to list that; by default this one.
@@ -125,7 +125,7 @@ class Archive:
 
 
 class _Window(io.RawIOBase):
-    """A part of an open file, as tarfile wants to read it; the file's own position stays."""
+    """A part of an open file, with the methods that tarfile needs; the file's own position stays."""
 
     def __init__(self, descriptor: int, offset: int, size: int) -> None:
         self._descriptor, self._offset, self.size = descriptor, offset, size
@@ -157,7 +157,7 @@ class _Window(io.RawIOBase):
 
 
 def _member(info: tarfile.TarInfo, wanted: Callable[[str], bool], offset: int, where: str) -> Member | None:
-    """A folder, or a file of a wanted name; None for others."""
+    """Make a member of a folder or a file of a wanted name; None for others."""
     path = safe_path(info.name, where=where)
     if info.isdir():
         return Member(path, -1, 0)
@@ -176,7 +176,7 @@ def _member(info: tarfile.TarInfo, wanted: Callable[[str], bool], offset: int, w
 
 
 def _check_end(window: _Window, end: int, where: str, before: str) -> None:
-    """tarfile takes a damaged header and the end of the file for the end of the archive; this does not."""
+    """Refuse an archive without an end mark: tarfile takes a damaged header or the end of the file for the end."""
     window.seek(end)
     block = window.read(_BLOCK_BYTES)
     if block != bytes(_BLOCK_BYTES):

@@ -1,4 +1,4 @@
-"""What a source of images is to the converter."""
+"""The interface between the converter and a source of images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def is_image_name(name: str) -> bool:
 
 
 def no_stamp() -> int:
-    """``Item.stamp`` of sources that are watched as a whole, in ``identity``."""
+    """``Item.stamp`` of sources whose ``identity`` notices every change."""
     return 0
 
 
@@ -35,8 +35,8 @@ class Item(NamedTuple):
         SourceError: it vanished, changed while it was read, or cannot be read.
     """
     stamp: Callable[[], int]
-    """A number that changes when the image does (a file's time in ns), to notice it on resuming; 0 where the
-    source as a whole is watched. After ``read`` that of what was read. Called in any thread."""
+    """A number that changes when the image does (a file's time of change in ns), compared on resuming; 0 where
+    ``identity`` notices every change. After ``read``, that of the bytes read. Called in any thread."""
 
 
 class Source(ABC):
@@ -52,17 +52,17 @@ class Source(ABC):
 
     @abstractmethod
     def items(self) -> Iterator[Item]:
-        """All items in order, found while iterating; no image is read."""
+        """Yield all items in order, the same on every pass; no image is read."""
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """What must be the same when a conversion is resumed: plain JSON types."""
+        """What must not differ when a conversion is resumed: plain JSON types."""
 
     def left_out(self) -> Iterator[tuple[str, str]]:
-        """Files that lie among the images and are not taken, as (name, reason); the report lists them.
+        """Yield (name, reason) of files that lie among the images and are ignored, for the report.
 
-        Known to class folders only, and of a tar of them the images beside them; other members of archives and
-        rows of tables are meant to hold other things too.
+        Only class folders know them, and tars of class folders know images beside these; other archives and tables
+        may hold other things too.
         """
         return iter(())
 

@@ -1,4 +1,4 @@
-"""What the names in a tar say of what it is."""
+"""The member names of a tar that show what kind of source it is."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__ = ["TarContents"]
 
 
 class TarContents:
-    """Names of the members of a tar, up to its first label, which says all; only headers are read.
+    """Names of a tar's members, up to the first label, which decides; only headers are read.
 
     Args:
-        archive: the tar, or what holds it.
+        archive: the tar, or the archive that holds it.
         inner: the tar inside the archive; by default the archive itself.
 
     Attributes:
@@ -63,7 +63,7 @@ class TarContents:
         return sorted({path.partition("/")[0] for path in self.folders} - {""})
 
     def _note(self, path: str) -> bool:
-        """Whether to list a file; called with the path of each, in the archive's order."""
+        """Whether to list a file; called with every path, in the archive's order."""
         before, name = self._before, _Name(path, *key_and_extension(path))
         self._before = name
         if self.siblings is None and name.key == before.key and name.is_image != before.is_image:
@@ -75,7 +75,7 @@ class TarContents:
 
 
 class _Name(NamedTuple):
-    """A path as WebDataset takes it apart."""
+    """A path as WebDataset splits it."""
 
     path: str
     key: str

@@ -1,4 +1,4 @@
-"""Number and hash of a source's names, and whether one comes twice: in little memory, however many they are."""
+"""Count and hash a source's names and find a repeated one, in bounded memory."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from dali_lmdb.errors import SourceError
 __all__ = ["NameDigest", "digest_of", "digest_of_distinct"]
 
 _KEPT_HASHES = 1 << 21  # 16 MB, and as much again while they are sorted
-_PARTS = 256  # that hashes are compared in, one after the other: 3 MB each for 100 million names
+_PARTS = 256  # compared one after the other: 3 MB each for 100 million names
 _MAX_SUSPECTS = 1000  # by chance, 100 million different names have one pair of equal hashes in 3,700 cases
 
 
 @dataclass(frozen=True)
 class NameDigest:
-    """What names were, in order."""
+    """Number and hash of a sequence of names."""
 
     num_names: int
     hexdigest: str
     """32 hex digits over all of them."""
     repeated: str | None
-    """A name that comes twice, if one does: the first to come again, unless a thousand do."""
+    """The first name to come again, or None; any such name if more than a thousand do."""
 
 
 def digest_of(names: Callable[[], Iterable[str]]) -> NameDigest:
-    """Number and hash of names, and one that comes twice.
+    """Count and hash names, and find one that comes twice.
 
     Args:
-        names: called again to find the name that comes twice, if one may.
+        names: called a second time if a name may come twice, to find it.
 
     Raises:
         SourceError: there are more than ``_KEPT_HASHES``, and the temporary folder is missing or full.
@@ -55,7 +55,7 @@ def digest_of(names: Callable[[], Iterable[str]]) -> NameDigest:
 
 
 def digest_of_distinct(names: Callable[[], Iterable[str]], *, where: object) -> NameDigest:
-    """``digest_of`` the names of all records.
+    """``digest_of`` names of records, which must differ.
 
     Raises:
         SourceError: a name comes twice; or as ``digest_of``.
@@ -67,13 +67,13 @@ def digest_of_distinct(names: Callable[[], Iterable[str]], *, where: object) -> 
 
 
 class _Hashes:
-    """Hashes of names: in memory, or beyond ``_KEPT_HASHES`` in sorted runs in a temporary file."""
+    """Hashes of names, in memory; beyond ``_KEPT_HASHES``, in sorted runs in a temporary file."""
 
     def __init__(self) -> None:
         self._kept = array("Q")
         self._file = ScratchFile()
         self._runs: list[npt.NDArray[np.int64]] = []
-        """Where in the file the parts of each run start, and where the last one ends."""
+        """Offsets in the file of each run's parts, and of the end of the last one."""
 
     def add(self, value: int) -> None:
         self._kept.append(value)
@@ -81,7 +81,7 @@ class _Hashes:
             self._write_run()
 
     def repeated(self) -> set[int]:
-        """Those that came more than once; of very many, ``_MAX_SUSPECTS`` or some more."""
+        """Hashes that came more than once, at least ``_MAX_SUSPECTS`` of them if there are so many."""
         found: set[int] = set()
         for hashes in self._parts():
             hashes.sort()
@@ -99,7 +99,7 @@ class _Hashes:
         self._kept = array("Q")
 
     def _parts(self) -> Iterator[npt.NDArray[np.uint64]]:
-        """All hashes, equal ones in the same array."""
+        """Yield all hashes; equal ones are in the same array."""
         if not self._runs:
             yield np.array(self._kept, dtype=np.uint64)
             return

@@ -1,4 +1,4 @@
-"""Image files in a folder: found in ``ImageFolder``'s order, read whole, never outside the folder unasked."""
+"""Image files in a folder: listed in ``ImageFolder``'s order, read whole, confined to the folder."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _COARSEST_TIME_NS = 2_000_000_000  # FAT's; NFS, ext4 and others have finer ones
 
 
 def list_folder(path: str) -> list[os.DirEntry[str]]:
-    """What is in a folder, sorted by name.
+    """List a folder, sorted by name.
 
     Raises:
         SourceError: it cannot be read.
@@ -61,8 +61,8 @@ def list_images(top: str, *, below: str, root: str, follow_links: bool) -> Folde
     Args:
         top: the folder.
         below: a folder that the paths of images and others are relative to; ``top`` begins with it.
-        root: symbolic links may lead anywhere inside this folder; a real path.
-        follow_links: they may lead out of it, too.
+        root: a real path; symbolic links may lead anywhere inside it.
+        follow_links: let them lead out of it too.
 
     Raises:
         SourceError: a folder cannot be read, a link leads out of ``root`` or into a folder above itself, or
@@ -101,7 +101,7 @@ def _check_entry(entry: os.DirEntry[str], folder: str, *, root: str, follow_link
 
 
 def is_as_listed(folder: str, changed_ns: int) -> bool:
-    """Whether no file came into a folder or left it; False where that cannot be told.
+    """Whether no file was added to a folder or removed from it; False where that is unknown.
 
     Args:
         changed_ns: from ``FolderListing.folders``.
@@ -136,10 +136,10 @@ def check_inside(path: str, *, root: str, follow_links: bool) -> None:
 
 
 def lines_of(path: Path, *, what: str) -> list[str]:
-    """The lines of a text file that are not blank, without their ends.
+    """Read the lines of a text file that are not blank, without line ends.
 
     Args:
-        what: what is on them, for messages.
+        what: what the lines hold, for messages.
 
     Raises:
         SourceError: it cannot be read, is not UTF-8, or has no such line.
@@ -158,7 +158,7 @@ def lines_of(path: Path, *, what: str) -> list[str]:
 
 
 class ImageFile:
-    """An image in a file of its own: ``read`` and ``stamp`` of its ``Item``.
+    """An image file: provides ``read`` and ``stamp`` of its ``Item``.
 
     Args:
         path: of a regular file.
@@ -202,7 +202,7 @@ class ImageFile:
         return data
 
     def stamp(self) -> int:
-        """When the file was last changed, in ns since 1970: what was read, or if nothing was, what is there.
+        """Time of last change in ns since 1970: of the file as it was read, else as it is now.
 
         Raises:
             SourceError: it is missing.
@@ -216,7 +216,7 @@ class ImageFile:
 
 
 def check_size(num_bytes: int, *, where: object) -> None:
-    """Refuse an image that no record can hold, before memory is asked for it.
+    """Refuse an image that is too large for a record, before allocating memory for it.
 
     Raises:
         SourceError: it is larger than ``MAX_RECORD_BYTES``.
@@ -226,7 +226,7 @@ def check_size(num_bytes: int, *, where: object) -> None:
 
 
 def identity_of_files(path: object, files: list[tuple[Path, int, int]]) -> dict[str, Any]:
-    """What must stay the same of a source made of whole files.
+    """``Source.identity`` of a source made of whole files.
 
     Args:
         path: as the user gave it.

@@ -1,4 +1,4 @@
-"""Images in one flat folder or tar, with their labels in a text file: ImageNet's validation set."""
+"""Images in one flat folder or tar with their labels in a text file, such as ImageNet's validation set."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ __all__ = ["FlatSource"]
 
 
 class FlatSource(Source):
-    """Images that are not sorted into class folders.
+    """Images that do not lie in class folders.
 
     The labels file is one of:
 
     * ``path label`` on each line, separated by blanks or a tab: the path inside the folder or tar, and a
       class name or an integer (Caffe's ``val.txt``);
     * one label a line, in the order of the sorted image names
-      (``imagenet_2012_validation_synset_labels.txt``: the line *i* is of ``ILSVRC2012_val_0000000i.JPEG``).
+      (``imagenet_2012_validation_synset_labels.txt``: line *i* belongs to ``ILSVRC2012_val_0000000i.JPEG``).
 
-    If all labels are integers, they are used as they are; otherwise the classes are the different labels,
-    sorted, as they are for class folders. Records are named ``class/file`` and ordered by class, then name:
+    If all labels are integers, they are used as they are; otherwise the classes are the distinct labels,
+    sorted, as with class folders. Records are named ``class/file`` and ordered by class, then name:
     those of ``FolderSource`` after the images were moved into class folders. Names and labels of all images are
-    held in memory, about 500 bytes for each: this is for validation sets.
+    held in memory, about 500 bytes for each: this is meant for validation sets.
 
     Args:
         path: a folder or an uncompressed tar.
@@ -108,7 +108,7 @@ class FlatSource(Source):
         return classes, [label_of[text] for text in texts], images
 
     def _images(self) -> Iterator[Member]:
-        """The images of the tar, or of the folder, then without a place."""
+        """The images of the tar, or of the folder (offset and size are then 0)."""
         if self._archive is not None:
             yield from (member for member in self._archive.members(is_image_name) if not member.is_folder)
             return
@@ -149,7 +149,8 @@ class FlatSource(Source):
                     f"{self.labels_path}: no label for {printable(image.path)!r} of {self.path}; add it"
                 )
             texts.append(text)
-        for path in label_of:
+        if label_of:
+            path = next(iter(label_of))
             raise SourceError(
                 f"{self.labels_path}: {path!r} is not in {self.path}; remove its line or add the image"
             )
@@ -157,13 +158,13 @@ class FlatSource(Source):
 
 
 def _without_top(images: list[Member]) -> list[str]:
-    """Paths without the folders that they all share."""
+    """Paths relative to the folder that they share."""
     top = os.path.commonpath([os.path.dirname(image.path) for image in images]) if images else ""
     return [image.path[len(top) + 1 if top else 0 :] for image in images]
 
 
 def _read_lines(path: Path) -> list[list[str]]:
-    """Of each line that is not blank: (path, label) or (label,).
+    """Split each line that is not blank into (path, label) or (label,).
 
     Raises:
         SourceError: as ``lines_of``; or a line is something else.

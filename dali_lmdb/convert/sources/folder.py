@@ -1,4 +1,4 @@
-"""A folder with one folder for each class, by the rules of torchvision's ``ImageFolder``."""
+"""A folder of class folders, by the rules of torchvision's ``ImageFolder``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from dali_lmdb.errors import SourceError
 __all__ = ["FolderSource"]
 
 
-_LEVELS_BELOW, _FOLDERS_BELOW = 3, 100  # searched for the data set where there are no images
+_LEVELS_BELOW, _FOLDERS_BELOW = 3, 100  # searched for the data set where a folder has no images
 
 
 class FolderSource(Source):
@@ -137,7 +137,7 @@ class FolderSource(Source):
         return names
 
     def _check_distinct(self, names: list[str]) -> None:
-        """Names that are not UTF-8 are spelt out; they may then be the same as another."""
+        """Refuse names that are not UTF-8 and, escaped, equal another name."""
         repeated = None
         if any(printable(name) != name for name in names):
             repeated = repeated_name(map(printable, names))
@@ -179,7 +179,7 @@ class _Listing(NamedTuple):
 
 
 def _advice(top: str | os.PathLike[str], otherwise: str) -> str:
-    """Which folder below looks like the data set; if none does, ``otherwise``."""
+    """Name the folder below that looks like the data set; if none does, ``otherwise``."""
     level = [str(top)]
     for _ in range(_LEVELS_BELOW):
         level = [inside.path for folder in level for inside in _folders_in(folder)][:_FOLDERS_BELOW]
@@ -198,7 +198,7 @@ def _advice(top: str | os.PathLike[str], otherwise: str) -> str:
 
 
 def _has_images(folder: str) -> bool:
-    """Whether there are images at any depth, links left aside."""
+    """Whether there are images at any depth; links are not followed."""
     return any(is_image_name(name) for _, _, names in os.walk(folder) for name in names)
 
 

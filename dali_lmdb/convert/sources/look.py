@@ -33,10 +33,10 @@ _EXPECTED = (
 
 
 def kind_of(path: str) -> str:
-    """What is at a path: a ``kind`` of ``open_source``, or ``"lmdb"`` for a classic database or a store.
+    """Detect the kind of source at a path, or ``"lmdb"`` for a classic database or a store.
 
     Raises:
-        SourceError: nothing is there, nothing that can be converted, or what could be of several kinds.
+        SourceError: the path does not exist, cannot be converted, or is ambiguous.
     """
     if os.path.isdir(path):
         return _kind_of_folder(path)
@@ -53,10 +53,10 @@ def kind_of(path: str) -> str:
 
 
 def kind_of_several(pattern: str, files: list[str]) -> str:
-    """``kind_of`` what a pattern matched, several files.
+    """``kind_of`` several files that a pattern matched.
 
     Raises:
-        SourceError: as for ``kind_of``; they are of different kinds, or of one of which one file is a source.
+        SourceError: as for ``kind_of``; the files are of different kinds, or each is a source of its own.
     """
     by_kind: dict[str, list[str]] = defaultdict(list)
     for file in files:
@@ -80,7 +80,7 @@ def _kind_of_folder(folder: str) -> str:
             by_format["lmdb" if entry.name in shards else _format_of(entry)].append(entry.name)
     beside = by_format.pop("file", []) + by_format.get("image", [])
     if "folder" in by_format:
-        by_format.pop("image", None)  # which are left out, as ImageFolder does, and reported
+        by_format.pop("image", None)  # ignored, as by ImageFolder, and reported
     if len(by_format) > 1:
         _refuse_mixture(folder, by_format)
     if not by_format:
@@ -109,7 +109,7 @@ def _kind_of_folder(folder: str) -> str:
 
 
 def _format_of(entry: os.DirEntry[str]) -> str:
-    """What an entry of a folder is by its name: a kind of source, or ``"file"``."""
+    """Kind of source of a folder's entry, by its name; or ``"file"``."""
     name = entry.name.lower()
     if entry.is_dir():
         return "lmdb" if os.path.exists(os.path.join(entry.path, "data.mdb")) else "folder"
@@ -139,14 +139,14 @@ def _refuse_mixture(folder: str, by_format: Mapping[str, list[str]]) -> NoReturn
 
 
 class _ClassFolder(NamedTuple):
-    """What lies directly in what may be a class folder."""
+    """What lies directly in a possible class folder."""
 
     has_image: bool
     folders: set[str]
 
 
 def _class_folder(path: str) -> _ClassFolder:
-    """Read no further than to the first image."""
+    """Inspect a folder, up to its first image."""
     folders = set()
     try:
         with os.scandir(path) as entries:
@@ -161,11 +161,11 @@ def _class_folder(path: str) -> _ClassFolder:
 
 
 def _check_class_folders(where: str, classes: Mapping[str, _ClassFolder], *, beside: str, kind: str) -> None:
-    """Refuse folders that are perhaps no classes: splits, folders of class folders, or all images in one.
+    """Refuse folders that may be no classes: splits, folders of class folders, or a single folder.
 
     Args:
         beside: images and tables beside the folders.
-        kind: as which they are converted all the same.
+        kind: what ``--source`` takes to convert them nevertheless.
     """
     names = sorted(classes)
     one = "convert one of them" if kind == "folder" else "pack one of them alone"
@@ -192,7 +192,7 @@ def _check_class_folders(where: str, classes: Mapping[str, _ClassFolder], *, bes
 
 
 def _kind_of_file(path: str) -> str:
-    """By its first bytes, or its name; "tar" for every tar."""
+    """Kind by first bytes or name; "tar" for every tar."""
     try:
         check_regular(path, error=SourceError)
         with open(path, "rb") as stream:
@@ -222,7 +222,7 @@ def _is_tar_header(head: bytes) -> bool:
 
 
 def _kind_of_tar(path: str) -> str:
-    """Labels mean WebDataset, tars ImageNet's nested tar, images class folders."""
+    """Kind of a tar: with labels WebDataset, with tars ImageNet's, with images class folders."""
     archive = Archive(path)
     found = TarContents(archive)
     if found.label is not None:
@@ -243,7 +243,7 @@ def _kind_of_tar(path: str) -> str:
 
 
 def _check_folders_in_tar(path: str, found: TarContents) -> None:
-    """Refuse images without class folders, records of WebDataset without labels, folders that are no classes."""
+    """Refuse images outside class folders, WebDataset records without labels, folders that are no classes."""
     num_loose = found.folders[""]
     folders = {folder: count for folder, count in found.folders.items() if folder}
     classes = _class_folders_in_tar(folders)
@@ -273,7 +273,7 @@ def _class_folders_in_tar(folders: Mapping[str, int]) -> dict[str, _ClassFolder]
 
 
 def _kind_of_tars(where: str, files: list[str]) -> str:
-    """Labels in all mean WebDataset; images alone and the names of synsets ImageNet's tar, unpacked."""
+    """Kind of several tars: all with labels WebDataset; images alone and synset names ImageNet's, unpacked."""
     contents = [(os.path.basename(file), TarContents(Archive(file))) for file in files]
     with_labels = [name for name, found in contents if found.label is not None]
     without = [name for name, found in contents if found.label is None]
@@ -295,10 +295,10 @@ def _check_class_tars(
     """Refuse tars that are not ImageNet's, one of images alone for each class.
 
     Args:
-        where: begins the message.
-        contents: what is in each.
-        names: of all.
-        convert_it: what to do with tars of folders.
+        where: start of the message.
+        contents: name and contents of each.
+        names: all names.
+        convert_it: advice for tars of folders.
     """
     classes = [class_of_tar(name) for name in names]
     instead = f"or give --source imagenet-tar to make each tar a class: {listed(sorted(classes))}"

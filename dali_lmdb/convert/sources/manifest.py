@@ -33,7 +33,7 @@ class ManifestSource(Source):
     are these names sorted; or all of them are integers from 0 on, and the classes are ``"0"``, ``"1"`` ... up
     to the largest.
 
-    Order: as in the table. The table is read again for every pass and never held in memory.
+    Order: as in the table. The table is read again on every pass and never held in memory.
 
     Args:
         path: the table; separated by tabs if its name ends in ``.tsv`` or its header has one, else by commas.
@@ -118,7 +118,7 @@ class ManifestSource(Source):
     def _row(self, line: int, values: list[str], path_at: int, label_at: int) -> _Row:
         where = f"{self.path}: line {line}"
         if len(values) <= max(path_at, label_at) or not values[path_at] or not values[label_at]:
-            raise SourceError(f"{where}: no path or no label; mend or remove the line")
+            raise SourceError(f"{where}: no path or no label; fix or remove the line")
         path = os.path.normpath(os.path.join(self._folder, values[path_at]))
         inside = os.path.join(self._folder, "")
         if "\0" in path or not path.startswith(inside):

@@ -1,4 +1,4 @@
-"""Names and places of an archive's members."""
+"""Table of an archive's members: names and positions."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ __all__ = ["MemberTable"]
 
 
 class MemberTable:
-    """Members in the order they came; many tables may share a spool, and grow in turn."""
+    """Members in the order they were added; tables that share a spool may grow alternately."""
 
     def __init__(self, spool: Spool) -> None:
         self._spool, self._number = spool, spool.new()
         self._num_rows = 0
 
     def add(self, name: str, offset: int, size: int, label: int = 0) -> None:
-        """Take one more; a name has no NUL."""
+        """Append a member; its name has no NUL."""
         row = f"{name}\0{offset}\0{size}\0{label}\0"
         self._spool.append(self._number, row.encode(errors="surrogateescape"))
         self._num_rows += 1
@@ -26,7 +26,7 @@ class MemberTable:
         return self._num_rows
 
     def rows(self) -> Iterator[tuple[str, int, int, int]]:
-        """(name, offset, size, label) of each, in the order they came."""
+        """Yield (name, offset, size, label) of each member, in the order they were added."""
         fields = self._fields()
         numbers = map(int, fields)
         return zip(fields, numbers, numbers, numbers, strict=True)  # which take from ``fields`` in turn

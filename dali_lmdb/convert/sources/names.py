@@ -1,4 +1,4 @@
-"""Names of images and classes inside a source: safe, printable, told apart."""
+"""Names of images and classes inside a source: checked, printable, distinct."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _MAX_CLASSES = 1 << 20
 
 
 def safe_path(name: str, *, where: object) -> str:
-    """A path from inside a source without ``./``; "" for the top itself.
+    """Normalise a path inside a source: without ``./``; "" for the top itself.
 
     Args:
-        where: what holds the name, to begin an error message with.
+        where: what holds the name, for error messages.
 
     Raises:
         SourceError: it is absolute, or has ``..`` or a NUL, so that it could name something outside.
@@ -69,11 +69,11 @@ def record_name(class_name: str, path: str) -> str:
 
 
 def classes_of(labels: Iterable[str], *, where: object) -> list[str]:
-    """Class names from labels written as text.
+    """Make class names from labels written as text.
 
     Returns:
-        The different labels, sorted; if all of them are integers, these are the labels themselves and the
-        names are ``"0"``, ``"1"`` ... up to the largest one.
+        The distinct labels, sorted; if all of them are integers, they are used as labels and the names are
+        ``"0"``, ``"1"`` ... up to the largest one.
 
     Raises:
         SourceError: a label that cannot be a class name, or an integer that is negative or unreasonably
@@ -88,7 +88,7 @@ def classes_of(labels: Iterable[str], *, where: object) -> list[str]:
 
 
 def check_classes(names: list[str], *, where: object, are_folders: bool = False) -> None:
-    """Refuse class names that name nothing or stand for two classes.
+    """Refuse class names that are empty, unsafe or repeated.
 
     Args:
         are_folders: whether they are names of folders. A label need not be: ``/a/airfield`` is a class of
@@ -112,7 +112,7 @@ def check_classes(names: list[str], *, where: object, are_folders: bool = False)
 
 
 def integer(text: str) -> int | None:
-    """The integer that ``str`` writes so, else None: ``"07"`` is a name."""
+    """The integer that ``str`` would write as ``text``, else None: ``"07"`` is a name."""
     digits = text[1:] if text.startswith("-") else text
     if len(digits) > 18 or not digits.isascii() or not digits.isdigit() or str(int(text)) != text:
         return None
@@ -146,6 +146,6 @@ def repeated_name(names: Iterable[str]) -> str | None:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Names in one line of text; the first of them and their number if there are more than five."""
+    """Join names to one line; of more than five, the first five and their number."""
     shown = [name if name.isprintable() else repr(name) for name in map(printable, names[:5])]
     return ", ".join(shown) + (f", ... ({len(names):,})" if len(names) > 5 else "")

@@ -31,14 +31,14 @@ from dali_lmdb.store.regular import check_regular
 
 __all__ = ["ParquetSource"]
 
-# Images decoded from Parquet at a time; and rows, since a group in which images repeat says too small a size.
+# Limits for images decoded at a time; rows too, since a group with repeated images states too small a size.
 _BATCH_BYTES = 8 << 20
 _BATCH_ROWS = 64
 _ROWS = 10_000  # labels and paths read at a time
 
 
 class _Columns(NamedTuple):
-    """What a file's schema says."""
+    """The columns to read, from a file's schema."""
 
     image: str
     label: str
@@ -59,7 +59,7 @@ class _Group(NamedTuple):
 
     file: _File
     metadata: pq.FileMetaData
-    """Of the whole file."""
+    """That of the whole file."""
     number: int
 
     @property
@@ -72,7 +72,7 @@ class _Row(NamedTuple):
     stem: str
     row_in_group: int
     row: int
-    """In the file."""
+    """Index in the file."""
     label: int
     path: str | None
 
@@ -80,13 +80,13 @@ class _Row(NamedTuple):
 class ParquetSource(Source):
     """Rows of one or several Parquet files.
 
-    The columns are those that the schema's Hugging Face metadata calls ``Image`` and ``ClassLabel``, whose
-    names become the classes; without such metadata, ``image`` and ``label``, and the classes are ``"0"``,
-    ``"1"`` ... A record's name is ``class/path`` of the image's ``path``, or ``class/file/row`` where it has
-    none, or one that is absolute or has ``..``, and for all records where paths repeat.
+    The columns are those of type ``Image`` and ``ClassLabel`` in the schema's Hugging Face metadata, and the
+    label's names become the classes; without such metadata, they are ``image`` and ``label``, and the classes
+    are ``"0"``, ``"1"`` ... A record's name is ``class/path`` of the image's ``path``, or ``class/file/row``
+    where it has none, or one that is absolute or has ``..``, and for all records where paths repeat.
 
     Order: files by name, rows as they lie in the file. Images are read a few megabytes at a time, whatever
-    the size of the row groups; what a file says of its row groups is in memory for one file at a time.
+    the size of the row groups; metadata of row groups is in memory for one file at a time.
 
     Args:
         path: a file, a folder of files, or a pattern: ``data/train-*.parquet``.
@@ -162,7 +162,7 @@ class ParquetSource(Source):
 
 
 def _name(row: _Row, class_name: str, *, by_row: bool) -> str:
-    """Of a record; what is no path inside a folder cannot be part of it."""
+    """Name of a record; the image's path is left out if it could lead out of a folder."""
     path = "" if by_row or row.path is None or path_problem(row.path) else plain_path(row.path)
     return record_name(class_name, path or f"{row.stem}/{row.row:08d}")
 
@@ -202,7 +202,7 @@ def _columns(schema: pa.Schema, path: Path) -> _Columns:
 
 
 def _features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
-    """The columns as Hugging Face describes them; empty without a description."""
+    """Hugging Face's description of the columns; empty without one."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
@@ -211,7 +211,7 @@ def _features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
 
 
 def _column_of(features: dict[str, dict[str, Any]], kind: str, usual: str, path: Path) -> str:
-    """The one column of a kind; the one with the usual name if there are several or none."""
+    """The only column of a kind; the one of the usual name if there are several or none."""
     found = [name for name, feature in features.items() if feature.get("_type") == kind]
     if len(found) == 1:
         return found[0]
@@ -249,7 +249,7 @@ def _check_unchanged(file: _File) -> None:
 
 
 def _batches(group: _Group, columns: list[str], num_rows: int) -> Iterator[pa.RecordBatch]:
-    """Some columns of a row group, a number of rows at a time."""
+    """Yield some columns of a row group, ``num_rows`` rows at a time."""
     path, metadata, number = group.file.path, group.metadata, group.number
     try:
         _check_unchanged(group.file)
@@ -261,7 +261,7 @@ def _batches(group: _Group, columns: list[str], num_rows: int) -> Iterator[pa.Re
 
 
 def _labels_and_paths(group: _Group, first: int) -> Iterator[tuple[int, str | None]]:
-    """Label and path of each row of a row group, which begins with the file's row ``first``."""
+    """Yield label and path of each row of a group, whose first row is the file's row ``first``."""
     path, columns = group.file.path, group.file.columns
     wanted = [columns.label, *([f"{columns.image}.path"] if columns.has_path else [])]
     for batch in _batches(group, wanted, _ROWS):
@@ -293,7 +293,7 @@ class _Images:
         self.lock = threading.Lock()
 
     def run_from(self, row: int) -> _Run:
-        """A run of rows, the multiple of ``_batch_rows`` up to ``row`` being its first."""
+        """Make the run of ``_batch_rows`` rows that has ``row``."""
         start = row - row % self._batch_rows
         run = self._runs[start] = _Run(self, range(start, start + self._batch_rows))
         return run

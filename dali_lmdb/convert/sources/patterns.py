@@ -1,4 +1,4 @@
-"""Several files by one argument: a folder, ``shard-*.tar`` or ``shard-{000..009}.tar``."""
+"""Arguments that name several files: a folder, ``shard-*.tar`` or ``shard-{000..009}.tar``."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ SPLITS = frozenset({"train", "val", "valid", "validation", "test", "dev"})
 
 
 def matches_of(path: str) -> list[str]:
-    """What an argument stands for, sorted: itself where it exists or is no pattern, else what the pattern matches.
+    """The paths that an argument names, sorted: itself if it exists or is no pattern, else the pattern's matches.
 
-    Folders at its start that exist are taken by their names, whatever characters these have.
+    Leading folders that exist are taken literally, whatever characters their names have.
 
     Raises:
         SourceError: nothing matches, or a name from braces is missing.
@@ -41,10 +41,10 @@ def matches_of(path: str) -> list[str]:
 
 
 def files_of(path: str | os.PathLike[str], *, suffix: str) -> list[Path]:
-    """The files that an argument stands for, sorted.
+    """The files that an argument names, sorted.
 
     Args:
-        path: a file; a folder, for the files of that suffix in it, in capitals too; or a pattern with ``*``,
+        path: a file; a folder, for its files of that suffix, in any case; or a pattern with ``*``,
             ``?``, ``[]`` and braces, as the shell has them: ``{a,b}``, ``{000..009}``.
 
     Raises:
@@ -72,7 +72,7 @@ def stems_of(files: list[Path]) -> list[str]:
 
 
 def _matches(name: str, folder: str) -> list[str]:
-    """What a pattern without braces matches in a folder, relative to it."""
+    """Matches of a pattern without braces in a folder, relative to it."""
     path = os.path.join(folder, name)
     if os.path.lexists(path):
         return [name]
@@ -82,7 +82,7 @@ def _matches(name: str, folder: str) -> list[str]:
 
 
 def _expanded(pattern: str) -> list[str]:
-    """A pattern without braces, for each combination of what stands in them."""
+    """Expand the braces of a pattern in every combination."""
     parts = _BRACES.split(pattern)  # text, braces, text, braces ... text
     choices = [[part] if i % 2 == 0 else _choices(part, pattern) for i, part in enumerate(parts)]
     count = 1
@@ -104,7 +104,7 @@ def _choices(inside: str, pattern: str) -> list[str]:
 
 
 def _check_one_split(folder: str, files: list[Path], suffix: str) -> None:
-    """Training and validation images must not end up in one store because their files lie in one folder."""
+    """Refuse a folder of several splits: training and validation images must not end up in one store."""
     words = {word for file in files for word in re.split(r"[^a-z]+", file.name.lower())} & SPLITS
     if len(words) > 1:
         example = os.path.join(folder, f"*{min(words)}*{suffix}")

@@ -1,4 +1,7 @@
-"""What listing a large source must keep: in memory, or if it is much, in a temporary file."""
+"""Storage for the listing of a large source: memory, then a temporary file.
+
+sqlite3 was measured in its place: more than twice the CPU time for 10 million names, in no less memory.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,9 @@ _PIECE_BYTES = 64 << 10  # read back at a time; as objects of Python they take t
 
 
 class ScratchFile:
-    """A file without a name in the temporary folder, made when first written to.
+    """An unnamed file in the temporary folder, created on the first write.
 
-    It is gone with this object, or with the process, however that ends.
+    It vanishes with this object, or with the process, however that ends.
 
     Reading and writing raise:
         SourceError: the temporary folder is missing, full or broken.
@@ -31,7 +34,7 @@ class ScratchFile:
         self._num_bytes = 0
 
     def append(self, data: Any) -> int:
-        """Write bytes, or what has some (an array), at the end; returns where they start."""
+        """Append a bytes-like object; returns its offset."""
         start = self._num_bytes
         view = memoryview(data).cast("B")
         try:
@@ -47,7 +50,7 @@ class ScratchFile:
         return start
 
     def read(self, start: int, num_bytes: int) -> bytes:
-        """Some of what was written, from ``start`` on."""
+        """Read back ``num_bytes`` from offset ``start``."""
         assert self._file is not None
         try:
             data = os.pread(self._file.fileno(), num_bytes, start)
@@ -64,32 +67,32 @@ class ScratchFile:
 
 
 class Spool:
-    """Byte strings that grow in turn; when they take more than ``_KEPT_BYTES`` together, a file takes them."""
+    """Byte strings that grow alternately; beyond ``_KEPT_BYTES`` in all, they move to a file."""
 
     def __init__(self) -> None:
         self._file = ScratchFile()
         self._written: list[array[int]] = []
-        """(start, length) in the file of what was written of each string, one after the other."""
+        """For each string, offset and length of its pieces in the file, one after the other."""
         self._kept: list[bytearray] = []
-        """What each string goes on with, in memory."""
+        """The end of each string that is still in memory."""
         self._num_kept = 0
 
     def new(self, data: bytes = b"") -> int:
-        """The number of one more string."""
+        """Add a string; returns its number."""
         self._written.append(array("q"))
         self._kept.append(bytearray())
         self.append(len(self._kept) - 1, data)
         return len(self._kept) - 1
 
     def append(self, number: int, data: bytes) -> None:
-        """Add to the end of a string."""
+        """Append to a string."""
         self._kept[number] += data
         self._num_kept += len(data)
         if self._num_kept > _KEPT_BYTES:
             self._write()
 
     def pieces(self, number: int) -> Iterator[bytes]:
-        """A string from its start, cut anywhere; no string may grow meanwhile."""
+        """Yield a string in pieces, cut anywhere; no string may grow meanwhile."""
         written = iter(self._written[number])
         for start, length in zip(written, written, strict=True):
             for at in range(start, start + length, _PIECE_BYTES):
@@ -99,7 +102,7 @@ class Spool:
             yield bytes(kept[at : at + _PIECE_BYTES])
 
     def whole(self, number: int) -> bytes:
-        """A string."""
+        """Read a string."""
         return b"".join(self.pieces(number))
 
     def _write(self) -> None:

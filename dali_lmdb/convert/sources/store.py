@@ -1,4 +1,4 @@
-"""A store of ours as a source: to encode its images anew, to split it differently, to take a part of it."""
+"""A store as a source: to re-encode its images, to shard it differently, to take a part of it."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from dali_lmdb.store.checksum import crc32
 
 __all__ = ["StoreSource", "class_names"]
 
-_AT_A_TIME = 1 << 16  # records whose labels are looked at together
+_AT_A_TIME = 1 << 16  # records whose labels are read together
 
 
 class StoreSource(Source):
-    """Records of a store, in its order, with its names. Which ones is told anew for every pass, not held.
+    """Records of a store, in its order, with its names; those to take are found again on every pass, not held.
 
     Args:
         store: a store or its path.
-        classes: take only these classes, by name; they keep the store's order and are numbered anew.
-        per_class: take the first so many records of each class.
+        classes: take only these classes, by name; they keep the store's order and are renumbered.
+        per_class: number of records to take of each class, the first ones.
 
     Raises:
         StoreError: the store cannot be opened.
@@ -85,7 +85,7 @@ class StoreSource(Source):
         }
 
     def _taken(self) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]]:
-        """(indices, labels here) of the records that are taken, ascending, some at a time."""
+        """Yield (indices, new labels) of the records to take, ascending, some at a time."""
         num_classes = len(self._new_labels)
         num_before = np.zeros(num_classes, dtype=np.int64)  # records of each class in earlier runs
         for start in range(0, len(self._store), _AT_A_TIME):
@@ -112,10 +112,10 @@ class StoreSource(Source):
 
 
 def class_names(given: Iterable[str], there: Iterable[str]) -> list[str]:
-    """Class names that were given one by one or with commas between.
+    """Split class names that were given one by one or joined by commas.
 
     Args:
-        given: what is one of ``there`` is that class, commas or not; all else is split at its commas.
+        given: a name in ``there`` is that class even if it has commas; all else is split at commas.
         there: the store's classes.
     """
     known = set(there)
@@ -123,7 +123,7 @@ def class_names(given: Iterable[str], there: Iterable[str]) -> list[str]:
 
 
 def _rank_in_class(labels: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
-    """How many records of the same label come before each record, int64 of shape (n,)."""
+    """Number of records of the same label before each record, int64 of shape (n,)."""
     by_label = np.argsort(labels, kind="stable")
     ranked = labels[by_label]
     first = np.searchsorted(ranked, ranked)  # where each label begins

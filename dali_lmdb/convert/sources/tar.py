@@ -1,4 +1,4 @@
-"""Tar files: one of class folders, and ImageNet's, which holds a tar for each class."""
+"""Tars of class folders, and ImageNet's tar, which holds a tar for each class."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class _Folder(NamedTuple):
 
 
 class _ClassFolders(Source):
-    """Archives as the class folders that they unpack to, in ``ImageFolder``'s order.
+    """The class folders that archives unpack to, in ``ImageFolder``'s order.
 
     The file names of one folder are held in memory at a time.
     """
@@ -90,7 +90,7 @@ class _ClassFolders(Source):
 class TarSource(_ClassFolders):
     """A tar of class folders: the records, and their order, of ``FolderSource`` on what it unpacks to.
 
-    Folders that hold everything else and no image themselves, such as ``train/``, are taken off the names.
+    Folders that hold everything else and no image themselves, such as ``train/``, are stripped from the names.
 
     Args:
         path: the tar file.
@@ -119,7 +119,7 @@ class TarSource(_ClassFolders):
             folder, _, name = member.path.rpartition("/")
             if member.is_folder:
                 if "/." not in f"/{member.path}":  # a hidden folder is a class only if it has images
-                    _ = tables[member.path]  # makes one, so that an empty class is noticed
+                    _ = tables[member.path]  # created, so that an empty class is noticed
             else:
                 tables[folder].add(name, member.offset, member.size)
         self._loose = tables.pop("", MemberTable(spool))
@@ -141,7 +141,7 @@ def common_top(folders: Mapping[str, int]) -> str:
     """The longest ``folder/`` that holds all others and no image itself; "" without one.
 
     Args:
-        folders: how many images lie directly in each.
+        folders: number of images directly in each.
     """
     top = ""
     while True:
@@ -214,7 +214,7 @@ def _class_tar(
 ) -> list[_Folder]:
     """The folders in one class's tar: an archive, or one in it (see ``Archive.members``)."""
     tables = defaultdict[str, MemberTable](lambda: MemberTable(spool))
-    _ = tables[class_name]  # makes one, so that an empty class is noticed
+    _ = tables[class_name]  # created, so that an empty class is noticed
     for member in archive.members(is_image_name, offset=offset, size=size, name=name):
         if not member.is_folder:
             folder, _, file = f"{class_name}/{member.path}".rpartition("/")

@@ -43,7 +43,7 @@ class _Shard(NamedTuple):
 class WebDatasetSource(Source):
     """Records of an image (``.jpg``, ``.png`` ...) and a ``.cls``, a decimal label; other members are ignored.
 
-    Extensions may be in capitals, too.
+    Extensions are case-insensitive.
 
     Order: shards by name, records as they lie in the shard. Class names come from a file ``classes.txt``
     beside the shards, one a line, or are ``"0"``, ``"1"`` ... A record's name is ``class/member``; where
@@ -106,7 +106,7 @@ class WebDatasetSource(Source):
         check_classes(named, where=file)
         if len(named) < len(numbered):
             raise SourceError(
-                f"{file}: {len(named)} class names, the labels need {len(numbered)}, one a line; mend or remove it"
+                f"{file}: {len(named)} class names, the labels need {len(numbered)}, one a line; fix or remove it"
             )
         return named
 
@@ -124,7 +124,7 @@ class WebDatasetSource(Source):
 def _read_shard(archive: Archive, spool: Spool) -> _Shard:
     """List one shard; labels are read, images are not."""
     images, max_label = MemberTable(spool), 0
-    waiting: dict[str, Member | int] = {}  # the image or label of a record whose other half has not come yet
+    waiting: dict[str, Member | int] = {}  # image or label of records whose other half has not come yet
     wanted = (*IMAGE_EXTENSIONS, LABEL_EXTENSION)
     for member in archive.members(lambda name: key_and_extension(name)[1] in wanted):
         if member.is_folder:
@@ -145,7 +145,8 @@ def _read_shard(archive: Archive, spool: Spool) -> _Shard:
         else:
             found = "labels" if isinstance(half, int) else "images"
             raise SourceError(f"{archive.path}: record {printable(key)!r}: two {found}, expected one")
-    for key, half in waiting.items():
+    if waiting:
+        key, half = next(iter(waiting.items()))
         missing = "image" if isinstance(half, int) else f"label (a {LABEL_EXTENSION} member)"
         raise SourceError(f"{archive.path}: record {printable(key)!r} has no {missing}; pack it again with one")
     if len(images) == 0:
@@ -154,7 +155,7 @@ def _read_shard(archive: Archive, spool: Spool) -> _Shard:
 
 
 def key_and_extension(path: str) -> tuple[str, str]:
-    """What the members of one record share, and what tells them apart, from the dot on and in lower case.
+    """Split a member's path into its record's key and its extension, in lower case.
 
     The key ends at the first dot of a path's last part. This is webdataset's rule: ``base_plus_ext`` and
     ``group_by_keys`` of its tariterators.py.
