@@ -11,15 +11,15 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
 from dali_lmdb.convert.files import Files, check_name, check_target
-from dali_lmdb.convert.job import Job, Part
+from dali_lmdb.convert.job import Job, Part, Written
 from dali_lmdb.convert.journal import Journal
 from dali_lmdb.convert.ranks import Ranks
 from dali_lmdb.convert.settings import ConvertSettings, Progress, Summary
@@ -99,9 +99,9 @@ def convert(
         with contextlib.ExitStack() as journals:
             jobs: list[Job] = []
             task.on_all_ranks(lambda: jobs.extend(_jobs(task, journals)))
-            all_written = task.on_all_ranks(lambda: _write(task, jobs))
-            _check_bad(task, all_written)
-            task.on_all_ranks(lambda: _finish(task, jobs, all_written))
+            written = list(chain(*task.on_all_ranks(lambda: _write(task, jobs))))
+            _check_bad(task, written)
+            task.on_all_ranks(lambda: _finish(task, jobs, written))
             task.on_all_ranks(lambda: _publish(task))
             for job in jobs:
                 job.files.journal.unlink(missing_ok=True)
@@ -140,17 +140,6 @@ class _Task:
         return self.ranks.agree(None, result)
 
 
-@dataclass
-class _RankWritten:
-    """What one rank has written, before it is published."""
-
-    records: int = 0
-    bad: int = 0
-    reports: list[str] = field(default_factory=list)
-    fingerprints: list[str] = field(default_factory=list)
-    """One for each of its shards."""
-
-
 # Phase 1: hold every target, then write all records.
 
 
@@ -168,8 +157,8 @@ def _jobs(task: _Task, journals: contextlib.ExitStack) -> list[Job]:
     jobs = []
     for index in task.mine:
         files = task.all_files[index]
-        journal = journals.enter_context(Journal(files.journal))
-        journals.callback(journal.remove_if_new)
+        journal = Journal(files.journal)
+        journals.callback(journal.close)
         job = Job(
             task.source,
             parts[index],
@@ -215,30 +204,26 @@ def _check_published(job: Job, *, restart: bool, only_journals: bool) -> None:
         )
 
 
-def _write(task: _Task, jobs: Sequence[Job]) -> _RankWritten:
+def _write(task: _Task, jobs: Sequence[Job]) -> list[Written]:
     """Write the records of this rank's files: every image is validated before bad ones are refused."""
-    total = _RankWritten()
     if not jobs:
-        return total
+        return []
     items = islice(task.source.items(), jobs[0].part.first, None)
-    for job in jobs:
-        written = job.skip(items) if job.files.target.exists() else job.write(items, restart=task.restart)
-        total.records += written.num_records
-        total.bad += written.num_bad
-        total.reports += [str(job.files.report)] if job.files.report.exists() else []
-        total.fingerprints.append(written.fingerprint)
+    written = [
+        job.skip(items) if job.files.target.exists() else job.write(items, restart=task.restart) for job in jobs
+    ]
     if jobs[-1].part.is_last and next(items, None) is not None:
         raise ConversionError(
             f"{task.target}: the source changed during the conversion: images were added; use --restart when "
             "nothing writes to it"
         )
-    return total
+    return written
 
 
-def _check_bad(task: _Task, all_written: Sequence[_RankWritten]) -> None:
+def _check_bad(task: _Task, written: Sequence[Written]) -> None:
     """Refuse to publish bad images, or nothing at all; the same on every rank."""
-    bad, records = (sum(getattr(one, name) for one in all_written) for name in ("bad", "records"))
-    reports = ", ".join(report for one in all_written for report in one.reports)
+    bad, records = sum(file.num_bad for file in written), sum(file.num_records for file in written)
+    reports = ", ".join(file.report for file in written if file.report)
     if bad and task.settings.on_bad == "fail":
         raise ConversionError(
             f"{task.target}: {bad} of {bad + records} images are bad, see {reports}; nothing was published; fix "
@@ -251,13 +236,13 @@ def _check_bad(task: _Task, all_written: Sequence[_RankWritten]) -> None:
 # Phase 2: verify and index each file.
 
 
-def _finish(task: _Task, jobs: Sequence[Job], all_written: Sequence[_RankWritten]) -> None:
+def _finish(task: _Task, jobs: Sequence[Job], written: Sequence[Written]) -> None:
     """Complete this rank's partial files; shards of one conversion share a set name."""
     parts = [
         task.source.kind,
         task.source.identity(),
         task.settings.identity(),
-        [fingerprint for one in all_written for fingerprint in one.fingerprints],
+        [file.fingerprint for file in written],
     ]
     set_name = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
     for job in jobs:

@@ -54,6 +54,8 @@ class Written(NamedTuple):
     """Images that were refused."""
     fingerprint: str
     """``layout.Fingerprint`` of the records."""
+    report: str | None
+    """Path of the list of what is not stored, if there is one."""
 
 
 @dataclass
@@ -88,8 +90,8 @@ class _Tally:
         self.num_rows += batch.num_rows
         self.num_bad += batch.num_rows - len(labels)
 
-    def written(self) -> Written:
-        return Written(self.num_rows - self.num_bad, self.num_bad, self._fingerprint.hexdigest())
+    def fingerprint(self) -> str:
+        return self._fingerprint.hexdigest()
 
 
 class Job:
@@ -142,7 +144,7 @@ class Job:
                 self._write(items)
                 self.writer.sync()
         self._report()
-        return self._tally.written()
+        return self._written(self._tally.num_rows - self._tally.num_bad, self._tally.fingerprint())
 
     def skip(self, items: Iterator[Item]) -> Written:
         """Leave a file alone that was published already, if the source is still what it was made from.
@@ -153,7 +155,7 @@ class Job:
         self._replay_journal(items)
         deque(items, maxlen=0)
         store = FileStore(self.files.target)
-        return Written(len(store), self._tally.num_bad, store.fingerprint)
+        return self._written(len(store), store.fingerprint)
 
     def finish(self, set_name: str) -> None:
         """Make the partial file, with all records in it, a complete store: verify it and add the index.
@@ -177,6 +179,10 @@ class Job:
     def is_same(self) -> bool:
         """Whether the journal is of this conversion."""
         return self.journal.header == self._header()
+
+    def _written(self, num_records: int, fingerprint: str) -> Written:
+        report = str(self.files.report) if self.files.report.exists() else None
+        return Written(num_records, self._tally.num_bad, fingerprint, report)
 
     def _header(self) -> dict[str, Any]:
         return {

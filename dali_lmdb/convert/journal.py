@@ -147,24 +147,15 @@ class Journal:
             self._write(json.dumps({"rows": part_rows}).encode())
         return kept_rows
 
-    def remove_if_new(self) -> None:
-        """Remove the file of a conversion that has not begun."""
-        if self.header is None:
-            self.path.unlink(missing_ok=True)
-
     def empty(self) -> bool:
         """Whether it has no rows."""
         return next(self._batches(), None) is None
 
     def close(self) -> None:
-        """Release the lock and the file."""
+        """Release the lock; of a conversion that has not begun, remove the file."""
+        if self.header is None:
+            self.path.unlink(missing_ok=True)
         self._file.close()
-
-    def __enter__(self) -> Journal:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _lock(self) -> None:
         with os_errors(self.path, "cannot be locked", ConversionError):
