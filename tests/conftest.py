@@ -7,7 +7,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 from image_sets import make_image_folder, save_noise
 
-from dali_lmdb.convert import convert, job
+from dali_lmdb.convert import _job as job
+from dali_lmdb.convert import convert
 from dali_lmdb.store import layout
 
 ROOT = Path(__file__).resolve().parents[1]

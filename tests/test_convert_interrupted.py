@@ -9,9 +9,10 @@ import pytest
 from conversions import CountedSource, content, die, in_child, left_beside, records_in, refusal
 from image_sets import save_grey
 
-from dali_lmdb.convert import ConvertSettings, convert, job
+from dali_lmdb.convert import ConvertSettings, convert
+from dali_lmdb.convert import _job as job
 from dali_lmdb.convert.__main__ import main
-from dali_lmdb.convert.journal import Journal
+from dali_lmdb.convert._journal import Journal
 from dali_lmdb.convert.sources import FolderSource
 from dali_lmdb.errors import DaliLmdbError
 from dali_lmdb.store import open_store, writer

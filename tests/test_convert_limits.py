@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from conversions import add_bad, content, in_child, left_beside, refusal
 
-from dali_lmdb.convert import ConvertSettings, convert, job
+from dali_lmdb.convert import ConvertSettings, convert
+from dali_lmdb.convert import _job as job
 from dali_lmdb.convert.sources import FolderSource, Item, Source
 from dali_lmdb.errors import ConversionError
 from dali_lmdb.store import layout

@@ -4,7 +4,7 @@ import pytest
 from conversions import refusal
 
 from dali_lmdb.convert import convert
-from dali_lmdb.convert.journal import ROW_SCHEMA, Journal, Row
+from dali_lmdb.convert._journal import ROW_SCHEMA, Journal, Row
 from dali_lmdb.convert.sources import FolderSource
 
 

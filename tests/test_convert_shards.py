@@ -5,7 +5,8 @@ import pytest
 from conversions import SKIP_BAD, CountedSource, content, die, in_child, left_beside, refusal
 from image_sets import save_grey
 
-from dali_lmdb.convert import ConvertSettings, convert, converter
+from dali_lmdb.convert import ConvertSettings, convert
+from dali_lmdb.convert import _converter as converter
 from dali_lmdb.convert.sources import FolderSource
 from dali_lmdb.errors import ConversionError, StoreFormatError
 from dali_lmdb.store import open_store

@@ -9,7 +9,7 @@ from image_sets import make_image_folder
 from packing import items_of, pack, pack_folder
 
 from dali_lmdb.convert.sources import open_source
-from dali_lmdb.convert.sources.archive import Archive
+from dali_lmdb.convert.sources._archive import Archive
 from dali_lmdb.errors import SourceError
 
 

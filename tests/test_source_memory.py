@@ -8,7 +8,9 @@ import tempfile
 import numpy as np
 import pytest
 
-from dali_lmdb.convert.sources import digest, members, scratch
+from dali_lmdb.convert.sources import _digest as digest
+from dali_lmdb.convert.sources import _members as members
+from dali_lmdb.convert.sources import _scratch as scratch
 from dali_lmdb.convert.sources.folder import FolderSource
 from dali_lmdb.errors import SourceError
 

@@ -8,8 +8,12 @@ import pytest
 from image_sets import make_image_folder, save_grey
 from packing import image_paths, items_of, pack, pack_folder, records_of, write_parquet
 
-from dali_lmdb.convert import convert, job
-from dali_lmdb.convert.sources import KINDS, FolderSource, digest, files, open_source, scratch
+from dali_lmdb.convert import _job as job
+from dali_lmdb.convert import convert
+from dali_lmdb.convert.sources import KINDS, FolderSource, open_source
+from dali_lmdb.convert.sources import _digest as digest
+from dali_lmdb.convert.sources import _files as files
+from dali_lmdb.convert.sources import _scratch as scratch
 from dali_lmdb.errors import ConversionError, SourceError
 
 CLASSES = ["ant", "bee", "cat"]

@@ -19,8 +19,8 @@ from dali_lmdb.cli import Command, ProgressBar, print_progress, print_result, ra
 from dali_lmdb.convert import ConvertSettings, Progress, Summary, convert
 from dali_lmdb.convert.ranks import RankLostError, Ranks, torchrun_ranks
 from dali_lmdb.convert.sources import KINDS, open_source
-from dali_lmdb.convert.sources.files import lines_of
-from dali_lmdb.convert.sources.names import listed
+from dali_lmdb.convert.sources._files import lines_of
+from dali_lmdb.convert.sources._names import listed
 from dali_lmdb.errors import DaliLmdbError, one_line
 from dali_lmdb.store.layout import MAX_SHARDS
 from dali_lmdb.torchrun import RankEnvironment

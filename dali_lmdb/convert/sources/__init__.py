@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dali_lmdb.convert.sources._detect import kind_of, kind_of_several
+from dali_lmdb.convert.sources._names import listed
+from dali_lmdb.convert.sources._patterns import matches_of
 from dali_lmdb.convert.sources.base import Item, Source
 from dali_lmdb.convert.sources.classic import ClassicSource
 from dali_lmdb.convert.sources.flat import FlatSource
 from dali_lmdb.convert.sources.folder import FolderSource
-from dali_lmdb.convert.sources.look import kind_of, kind_of_several
 from dali_lmdb.convert.sources.manifest import ManifestSource
-from dali_lmdb.convert.sources.names import listed
-from dali_lmdb.convert.sources.patterns import matches_of
 from dali_lmdb.convert.sources.store import StoreSource, class_names
 from dali_lmdb.convert.sources.tar import ImageNetTarSource, TarSource
 from dali_lmdb.convert.sources.webdataset import WebDatasetSource

@@ -9,17 +9,17 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from dali_lmdb.convert.sources.archive import Archive, Member
-from dali_lmdb.convert.sources.base import Item, Source, is_image_name, no_stamp
-from dali_lmdb.convert.sources.digest import NameDigest, digest_of_distinct
-from dali_lmdb.convert.sources.files import ImageFile, identity_of_files, lines_of, list_images
-from dali_lmdb.convert.sources.names import (
+from dali_lmdb.convert.sources._archive import Archive, Member
+from dali_lmdb.convert.sources._digest import NameDigest, digest_of_distinct
+from dali_lmdb.convert.sources._files import ImageFile, identity_of_files, lines_of, list_images
+from dali_lmdb.convert.sources._names import (
     classes_of,
     integer,
     printable,
     record_name,
     safe_path,
 )
+from dali_lmdb.convert.sources.base import Item, Source, is_image_name, no_stamp
 from dali_lmdb.errors import SourceError
 
 __all__ = ["FlatSource"]
@@ -47,7 +47,7 @@ class FlatSource(Source):
 
     Raises:
         SourceError: the folder, tar or labels file cannot be read or is malformed; from the first use on,
-            that images and labels do not match, or a member is refused (see ``archive.py``).
+            that images and labels do not match, or a member is refused (see ``_archive.py``).
     """
 
     kind = "flat"

@@ -10,8 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dali_lmdb.convert.sources.base import IMAGE_EXTENSIONS, Item, Source, is_image_name
-from dali_lmdb.convert.sources.files import (
+from dali_lmdb.convert.sources._files import (
     FolderListing,
     ImageFile,
     check_inside,
@@ -19,8 +18,9 @@ from dali_lmdb.convert.sources.files import (
     list_folder,
     list_images,
 )
-from dali_lmdb.convert.sources.names import printable, repeated_name
-from dali_lmdb.convert.sources.scratch import Spool
+from dali_lmdb.convert.sources._names import printable, repeated_name
+from dali_lmdb.convert.sources._scratch import Spool
+from dali_lmdb.convert.sources.base import IMAGE_EXTENSIONS, Item, Source, is_image_name
 from dali_lmdb.errors import SourceError
 
 __all__ = ["FolderSource"]
@@ -34,7 +34,7 @@ class FolderSource(Source):
 
     A hidden folder (``.git``) is a class only if it has images.
 
-    Order: classes, then the images of each as ``files.list_images`` gives them, which is ``ImageFolder``'s
+    Order: classes, then the images of each as ``_files.list_images`` gives them, which is ``ImageFolder``'s
     order. The folder is listed once; one class's file names are held in memory at a time.
 
     Args:

@@ -9,10 +9,10 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dali_lmdb.convert.sources._digest import NameDigest, digest_of_distinct
+from dali_lmdb.convert.sources._files import ImageFile, check_inside, identity_of_files
+from dali_lmdb.convert.sources._names import classes_of, printable, record_name
 from dali_lmdb.convert.sources.base import Item, Source
-from dali_lmdb.convert.sources.digest import NameDigest, digest_of_distinct
-from dali_lmdb.convert.sources.files import ImageFile, check_inside, identity_of_files
-from dali_lmdb.convert.sources.names import classes_of, printable, record_name
 from dali_lmdb.errors import SourceError
 from dali_lmdb.store.regular import check_regular
 

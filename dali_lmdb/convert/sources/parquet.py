@@ -15,17 +15,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from dali_lmdb.convert.sources.base import Item, Source, no_stamp
-from dali_lmdb.convert.sources.digest import NameDigest, digest_of
-from dali_lmdb.convert.sources.files import identity_of_files
-from dali_lmdb.convert.sources.names import (
+from dali_lmdb.convert.sources._digest import NameDigest, digest_of
+from dali_lmdb.convert.sources._files import identity_of_files
+from dali_lmdb.convert.sources._names import (
     check_classes,
     numbered_classes,
     path_problem,
     plain_path,
     record_name,
 )
-from dali_lmdb.convert.sources.patterns import files_of, stems_of
+from dali_lmdb.convert.sources._patterns import files_of, stems_of
+from dali_lmdb.convert.sources.base import Item, Source, no_stamp
 from dali_lmdb.errors import SourceError
 from dali_lmdb.store.regular import check_regular
 

@@ -10,14 +10,14 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
-from dali_lmdb.convert.sources.archive import Archive
+from dali_lmdb.convert.sources._archive import Archive
+from dali_lmdb.convert.sources._digest import NameDigest, digest_of_distinct
+from dali_lmdb.convert.sources._files import identity_of_files
+from dali_lmdb.convert.sources._members import MemberTable
+from dali_lmdb.convert.sources._names import check_classes, printable
+from dali_lmdb.convert.sources._patterns import files_of
+from dali_lmdb.convert.sources._scratch import Spool
 from dali_lmdb.convert.sources.base import Item, Source, is_image_name, no_stamp
-from dali_lmdb.convert.sources.digest import NameDigest, digest_of_distinct
-from dali_lmdb.convert.sources.files import identity_of_files
-from dali_lmdb.convert.sources.members import MemberTable
-from dali_lmdb.convert.sources.names import check_classes, printable
-from dali_lmdb.convert.sources.patterns import files_of
-from dali_lmdb.convert.sources.scratch import Spool
 from dali_lmdb.errors import SourceError
 
 __all__ = ["ImageNetTarSource", "TarSource", "class_of_tar", "common_top", "is_tar_name"]
@@ -97,7 +97,7 @@ class TarSource(_ClassFolders):
 
     Raises:
         SourceError: it cannot be read or is compressed; from the first use on, that it is damaged or cut off,
-            or has members that are refused (see ``archive.py``).
+            or has members that are refused (see ``_archive.py``).
     """
 
     kind = "tar"

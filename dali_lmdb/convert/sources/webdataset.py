@@ -10,19 +10,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dali_lmdb.convert.sources.archive import Archive, Member
-from dali_lmdb.convert.sources.base import IMAGE_EXTENSIONS, Item, Source, no_stamp
-from dali_lmdb.convert.sources.digest import NameDigest, digest_of, digest_of_distinct
-from dali_lmdb.convert.sources.files import identity_of_files
-from dali_lmdb.convert.sources.members import MemberTable
-from dali_lmdb.convert.sources.names import (
+from dali_lmdb.convert.sources._archive import Archive, Member
+from dali_lmdb.convert.sources._digest import NameDigest, digest_of, digest_of_distinct
+from dali_lmdb.convert.sources._files import identity_of_files
+from dali_lmdb.convert.sources._members import MemberTable
+from dali_lmdb.convert.sources._names import (
     check_classes,
     numbered_classes,
     printable,
     record_name,
 )
-from dali_lmdb.convert.sources.patterns import files_of, stems_of
-from dali_lmdb.convert.sources.scratch import Spool
+from dali_lmdb.convert.sources._patterns import files_of, stems_of
+from dali_lmdb.convert.sources._scratch import Spool
+from dali_lmdb.convert.sources.base import IMAGE_EXTENSIONS, Item, Source, no_stamp
 from dali_lmdb.errors import SourceError
 from dali_lmdb.store.regular import check_regular
 

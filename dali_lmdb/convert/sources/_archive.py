@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from dali_lmdb.convert.sources.files import check_size
-from dali_lmdb.convert.sources.names import printable, safe_path
+from dali_lmdb.convert.sources._files import check_size
+from dali_lmdb.convert.sources._names import printable, safe_path
 from dali_lmdb.errors import SourceError
 from dali_lmdb.store.regular import check_regular
 

@@ -9,12 +9,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple, NoReturn
 
-from dali_lmdb.convert.sources.archive import COMPRESSED, Archive
+from dali_lmdb.convert.sources._archive import COMPRESSED, Archive
+from dali_lmdb.convert.sources._contents import TarContents
+from dali_lmdb.convert.sources._files import list_folder
+from dali_lmdb.convert.sources._names import listed
+from dali_lmdb.convert.sources._patterns import SPLITS
 from dali_lmdb.convert.sources.base import is_image_name
-from dali_lmdb.convert.sources.contents import TarContents
-from dali_lmdb.convert.sources.files import list_folder
-from dali_lmdb.convert.sources.names import listed
-from dali_lmdb.convert.sources.patterns import SPLITS
 from dali_lmdb.convert.sources.tar import class_of_tar, common_top, is_tar_name
 from dali_lmdb.errors import SourceError
 from dali_lmdb.store.regular import check_regular

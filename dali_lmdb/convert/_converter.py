@@ -1,6 +1,6 @@
 """Convert a source to a store of one or several files, published when all of it is done.
 
-Killed at any instant, the same call resumes after the last commit; ``files.py`` lists the files involved.
+Killed at any instant, the same call resumes after the last commit; ``_files.py`` lists the files involved.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import TypeVar
 
 import numpy as np
 
-from dali_lmdb.convert.files import Files, check_name, check_target
-from dali_lmdb.convert.job import Job, Part, Written
-from dali_lmdb.convert.journal import Journal
+from dali_lmdb.convert._files import Files, check_name, check_target
+from dali_lmdb.convert._job import Job, Share, Written
+from dali_lmdb.convert._journal import Journal
 from dali_lmdb.convert.ranks import Ranks
 from dali_lmdb.convert.settings import ConvertSettings, Progress, Summary
 from dali_lmdb.convert.sources import open_source
@@ -145,7 +145,7 @@ class _Task:
 
 def _jobs(task: _Task, journals: contextlib.ExitStack) -> list[Job]:
     """One job for each of this rank's files; their journals keep other converters off until all is published."""
-    parts = _parts(task)
+    shares = _shares(task)
     # An interrupted conversion may have published everything and removed some of its journals.
     only_journals = all(files.target.exists() and not files.partial.exists() for files in task.all_files) and any(
         files.journal.exists() for files in task.all_files
@@ -161,7 +161,7 @@ def _jobs(task: _Task, journals: contextlib.ExitStack) -> list[Job]:
         journals.callback(journal.close)
         job = Job(
             task.source,
-            parts[index],
+            shares[index],
             task.settings,
             files=files,
             journal=journal,
@@ -175,7 +175,7 @@ def _jobs(task: _Task, journals: contextlib.ExitStack) -> list[Job]:
     return jobs
 
 
-def _parts(task: _Task) -> list[Part]:
+def _shares(task: _Task) -> list[Share]:
     """Split the source's items into runs whose lengths differ by one at most, one for each file."""
     total, count = task.source.count(), len(task.all_files)
     if total == 0:
@@ -183,7 +183,7 @@ def _parts(task: _Task) -> list[Part]:
     if count > total:
         raise ConversionError(f"{task.target}: {count} shards for {total} images; use fewer shards")
     return [
-        Part(
+        Share(
             first=total * index // count,
             num_items=total * (index + 1) // count - total * index // count,
             is_last=index == count - 1,
@@ -208,11 +208,11 @@ def _write(task: _Task, jobs: Sequence[Job]) -> list[Written]:
     """Write the records of this rank's files: every image is validated before bad ones are refused."""
     if not jobs:
         return []
-    items = islice(task.source.items(), jobs[0].part.first, None)
+    items = islice(task.source.items(), jobs[0].share.first, None)
     written = [
         job.skip(items) if job.files.target.exists() else job.write(items, restart=task.restart) for job in jobs
     ]
-    if jobs[-1].part.is_last and next(items, None) is not None:
+    if jobs[-1].share.is_last and next(items, None) is not None:
         raise ConversionError(
             f"{task.target}: the source changed during the conversion: images were added; use --restart when "
             "nothing writes to it"

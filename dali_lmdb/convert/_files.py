@@ -3,8 +3,8 @@
 For a target ``NAME.lmdb``, all beside it, so that publishing is one rename:
 
 * ``NAME.lmdb.partial``: the LMDB file while it grows;
-* ``NAME.lmdb.partial-journal``: what is done so far, see ``journal.py``;
-* ``NAME.lmdb.bad.tsv``: refused images and files that were left out, with reasons, see ``report.py``.
+* ``NAME.lmdb.partial-journal``: what is done so far, see ``_journal.py``;
+* ``NAME.lmdb.bad.tsv``: refused images and files that were left out, with reasons, see ``_report.py``.
 """
 
 from __future__ import annotations

@@ -8,9 +8,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import NamedTuple
 
+from dali_lmdb.convert._journal import Row
 from dali_lmdb.convert.audit import BadImageError, Header, check_decodes, read_header
 from dali_lmdb.convert.change import change_image
-from dali_lmdb.convert.journal import Row
 from dali_lmdb.convert.settings import ConvertSettings
 from dali_lmdb.convert.sources.base import Item
 from dali_lmdb.store.checksum import crc32

@@ -8,7 +8,7 @@ import re
 from itertools import product
 from pathlib import Path
 
-from dali_lmdb.convert.sources.files import list_folder
+from dali_lmdb.convert.sources._files import list_folder
 from dali_lmdb.errors import SourceError
 
 __all__ = ["SPLITS", "files_of", "matches_of", "stems_of"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dali_lmdb.convert.sources.scratch import Spool
+from dali_lmdb.convert.sources._scratch import Spool
 
 __all__ = ["MemberTable"]
 

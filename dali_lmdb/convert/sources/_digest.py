@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from dali_lmdb.convert.sources.names import repeated_name
-from dali_lmdb.convert.sources.scratch import ScratchFile
+from dali_lmdb.convert.sources._names import repeated_name
+from dali_lmdb.convert.sources._scratch import ScratchFile
 from dali_lmdb.errors import SourceError
 
 __all__ = ["NameDigest", "digest_of", "digest_of_distinct"]

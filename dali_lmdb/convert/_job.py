@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from dali_lmdb.convert.files import Files
-from dali_lmdb.convert.journal import INDEX_ROW_COLUMNS, ROW_SCHEMA, Journal, Row, batch_of
-from dali_lmdb.convert.reading import ReadImage, read_images
-from dali_lmdb.convert.report import write_report
+from dali_lmdb.convert._files import Files
+from dali_lmdb.convert._journal import INDEX_ROW_COLUMNS, ROW_SCHEMA, Journal, Row, batch_of
+from dali_lmdb.convert._reading import ReadImage, read_images
+from dali_lmdb.convert._report import write_report
 from dali_lmdb.convert.settings import ConvertSettings, Progress
 from dali_lmdb.convert.sources.base import Item, Source
 from dali_lmdb.errors import ConversionError
@@ -26,7 +26,7 @@ from dali_lmdb.store.layout import Fingerprint
 from dali_lmdb.store.reader import FileStore
 from dali_lmdb.store.writer import StoreWriter
 
-__all__ = ["Job", "Part", "Written"]
+__all__ = ["Job", "Share", "Written"]
 
 # Images that are journalled together, then written.
 _COMMIT_BYTES = 16 << 20
@@ -34,7 +34,7 @@ _COMMIT_RECORDS = 20_000
 _VERIFY_RECORDS = 256  # read back by one thread at a time
 
 
-class Part(NamedTuple):
+class Share(NamedTuple):
     """The run of the source's items that goes into one file."""
 
     first: int
@@ -98,9 +98,9 @@ class Job:
     """Makes one file complete under its partial name.
 
     Args:
-        source, part, settings: what to convert and how.
+        source, share, settings: what to convert and how.
         files: where.
-        journal: open on ``files.journal``.
+        journal: open on ``_files.journal``.
         num_threads: threads that read and validate images.
         progress: called from time to time.
     """
@@ -108,7 +108,7 @@ class Job:
     def __init__(
         self,
         source: Source,
-        part: Part,
+        share: Share,
         settings: ConvertSettings,
         *,
         files: Files,
@@ -116,24 +116,24 @@ class Job:
         num_threads: int,
         progress: Callable[[Progress], None] | None,
     ) -> None:
-        self.source, self.part, self.settings, self.files = source, part, settings, files
+        self.source, self.share, self.settings, self.files = source, share, settings, files
         self.journal = journal
         self.num_threads, self.progress = num_threads, progress
         self._tally = _Tally()
         self._num_bytes = self._num_left_out = 0
 
     def write(self, items: Iterator[Item], *, restart: bool) -> Written:
-        """Resume, or begin, until every image of the part is written or reported.
+        """Resume, or begin, until every image of the share is written or reported.
 
         Args:
-            items: the source's, from the part's first on; exactly the part's are taken.
+            items: the source's, from the share's first on; exactly the share's are taken.
             restart: discard what an interrupted conversion left.
 
         Raises:
-            SourceError, ConversionError: see ``converter.convert``.
+            SourceError, ConversionError: see ``_converter.convert``.
         """
         self._claim(restart=restart)
-        items = self._of_part(items)
+        items = self._of_share(items)
         with StoreWriter(self.files.partial) as self.writer:
             if not self.writer.finished:
                 self.journal.cut_to(self.writer.num_records)
@@ -151,7 +151,7 @@ class Job:
 
         Args, Raises: as ``write``.
         """
-        items = self._of_part(items)
+        items = self._of_share(items)
         self._replay_journal(items)
         deque(items, maxlen=0)
         store = FileStore(self.files.target)
@@ -166,7 +166,7 @@ class Job:
         Raises:
             ConversionError: it reads back wrong, or the disk refuses; or it was finished as part of another set.
         """
-        shard = None if self.part.shard is None else {**self.part.shard, "set": set_name}
+        shard = None if self.share.shard is None else {**self.share.shard, "set": set_name}
         if not self.files.target.exists():
             with StoreWriter(self.files.partial) as self.writer:
                 if not self.writer.finished:
@@ -189,7 +189,7 @@ class Job:
             "kind": self.source.kind,
             "settings": self.settings.identity(),
             "source": self.source.identity(),
-            "shard": self.part.shard,
+            "shard": self.share.shard,
         }
 
     def _claim(self, *, restart: bool) -> None:
@@ -208,12 +208,12 @@ class Job:
                     f"now {now[name]}; give the same again, or --restart to start over"
                 )
 
-    def _of_part(self, items: Iterator[Item]) -> Iterator[Item]:
-        """The part's items; refuses a source that has fewer than were counted."""
+    def _of_share(self, items: Iterator[Item]) -> Iterator[Item]:
+        """The share's items; refuses a source that has fewer than were counted."""
         count = 0
-        for count, item in enumerate(islice(items, self.part.num_items), start=1):  # noqa: B007  used below
+        for count, item in enumerate(islice(items, self.share.num_items), start=1):  # noqa: B007  used below
             yield item
-        if count < self.part.num_items:
+        if count < self.share.num_items:
             raise ConversionError(
                 f"{self.files.target}: the source changed during the conversion: images were removed; use "
                 "--restart when nothing writes to it"
@@ -269,7 +269,7 @@ class Job:
             for batch in self.journal.rows() if self._tally.num_bad else ():
                 bad = batch.filter(batch.column("reason").is_valid())
                 yield from zip(bad.column("name").to_pylist(), bad.column("reason").to_pylist(), strict=True)
-            for name, reason in self.source.left_out() if self.part.is_last else ():
+            for name, reason in self.source.left_out() if self.share.is_last else ():
                 self._num_left_out += 1
                 yield name, f"left out: {reason}"
 
@@ -313,7 +313,7 @@ class Job:
 
     def _report_progress(self, phase: Literal["writing", "verifying"], done: int) -> None:
         if self.progress is not None:
-            self.progress(Progress(str(self.files.target), phase, done, self.part.num_items, self._num_bytes))
+            self.progress(Progress(str(self.files.target), phase, done, self.share.num_items, self._num_bytes))
 
 
 def _stored_rows(journal: Journal) -> Iterator[pa.RecordBatch]:

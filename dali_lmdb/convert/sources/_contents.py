@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any, NamedTuple
 
-from dali_lmdb.convert.sources.archive import Archive, Member
+from dali_lmdb.convert.sources._archive import Archive, Member
+from dali_lmdb.convert.sources._names import printable
 from dali_lmdb.convert.sources.base import IMAGE_EXTENSIONS, is_image_name
-from dali_lmdb.convert.sources.names import printable
 from dali_lmdb.convert.sources.tar import is_tar_name
 from dali_lmdb.convert.sources.webdataset import LABEL_EXTENSION, key_and_extension
 
@@ -29,7 +29,7 @@ class TarContents:
         folders: number of images directly in each folder; ``""`` for the top.
 
     Raises:
-        SourceError: the archive is damaged, or has members that are refused (see ``archive.py``).
+        SourceError: the archive is damaged, or has members that are refused (see ``_archive.py``).
     """
 
     def __init__(self, archive: Archive, inner: Member | None = None) -> None:
