@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 from dali_lmdb.errors import DaliLmdbError
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch.distributed import Store  # type: ignore[attr-defined]  # torch re-exports it without saying so
 
 __all__ = ["JOIN_LIMIT_S", "RankEnvironment", "ignored_variables", "join"]
 
@@ -86,7 +86,7 @@ def join(ranks: RankEnvironment, *, say: Callable[[str], None]) -> Store:
         ValueError: MASTER_ADDR or MASTER_PORT is missing or wrong.
         DaliLmdbError: they are not all there after ``JOIN_LIMIT_S``, or cannot be connected.
     """
-    from torch.distributed import PrefixStore
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
     patience = _Patience(ranks, say)
     try:
@@ -121,7 +121,7 @@ class _Patience:
 
 def _connect(ranks: RankEnvironment, patience: _Patience) -> Store:
     """Connect to the store of torchrun's agent, or to that of rank 0, which makes it."""
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:

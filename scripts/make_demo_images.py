@@ -136,7 +136,8 @@ def _natural_noise(height: int, width: int, generator: np.random.Generator) -> F
         planes.append((plane / plane.std()).astype(np.float32))
     tint = generator.normal(scale=0.06, size=3).astype(np.float32)  # colour varies less than brightness
     mean = np.float32(generator.uniform(0.35, 0.6))
-    return mean + 0.17 * planes[0][..., None] + tint * planes[1][..., None]
+    texture: npt.NDArray[np.floating] = mean + 0.17 * planes[0][..., None] + tint * planes[1][..., None]
+    return texture
 
 
 def _cell(coordinate: FloatArray) -> FloatArray:

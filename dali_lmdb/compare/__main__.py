@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -31,7 +32,7 @@ _DEFAULTS = {
 _AT_LEAST_1 = click.IntRange(min=1)
 
 
-def _option(name: str, *, help: str, **options: Any) -> Any:
+def _option(name: str, *, help: str, **options: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make an option whose default is the library's."""
     default = _DEFAULTS[name.removeprefix("--").replace("-", "_")]
     return click.option(name, default=default, show_default=default is not None, help=help, **options)

@@ -26,7 +26,7 @@ def is_image_folder(path: str | os.PathLike[str]) -> bool:
     return folder.is_dir() and not (folder / "data.mdb").is_file() and not shard_files(folder)
 
 
-class _ClassFolders(ImageFolder):
+class _ClassFolders(ImageFolder):  # type: ignore[misc]  # torchvision comes without types
     """An ``ImageFolder`` that accepts hidden folders without images; they are classes only if they have some."""
 
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
@@ -57,7 +57,7 @@ class FolderStore(Store):
             raise SourceError(
                 f"{path}: cannot be read as an image folder: {error}; expected CLASS/IMAGE files"
             ) from error
-        self._classes = folder.classes
+        self._classes: list[str] = folder.classes
         self._files = [file for file, _ in folder.samples]
         self._labels = np.array(folder.targets, dtype=np.int32)
         names = "\n".join(self.name(index) for index in range(len(self)))

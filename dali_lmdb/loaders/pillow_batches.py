@@ -118,7 +118,7 @@ class PlannedBatches(Dataset[DecodedBatch]):
     def _to_tensor(self, image: Image.Image, augmentation: Augmentation, position: int) -> torch.Tensor:
         transform = self.transform
         if self.dtype == "uint8":
-            tensor = F.pil_to_tensor(image)
+            tensor: torch.Tensor = F.pil_to_tensor(image)
             erased = (255 * torch.tensor(transform.mean)).round().to(torch.uint8)
         else:
             tensor = F.normalize(F.to_tensor(image), list(transform.mean), list(transform.std))
@@ -135,13 +135,15 @@ def _crop(image: Any, transform: Transform, augmentation: Augmentation, position
     size = augmentation.size[position].astype(int).tolist()
     interpolation = _INTERPOLATIONS[transform.interpolation]
     if not isinstance(transform, TrainTransform):
-        return F.center_crop(F.resize(image, transform.resize, interpolation), size)
+        cropped: Image.Image = F.center_crop(F.resize(image, transform.resize, interpolation), size)
+        return cropped
     top, left = augmentation.anchors[position].tolist()
     height, width = augmentation.shapes[position].tolist()
     image = F.resize(crop(image, top=top, left=left, height=height, width=width), size, interpolation)
     if transform.changes_color:
         image = _twist_color(image, augmentation, position)
-    return F.hflip(image) if augmentation.mirror[position] else image
+    flipped: Image.Image = F.hflip(image) if augmentation.mirror[position] else image
+    return flipped
 
 
 # From RGB to YIQ, NTSC 1953, rounded as in DALI's color_twist (color_twist.h, Rgb2Yiq).

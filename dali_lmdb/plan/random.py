@@ -34,7 +34,8 @@ def key_of(*numbers: int) -> np.uint64:
     key = np.zeros(1, dtype=np.uint64)
     for number in numbers:
         key = mix(key ^ mix(np.array([number & _MASK], dtype=np.uint64)))
-    return key[0]
+    result: np.uint64 = key[0]
+    return result
 
 
 def uniform(key: np.uint64, records: npt.NDArray[np.int64], draw: int) -> npt.NDArray[np.float64]:
@@ -48,7 +49,8 @@ def uniform(key: np.uint64, records: npt.NDArray[np.int64], draw: int) -> npt.ND
     Returns:
         float64 of shape (n,), multiples of 2^-53.
     """
-    return uniforms(key, records, range(draw, draw + 1))[0]
+    numbers: npt.NDArray[np.float64] = uniforms(key, records, range(draw, draw + 1))[0]
+    return numbers
 
 
 def uniforms(key: np.uint64, records: npt.NDArray[np.int64], draws: range) -> npt.NDArray[np.float64]:

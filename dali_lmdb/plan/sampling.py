@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from dali_lmdb.plan.order import Shuffle, epoch_order
+from dali_lmdb.plan.order import EpochOrder, Shuffle, epoch_order
 from dali_lmdb.plan.random import key_of, uniform
 
 __all__ = ["AllRecords", "Listed", "Sampled", "Sampling", "Weighted", "sampling_of"]
@@ -44,7 +44,7 @@ class AllRecords:
     def records(self, positions: npt.NDArray[np.int64], *, epoch: int) -> npt.NDArray[np.int64]:
         return self._order(epoch)(positions)
 
-    def _order(self, epoch: int) -> Any:
+    def _order(self, epoch: int) -> EpochOrder:
         return epoch_order(self.num_positions, seed=self._seed, epoch=epoch, shuffle=self._shuffle)
 
 
@@ -58,7 +58,8 @@ class Listed:
         self.identity = f"{shuffle}, {len(indices)} listed, {_digest(indices)}"
 
     def records(self, positions: npt.NDArray[np.int64], *, epoch: int) -> npt.NDArray[np.int64]:
-        return self._indices[self._places.records(positions, epoch=epoch)]
+        listed: npt.NDArray[np.int64] = self._indices[self._places.records(positions, epoch=epoch)]
+        return listed
 
 
 class Weighted:
@@ -71,7 +72,8 @@ class Weighted:
 
     def records(self, positions: npt.NDArray[np.int64], *, epoch: int) -> npt.NDArray[np.int64]:
         drawn = uniform(key_of(self._seed, epoch, _WEIGHTS_KEY), positions, 0) * self._cumulative[-1]
-        return np.searchsorted(self._cumulative, drawn, side="right").astype(np.int64)
+        records: npt.NDArray[np.int64] = np.searchsorted(self._cumulative, drawn, side="right").astype(np.int64)
+        return records
 
 
 class Sampled:

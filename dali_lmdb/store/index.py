@@ -82,7 +82,8 @@ class Index:
         dtype = self._pieces[0][name].dtype
         first = self._starts[name][piece] + row * dtype.itemsize
         # Byte by byte, since a piece may start at any offset in the file.
-        return self._pages.data[first[:, None] + np.arange(dtype.itemsize)].view(dtype)[:, 0]
+        values: npt.NDArray[Any] = self._pages.data[first[:, None] + np.arange(dtype.itemsize)].view(dtype)[:, 0]
+        return values
 
 
 class Names:
@@ -104,7 +105,8 @@ class Names:
             StoreDamagedError: the piece that contains it was altered.
         """
         piece, row = divmod(record, self._meta.piece_records)
-        return self._piece(piece)[row].as_py()
+        name: str = self._piece(piece)[row].as_py()
+        return name
 
     def all(self) -> pa.ChunkedArray:
         """All names, as strings in the memory map.

@@ -283,6 +283,9 @@ class PageFile:
         return low
 
     def _child(self, base: int, pointer: int) -> int:
+        low: int
+        high: int
+        flags: int
         low, high, flags, _ = _NODE.unpack_from(self._view, base + pointer)
         return low | high << 16 | flags << 32
 

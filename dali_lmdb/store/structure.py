@@ -26,7 +26,8 @@ def check_structure(path: str | os.PathLike[str]) -> list[str] | None:
     except ImportError:
         return None
     try:
-        return [f"structure: {problem}" for problem in verify(os.fspath(path), subdir=False)]
+        problems: list[str] = verify(os.fspath(path), subdir=False)  # type: ignore[no-untyped-call]
+        return [f"structure: {problem}" for problem in problems]
     except OSError as error:
         raise StoreError(refusal(path, "cannot be read", error)) from error
     except Exception as error:  # a damaged file may break any assumption of the walk

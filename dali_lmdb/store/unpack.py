@@ -87,7 +87,7 @@ class _Reader:
         """Take the next integer."""
         if self.at + field.size > len(self.view):
             raise PayloadError(f"damaged {self.format}: it ends early")
-        (value,) = field.unpack_from(self.view, self.at)
+        value: int = field.unpack_from(self.view, self.at)[0]
         self.at += field.size
         return value
 
@@ -368,4 +368,5 @@ def _child_position(kind: pa.DataType, code: int) -> int:
     """Position of the child that a type code of a union refers to."""
     if all(not kind.field(position).name for position in range(kind.num_fields)):
         return code  # 0.9 to 0.12
-    return kind.type_codes.index(code)
+    type_codes: list[int] = kind.type_codes
+    return type_codes.index(code)

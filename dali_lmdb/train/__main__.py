@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -21,7 +22,7 @@ __all__ = ["main"]
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainSettings)}
 
 
-def _option(name: str, *, help: str, **options: Any) -> Any:
+def _option(name: str, *, help: str, **options: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make an option whose default is the library's."""
     default = _DEFAULTS[name.removeprefix("--").replace("-", "_")]
     shown = default is not None and not isinstance(default, bool)

@@ -198,7 +198,7 @@ class _Run:
         with _autocast(self.device, self.precision):
             loss = training_loss(self.wrapped(_arrange(images)), labels, arch=self.settings.arch)
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.meter.add(loss=loss, num_images=len(labels))

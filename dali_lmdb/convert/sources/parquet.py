@@ -64,7 +64,8 @@ class _Group(NamedTuple):
 
     @property
     def num_rows(self) -> int:
-        return self.metadata.row_group(self.number).num_rows
+        num_rows: int = self.metadata.row_group(self.number).num_rows
+        return num_rows
 
 
 class _Row(NamedTuple):
@@ -343,7 +344,7 @@ class _Run:
             self._num_left -= 1
             if self._num_left == 0:
                 self.images.clear()
-        data = image.as_py()
+        data: bytes | None = image.as_py()
         if data is None:
             where = f"{self._group.group.file.path}: row {row}"
             raise SourceError(f"{where}: no image bytes, perhaps only a path; embed the images in the file")
