@@ -26,10 +26,10 @@ __all__ = ["Command", "ProgressBar", "main", "print_progress", "print_result", "
 _COMMANDS = {
     "compare": "dali_lmdb.compare.__main__:main",
     "convert": "dali_lmdb.convert.__main__:main",
-    "export": "dali_lmdb.inspect.__main__:export_command",
-    "info": "dali_lmdb.inspect.__main__:info_command",
+    "export": "dali_lmdb.inspect.commands:export_command",
+    "info": "dali_lmdb.inspect.commands:info_command",
     "train": "dali_lmdb.train.__main__:main",
-    "verify": "dali_lmdb.inspect.__main__:verify_command",
+    "verify": "dali_lmdb.inspect.commands:verify_command",
 }
 _LINE_EVERY_S = 10  # between progress lines if stderr is not a terminal
 _INTERRUPTED = 130  # a shell's exit code for a command ended by Ctrl-C: 128 + SIGINT

@@ -43,6 +43,9 @@ MAY_IMPORT = {
 # The top of the package: what users see and the commands; these may import from every layer.
 TOP_MODULES = {"__init__", "__main__", "cli"}
 
+# The modules of a layer that hold its commands; ``commands.py`` where there are several, so no ``python -m``.
+COMMAND_MODULES = ("__main__.py", "commands.py")
+
 
 def git(*arguments):
     return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -51,6 +54,12 @@ def git(*arguments):
 def modules():
     """Every module of the package, as its path relative to the package."""
     return [path.relative_to(PACKAGE).as_posix() for path in sorted(PACKAGE.rglob("*.py"))]
+
+
+# What ``python -m`` may name.
+MAIN_MODULES = [
+    ".".join(["dali_lmdb", *Path(path).parent.parts]) for path in modules() if Path(path).name == "__main__.py"
+]
 
 
 def imported_names(path):
@@ -80,7 +89,7 @@ def may_use(library, path):
     return {
         "lmdb": path.startswith("store/"),
         "nvidia": path in ("loaders/pipeline.py", "loaders/dali_loader.py"),
-        "click": path == "cli.py" or Path(path).name == "__main__.py",
+        "click": path == "cli.py" or Path(path).name in COMMAND_MODULES,
     }[library]
 
 
@@ -89,7 +98,7 @@ def test_imports_point_one_way(path):
     if layer(path) in TOP_MODULES:
         return
     allowed = MAY_IMPORT[layer(path)] | {layer(path)}
-    if Path(path).name == "__main__.py":
+    if Path(path).name in COMMAND_MODULES:
         allowed = allowed | {"cli"}
     imported = {name.split(".")[1] for name in imported_names(path) if name.startswith("dali_lmdb.")}
     assert imported <= allowed
@@ -161,10 +170,7 @@ def test_help_of_every_command_can_be_printed():
 @pytest.mark.parametrize(
     "words",
     [
-        ["-m", "dali_lmdb"],
-        ["-m", "dali_lmdb.convert"],
-        ["-m", "dali_lmdb.train"],
-        ["-m", "dali_lmdb.compare"],
+        *[["-m", name] for name in MAIN_MODULES],
         ["scripts/convert.py"],
         ["scripts/make_demo_images.py"],
     ],
