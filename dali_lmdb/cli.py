@@ -7,12 +7,15 @@ daemons may start commands, are treated as /dev/null.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import os
+import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any, TextIO
 
 import click
@@ -21,7 +24,16 @@ from tqdm import tqdm
 from dali_lmdb.errors import DaliLmdbError, one_line
 from dali_lmdb.torchrun import RanksT, ignored_variables
 
-__all__ = ["Command", "ProgressBar", "main", "print_progress", "print_result", "ranks_from_environment"]
+__all__ = [
+    "Command",
+    "ProgressBar",
+    "interrupt_on_sigterm",
+    "main",
+    "option_of",
+    "print_progress",
+    "print_result",
+    "ranks_from_environment",
+]
 
 _COMMANDS = {
     "compare": "dali_lmdb.compare.__main__:main",
@@ -74,6 +86,30 @@ class Command(_StandardStreams):
                 raise click.ClickException(one_line(str(error))) from error
             except BrokenPipeError:  # the reader of our progress is gone
                 sys.exit(1)
+
+
+_Decorator = Callable[[Callable[..., None]], Callable[..., None]]
+
+
+def option_of(*settings: type[Any]) -> Callable[..., _Decorator]:
+    """Make a ``click.option`` whose defaults are those of the fields of dataclasses; the last one wins."""
+    defaults = {field.name: field.default for kind in settings for field in dataclasses.fields(kind)}
+
+    def option(name: str, *, help: str, **options: Any) -> _Decorator:
+        default = defaults[name.removeprefix("--").replace("-", "_")]
+        shown = default is not None and not isinstance(default, bool)
+        return click.option(name, default=default, show_default=shown, help=help, **options)
+
+    return option
+
+
+def interrupt_on_sigterm() -> None:
+    """Treat SIGTERM like Ctrl-C in this process."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
 
 
 def ranks_from_environment(kind: type[RanksT]) -> RanksT | None:

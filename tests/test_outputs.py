@@ -81,7 +81,7 @@ def test_a_run_whose_log_cannot_be_written_ends_with_one_line(store_path, tmp_pa
 
 def test_a_run_whose_progress_cannot_be_printed_goes_on(store_path, tmp_path):
     done = train(store_path, "--log-json", "log", "--log-every", "1", folder=tmp_path, shell="exec > /dev/full;")
-    says = f"standard output: cannot be written: {NO_SPACE}; training goes on\n"
+    says = f"standard output: cannot be written: {NO_SPACE}; training continues\n"
     assert (done.returncode, done.stderr) == (0, says)
     assert len((tmp_path / "log").read_text().splitlines()) == 6 + 1
 

@@ -439,7 +439,7 @@ def test_a_checkpoint_is_not_overwritten_by_mistake(data, tmp_path):
     (tmp_path / "checkpoint.pt").write_bytes(b"30 hours of work")
     result = invoke("--train", data.train, "--val", data.val, *TINY, "--output", tmp_path)
     assert result.exit_code == 1
-    assert "go on from it with --resume" in result.output
+    assert "resume from it with --resume" in result.output
     assert (tmp_path / "checkpoint.pt").read_bytes() == b"30 hours of work"
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
 from typing import Any
 
 import click
 from click.core import ParameterSource
 
-from dali_lmdb.cli import Command, print_progress, print_result
+from dali_lmdb.cli import Command, option_of, print_progress, print_result
 from dali_lmdb.compare.cold import COLD_WAYS, ColdComparison, ColdRound, compare_cold
 from dali_lmdb.compare.handover import Handover, HandoverRound, measure_handover
 from dali_lmdb.compare.part import ReadingSettings
@@ -26,16 +25,10 @@ _SETTINGS = {
     "cold": ReadingSettings,
     "handover": ReadingSettings,
 }
-_DEFAULTS = {
-    field.name: field.default for kind in (ReadingSettings, CompareSettings) for field in dataclasses.fields(kind)
-}
 _AT_LEAST_1 = click.IntRange(min=1)
 
 
-def _option(name: str, *, help: str, **options: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Make an option whose default is the library's."""
-    default = _DEFAULTS[name.removeprefix("--").replace("-", "_")]
-    return click.option(name, default=default, show_default=default is not None, help=help, **options)
+_option = option_of(ReadingSettings, CompareSettings)
 
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import click
 
-from dali_lmdb.cli import Command, ProgressBar, print_progress, print_result, ranks_from_environment
+from dali_lmdb.cli import (
+    Command,
+    ProgressBar,
+    interrupt_on_sigterm,
+    print_progress,
+    print_result,
+    ranks_from_environment,
+)
 from dali_lmdb.convert import ConvertSettings, Progress, Summary, convert
 from dali_lmdb.convert.ranks import RankLostError, Ranks, torchrun_ranks
 from dali_lmdb.convert.sources import KINDS, open_source
@@ -129,7 +134,7 @@ def main(
 
     After an interrupt, a kill or a full disk, the same command resumes where it stopped.
     """
-    signal.signal(signal.SIGTERM, _interrupt)
+    interrupt_on_sigterm()
     own = ranks_from_environment(RankEnvironment) or RankEnvironment()
     together = torchrun_ranks(own, say=print_progress) if own.world_size > 1 else nullcontext(Ranks())
     with together as ranks, ProgressBar(quiet=as_json) as bar:
@@ -170,10 +175,6 @@ def _class_names(names: tuple[str, ...], file: str | None) -> list[str] | None:
     if file is None:
         return list(names) or None
     return [*names, *lines_of(Path(file), what="class names")]
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 def _sentence(summary: Summary) -> str:

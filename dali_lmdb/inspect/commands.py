@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from types import FrameType
 
 import click
 
-from dali_lmdb.cli import Command, ProgressBar, print_result
+from dali_lmdb.cli import Command, ProgressBar, interrupt_on_sigterm, print_result
 from dali_lmdb.errors import one_line
 from dali_lmdb.inspect import Progress, Spread, StoreInfo, Verification, export, info, verify
 from dali_lmdb.inspect.export import SHARD_SIZE_BYTES
@@ -80,7 +78,7 @@ def export_command(
 
     DIR appears when everything is written; after an error or an interrupt nothing is left behind.
     """
-    signal.signal(signal.SIGTERM, _interrupt)
+    interrupt_on_sigterm()
     with ProgressBar(unit="records") as bar:
         try:
             done = export(
@@ -97,10 +95,6 @@ def export_command(
     into = f"{done.tars:,} tars" if tar else f"{done.classes:,} class folders"
     done_line = one_line(f"{done.folder}: {done.records:,} records, {done.num_bytes:,} bytes, in {into}")
     print_result(done_line, done=done.folder)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 def _shown_by(bar: ProgressBar) -> Callable[[Progress], None]:

@@ -6,12 +6,11 @@ import dataclasses
 import json
 import sys
 import traceback
-from collections.abc import Callable
 from typing import Any
 
 import click
 
-from dali_lmdb.cli import Command, ranks_from_environment
+from dali_lmdb.cli import Command, option_of, ranks_from_environment
 from dali_lmdb.train.distributed import RankFailedError, Ranks, launch, run_rank
 from dali_lmdb.train.rank import show_progress
 from dali_lmdb.train.settings import BACKENDS, DEVICES, ON_BAD, PRECISIONS, SHUFFLES, TrainSettings, check
@@ -19,16 +18,7 @@ from dali_lmdb.train.trainer import train
 
 __all__ = ["main"]
 
-_DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainSettings)}
-
-
-def _option(name: str, *, help: str, **options: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Make an option whose default is the library's."""
-    default = _DEFAULTS[name.removeprefix("--").replace("-", "_")]
-    shown = default is not None and not isinstance(default, bool)
-    return click.option(name, default=default, show_default=shown, help=help, **options)
-
-
+_option = option_of(TrainSettings)
 _AT_LEAST_0 = click.IntRange(min=0)
 _AT_LEAST_1 = click.IntRange(min=1)
 
@@ -47,29 +37,29 @@ _AT_LEAST_1 = click.IntRange(min=1)
 @_option("--arch", metavar="NAME", help="Any torchvision classification model.")
 @_option("--backend", type=click.Choice(BACKENDS), help="torch is the classic way, PIL on the CPU.")
 @_option("--device", type=click.Choice(DEVICES), help="auto takes GPUs where there are any.")
-@_option("--precision", type=click.Choice(PRECISIONS), help="Of the computation on GPUs; CPUs use float32.")
-@_option("--epochs", type=_AT_LEAST_1, help="How often every record is trained on.")
+@_option("--precision", type=click.Choice(PRECISIONS), help="Precision on GPUs; CPUs use float32.")
+@_option("--epochs", type=_AT_LEAST_1, help="Number of training epochs.")
 @_option("--batch-size", type=_AT_LEAST_1, help="Records in a step of one rank.")
 @_option(
     "--lr",
     type=click.FloatRange(min=0, min_open=True),
-    help="Highest learning rate, used as given: not scaled by batch size or ranks.",
+    help="Peak learning rate, used as given: not scaled by batch size or ranks.",
 )
-@_option("--momentum", type=click.FloatRange(min=0), help="Of SGD.")
-@_option("--weight-decay", type=click.FloatRange(min=0), help="Of SGD, on all parameters.")
+@_option("--momentum", type=click.FloatRange(min=0), help="SGD momentum.")
+@_option("--weight-decay", type=click.FloatRange(min=0), help="Weight decay of SGD, on all parameters.")
 @_option("--size", type=_AT_LEAST_1, help="Height and width of the images, in pixels.")
 @_option("--workers", type=_AT_LEAST_0, help="DALI threads or DataLoader processes of each rank.")
-@_option("--shuffle", type=click.Choice(SHUFFLES), help="block suits storage that hates random reads.")
+@_option("--shuffle", type=click.Choice(SHUFFLES), help="block suits storage that is slow at random reads.")
 @_option(
     "--on-bad",
     type=click.Choice(ON_BAD),
-    help="At a record that does not decode: stop and name it, or warn and use another of its batch.",
+    help="If a record cannot be decoded: stop and name it, or warn and use another of its batch.",
 )
-@_option("--seed", type=_AT_LEAST_0, help="Of weights, order, crops and flips.")
+@_option("--seed", type=_AT_LEAST_0, help="Seed of weights, order, crops and flips.")
 @_option("--output", metavar="DIR", help="Folder for checkpoint.pt, written after each epoch.")
-@_option("--resume", is_flag=True, help="Go on from the checkpoint in --output, if there is one.")
-@_option("--checkpoint-every", type=_AT_LEAST_0, metavar="STEPS", help="Also save after so many steps.")
-@_option("--log-json", metavar="FILE", help="Write measurements, one JSON object a line.")
+@_option("--resume", is_flag=True, help="Resume from the checkpoint in --output, if there is one.")
+@_option("--checkpoint-every", type=_AT_LEAST_0, metavar="STEPS", help="Also save after every STEPS steps.")
+@_option("--log-json", metavar="FILE", help="Write measurements, one JSON object per line.")
 @_option("--log-every", type=_AT_LEAST_1, metavar="STEPS", help="Steps between two reports.")
 def main(*, world_size: int, **options: Any) -> None:
     """Train a torchvision model with DDP and evaluate it after each epoch.

@@ -1,4 +1,4 @@
-"""A run on disk: whole or not there, made of tensors and plain values only."""
+"""Checkpoints: written atomically, with tensors and plain values only."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ _locked: set[int] = set()  # descriptors of folders
 
 @contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Hold a folder, which is made, against other runs; nothing is left behind, however this process ends.
+    """Create and lock the output folder; no lock is left behind, however this process ends.
 
     Raises:
-        StateError: another run holds it, or it cannot be made.
+        StateError: another run has locked it, or it cannot be created.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -47,7 +47,7 @@ def only_writer(folder: Path) -> Iterator[None]:
                 f"{folder}: another run is writing there; let it finish or choose another --output"
             ) from None
         except OSError:
-            pass  # a file system without locks, or NFS, which locks no folders
+            pass  # a file system without locks, or NFS, which cannot lock folders
         yield
     finally:
         _locked.discard(descriptor)
@@ -56,14 +56,14 @@ def only_writer(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _let_go() -> None:
-    # A forked process shares the lock. DataLoader's workers outlive a rank that was killed by some seconds; the
-    # rank that is started in its place must not find the folder held.
+def _close_locks() -> None:
+    # A forked process shares the lock. DataLoader workers outlive a killed rank by some seconds; the rank started
+    # in its place must not find the folder locked.
     while _locked:
         os.close(_locked.pop())
 
 
-os.register_at_fork(after_in_child=_let_go)
+os.register_at_fork(after_in_child=_close_locks)
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
@@ -73,7 +73,7 @@ def save(path: Path, content: dict[str, Any]) -> None:
         StateError: it cannot be written; the old file is still there.
     """
     partial = path.with_name(path.name + ".partial")
-    buffer = io.BytesIO()  # torch.save to a file would hide why that cannot be written
+    buffer = io.BytesIO()  # torch.save to a file would hide the cause of a failed write
     torch.save({"format": FORMAT_VERSION, **content}, buffer)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,12 +89,13 @@ def save(path: Path, content: dict[str, Any]) -> None:
         sync_folder(path.parent)
     except OSError as error:
         raise StateError(
-            f"{path}: cannot be written: {error.strerror}; fix that, then go on from the last one with --resume"
+            f"{path}: cannot be written: {error.strerror}; fix that, then continue from the previous one with "
+            "--resume"
         ) from error
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read what :func:`save` wrote, onto the CPU. Nothing in the file is executed.
+    """Read a checkpoint onto the CPU. Nothing in the file is executed.
 
     Raises:
         StateError: not a checkpoint, a damaged one, or of a newer format; or it cannot be read.
@@ -117,7 +118,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def check_fits(content: dict[str, Any], *, arch: str, classes: Sequence[str], path: Path) -> None:
-    """Raise StateError, with both sides, if the checkpoint's model is not the one to be trained."""
+    """Raise StateError, naming both, if the checkpoint's model or classes are not those to be trained."""
     found = content["settings"]["arch"]
     if found != arch:
         raise StateError(f"{path}: holds a {found}, --arch is {arch}; use --arch {found} or another --output")

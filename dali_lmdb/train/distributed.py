@@ -1,7 +1,7 @@
-"""Ranks: who they are, where they run, how they are started and how they end.
+"""Ranks: their identity and device, and how they are started and ended.
 
-Under torchrun the environment names the rank. Without it, :func:`launch` starts the ranks through the
-same elastic launcher that torchrun is made of, so a rank cannot tell the difference.
+Under torchrun the environment identifies the rank. Without it, :func:`launch` starts the ranks through torchrun's
+own elastic launcher, so a rank cannot tell the difference.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ __all__ = ["LAUNCHER_PID", "RankFailedError", "Ranks", "find_device", "launch", 
 
 logger = logging.getLogger(__name__)
 
-_TIMEOUT = timedelta(minutes=30)  # of a collective; torch's own for gloo
+_TIMEOUT = timedelta(minutes=30)  # for a collective; torch's default for gloo
 
 LAUNCHER_PID = "DALI_LMDB_LAUNCHER_PID"
-"""Variable of the ranks' environment with the process id of :func:`launch`."""
+"""Environment variable through which ranks learn the process id of :func:`launch`."""
 
 
 class Ranks(RankEnvironment):
-    """This process among the others; alone by default. Its local rank picks the GPU."""
+    """This process's rank; a single one by default. The local rank selects the GPU."""
 
     def all_sum(self, values: Tensor) -> Tensor:
         """Sum over all ranks, in place; a collective."""
@@ -53,10 +53,10 @@ class Ranks(RankEnvironment):
 
 
 def find_device(name: str, *, local_rank: int, ranks_per_node: int) -> torch.device:
-    """Choose the device of a rank: ``"cuda"``, ``"cpu"``, or ``"auto"`` for GPUs where there are any.
+    """Choose the device of a rank: ``"cuda"``, ``"cpu"``, or ``"auto"`` for GPUs if there are any.
 
     Raises:
-        DeviceError: GPUs were asked for and there are none, or fewer than this machine has ranks.
+        DeviceError: GPUs were requested and there are none, or fewer than this machine has ranks.
     """
     num_gpus = torch.cuda.device_count()
     if name == "cpu" or (name == "auto" and num_gpus == 0):
@@ -74,14 +74,14 @@ def find_device(name: str, *, local_rank: int, ranks_per_node: int) -> torch.dev
 
 @contextmanager
 def process_group(ranks: Ranks, *, device: torch.device) -> Iterator[None]:
-    """Connect the ranks, over NCCL on GPUs and gloo on CPUs, and give this one its device and threads.
+    """Connect the ranks, with NCCL on GPUs and gloo on CPUs, and set this rank's device and number of threads.
 
-    A group that the caller has already made is used as it is.
+    A process group that the caller has already initialised is used as it is.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
     elif "OMP_NUM_THREADS" not in os.environ and ranks.ranks_per_node > 1:
-        # Every rank would take all cores; together they would only take them from each other.
+        # Otherwise every rank would use all cores and slow the others down.
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // ranks.ranks_per_node))
     if ranks.world_size == 1 or dist.is_initialized():
@@ -92,12 +92,12 @@ def process_group(ranks: Ranks, *, device: torch.device) -> Iterator[None]:
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=_TIMEOUT)
     yield
-    # Only after success: when a rank has failed, waiting for the others is what must not happen.
+    # Only after success: if a rank has failed, this must not wait for the others.
     dist.destroy_process_group()
 
 
 class RankFailedError(Exception):
-    """A rank died of a bug, a signal or a library's error; ``details`` has its traceback."""
+    """A rank died from a bug, a signal or a library's error; ``details`` is its traceback."""
 
     def __init__(self, message: str, *, details: str) -> None:
         super().__init__(message)
@@ -105,10 +105,10 @@ class RankFailedError(Exception):
 
 
 def run_rank(function: Callable[[], object], *, show_errors: bool) -> None:
-    """Run one rank of several; if it fails, end the process at once, so that the others are told.
+    """Run one rank of several; if it fails, end the process at once, so that the launcher stops the others.
 
     Args:
-        show_errors: print what went wrong; not needed where :func:`launch` reads it from the error file.
+        show_errors: print the error; not needed if :func:`launch` reads it from the error file.
     """
     try:
         record(function)()
@@ -121,8 +121,8 @@ def run_rank(function: Callable[[], object], *, show_errors: bool) -> None:
 
 
 def _end_process(code: int, message: str = "") -> NoReturn:
-    # A normal exit would first wait for decoder threads, worker processes and NCCL, which may be waiting
-    # for the ranks that wait for this one. So would they if an error in printing kept this one from its end.
+    # A normal exit would first wait for decoder threads, worker processes and NCCL, which may be waiting for ranks
+    # that wait for this one. An error in printing must not prevent the exit either.
     with contextlib.suppress(Exception):
         sys.stderr.write(message)
         sys.stderr.flush()
@@ -134,12 +134,12 @@ def _end_process(code: int, message: str = "") -> NoReturn:
 def launch(arguments: Sequence[str], *, world_size: int) -> None:
     """Run ``python arguments...`` as ``world_size`` ranks on this machine, until all have ended.
 
-    If one dies, the others are ended too.
+    If one dies, the others are stopped too.
 
     Raises:
-        DaliLmdbError: the first rank to die did so with this error.
-        RankFailedError: the first rank to die did so in another way.
-        KeyboardInterrupt, SystemExit: this process was told to stop, and has stopped the ranks.
+        DaliLmdbError: the first rank to die raised this error.
+        RankFailedError: the first rank to die died in another way.
+        KeyboardInterrupt, SystemExit: this process was interrupted or terminated, and has stopped the ranks.
     """
     with (
         tempfile.TemporaryDirectory(prefix="dali_lmdb_ranks_") as folder,
@@ -154,7 +154,7 @@ def launch(arguments: Sequence[str], *, world_size: int) -> None:
             run_id=uuid.uuid4().hex,
             rdzv_backend="c10d",
             rdzv_endpoint="localhost:0",  # any free port
-            local_addr="localhost",  # not this machine's name, which may resolve to nothing
+            local_addr="localhost",  # not this machine's name, which may not resolve
             max_restarts=0,
             logs_specs=DefaultLogsSpecs(log_dir=folder),
         )
@@ -172,7 +172,7 @@ def launch(arguments: Sequence[str], *, world_size: int) -> None:
 
 @contextmanager
 def _quiet_launcher() -> Iterator[None]:
-    """Keep the launcher's own log off the terminal, unless LOGLEVEL asks for it: we say what happened."""
+    """Silence the launcher's own log, unless LOGLEVEL is set: we report what happened."""
     if "LOGLEVEL" in os.environ:
         yield
         return
@@ -193,7 +193,7 @@ def _quiet_launcher() -> Iterator[None]:
 
 @contextmanager
 def _known_to_ranks() -> Iterator[None]:
-    """Name this process to the ranks, which are started with its environment; they end when it does."""
+    """Pass this process's id to the ranks, which end when it does."""
     os.environ[LAUNCHER_PID] = str(os.getpid())
     try:
         yield
@@ -203,7 +203,7 @@ def _known_to_ranks() -> Iterator[None]:
 
 @contextmanager
 def _own_signals() -> Iterator[None]:
-    """Put the caller's signal handlers back; the launcher leaves its own."""
+    """Restore the caller's signal handlers; the launcher leaves its own in place."""
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
     before = {number: signal.getsignal(number) for number in numbers}
     try:
@@ -214,7 +214,7 @@ def _own_signals() -> Iterator[None]:
 
 
 def _explain(failures: dict[int, ProcessFailure]) -> Exception:
-    """Make one error of those of all ranks: that of the rank that died first."""
+    """The error of the rank that died first."""
     order = sorted(failures, key=lambda rank: _moment(failures[rank]))
     rank, failure = order[0], failures[order[0]]
     if failure.exitcode < 0:
@@ -234,9 +234,9 @@ def _explain(failures: dict[int, ProcessFailure]) -> Exception:
 
 
 def _moment(failure: ProcessFailure) -> tuple[int, int]:
-    """Sort key: signals, then errors by the time they were written, then the ranks the launcher ended.
+    """Sort key: signals, then errors by the time they were written, then ranks that the launcher stopped.
 
-    A rank that is killed by a signal leaves no time, but what the others raise then follows from it.
+    A rank that is killed by a signal leaves no time, but the errors of the others then follow from its death.
     """
     if failure.exitcode == -signal.SIGTERM:
         return (2, 0)

@@ -1,4 +1,4 @@
-"""What a run measures and where it writes it."""
+"""Measurements of a run, and the log they are written to."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ __all__ = ["EvaluationSums", "JsonLog", "StepMeter"]
 
 
 class StepMeter:
-    """Loss, speed and time waited for data since the last report, over all ranks.
+    """Loss, speed and time spent waiting for data since the last report, over all ranks.
 
-    Nothing in :meth:`add` waits for the device; :meth:`report` does, so that its clock counts finished work.
+    :meth:`add` never waits for the device; :meth:`report` does, so that only finished work is timed.
     """
 
     def __init__(self, *, device: torch.device) -> None:
@@ -31,7 +31,7 @@ class StepMeter:
         self.reset()
 
     def reset(self) -> None:
-        """Start a new stretch now."""
+        """Start a new interval now."""
         self.steps = 0
         self._num_images = 0
         self._waited_s = 0.0
@@ -52,11 +52,11 @@ class StepMeter:
         self._loss += loss.detach()
 
     def report(self, *, all_sum: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Sum up over all ranks, and start a new stretch. A collective: all ranks call it at the same step.
+        """Reduce over all ranks, and start a new interval. A collective: all ranks call it at the same step.
 
         Returns:
-            ``loss``: mean over steps and ranks; ``images_per_s``: of all ranks together;
-            ``data_wait_fraction``: share of the time, 0 to 1, that a rank waited for its next batch.
+            ``loss``: mean over steps and ranks; ``images_per_s``: sum over all ranks; ``data_wait_fraction``:
+            fraction of the time, 0 to 1, that a rank waited for its next batch.
         """
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
@@ -78,7 +78,7 @@ class StepMeter:
 
 
 class EvaluationSums:
-    """Counts over the records a rank has evaluated; sums over ranks only at the end.
+    """Sums over the records that a rank has evaluated; reduced over ranks only at the end.
 
     Ranks may evaluate different numbers of batches, even none, so nothing here may be a collective
     before :meth:`report`.
@@ -99,12 +99,12 @@ class EvaluationSums:
         self._num_records += len(labels)
 
     def report(self, *, num_records: int, all_sum: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Sum up over all ranks; a collective.
+        """Reduce over all ranks; a collective.
 
         Returns:
-            ``val_top1``, ``val_top5``: percent of records, 0 to 100, as torchvision's references print
-            them (with fewer than 5 classes ``val_top5`` looks at all of them); ``val_loss``: mean cross
-            entropy; ``val_records``: how many were counted.
+            ``val_top1``, ``val_top5``: percentages, 0 to 100, as in torchvision's references (with fewer than 5
+            classes, ``val_top5`` is top-k of all of them); ``val_loss``: mean cross entropy; ``val_records``:
+            number of records.
 
         Raises:
             RuntimeError: not every one of ``num_records`` was counted exactly once.
@@ -125,14 +125,14 @@ class EvaluationSums:
 
 
 class JsonLog:
-    """A file of one JSON object a line, each there for others to read as soon as it is written.
+    """A file with one JSON object per line, each visible to other processes as soon as it is written.
 
     Args:
         path: the file, or None to write nothing.
-        append: keep the lines that are there.
+        append: keep existing lines.
 
     Raises:
-        StateError: it cannot be written; the lines before are whole.
+        StateError: it cannot be written; earlier lines are intact.
     """
 
     def __init__(self, path: str | Path | None, *, append: bool) -> None:
@@ -140,7 +140,7 @@ class JsonLog:
         self._file: io.FileIO | None = None
         if path is not None:
             with self._errors():
-                # Unbuffered: a run that is killed has logged all that it did.
+                # Unbuffered, so that a killed run has logged everything.
                 self._file = io.FileIO(path, "a" if append else "w")
 
     def write(self, **values: float) -> None:
@@ -152,7 +152,7 @@ class JsonLog:
     def close(self) -> None:
         """Close the file."""
         if self._file is not None:
-            with self._errors():  # network file systems may say only now that they are full
+            with self._errors():  # network file systems may report a full disk only now
                 self._file.close()
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""torchvision's classification models: which there are, how they are built and trained."""
+"""torchvision's classification models: their names, how they are built, and their training loss."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch.nn import functional
 
 __all__ = ["arch_names", "build_model", "check_arch", "check_input", "training_loss"]
 
-# What the losses of the auxiliary classifiers count: the papers' and torchvision's numbers
-# (Szegedy et al. 2014, section 5; Szegedy et al. 2015, section 4, as PyTorch's fine-tuning tutorial has it).
+# Weights of the auxiliary classifiers' losses, from the papers and torchvision
+# (Szegedy et al. 2014, section 5; Szegedy et al. 2015, section 4, as in PyTorch's fine-tuning tutorial).
 AUXILIARY_LOSS_WEIGHTS = {"googlenet": 0.3, "inception_v3": 0.4}
 
 
@@ -34,10 +34,10 @@ def check_arch(arch: str) -> None:
 
 
 def build_model(arch: str, *, num_classes: int, size: int) -> nn.Module:
-    """Make a model with random weights, in float32 on the CPU (or on ``torch.device`` where one is set).
+    """Make a model with random weights, in float32 on the CPU (or on the current default ``torch.device``).
 
     Args:
-        size: height and width of its images in pixels; vision transformers are built for one size.
+        size: height and width of the images, in pixels; vision transformers are built for one size.
     """
     options: dict[str, Any] = {}
     if arch.startswith("vit_"):
@@ -53,14 +53,14 @@ def build_model(arch: str, *, num_classes: int, size: int) -> nn.Module:
 def check_input(arch: str, *, num_classes: int, size: int, batch_size: int) -> None:
     """Raise ValueError if the model cannot be trained on images of this size.
 
-    Runs the model on the meta device, where tensors have shapes and no values, so it costs no memory.
+    Runs the model on the meta device, where tensors have shapes but no values, so it needs no memory.
     """
     try:
         with torch.device("meta"):
             model = build_model(arch, num_classes=num_classes, size=size)
             model.train()(torch.empty(batch_size, 3, size, size))
     except NotImplementedError:
-        return  # RegNet computes its layers' widths with tensors, which need values; it takes any size
+        return  # RegNet computes its layers' widths with tensors, which need values; it accepts any size
     except (RuntimeError, ValueError, AssertionError) as cause:
         reason = " ".join(str(cause).split())
         raise ValueError(
@@ -70,10 +70,10 @@ def check_input(arch: str, *, num_classes: int, size: int, batch_size: int) -> N
 
 
 def training_loss(output: Any, labels: Tensor, *, arch: str) -> Tensor:
-    """Cross entropy, plus that of the auxiliary classifiers of GoogLeNet and Inception in their shares.
+    """Cross entropy, plus the weighted cross entropy of the auxiliary classifiers of GoogLeNet and Inception.
 
     Args:
-        output: what the model returns in training, logits of shape (batch, classes) or a tuple of them.
+        output: the model's output in training: logits of shape (batch, classes), or a tuple of them.
         labels: int64 of shape (batch,).
 
     Returns:

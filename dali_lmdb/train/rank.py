@@ -1,6 +1,6 @@
-"""One rank that the command has started; not for use by hand.
+"""One rank, started by the command; not meant to be run by hand.
 
-``python -m dali_lmdb.train.rank '{"train": …}'`` reads its settings as JSON. They have been checked.
+``python -m dali_lmdb.train.rank '{"train": …}'`` reads its settings as JSON; they are already validated.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class _OneLine(logging.Formatter):
 
 
 class _Printer(logging.StreamHandler[TextIO]):
-    """Prints to stdout while that can be written; it is no reason to stop a training run when it cannot."""
+    """Prints to stdout as long as possible; a failed write does not stop a training run."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]
@@ -47,19 +47,19 @@ class _Printer(logging.StreamHandler[TextIO]):
             return
         logging.getLogger("dali_lmdb").removeHandler(self)
         with contextlib.suppress(OSError):
-            # Python would try again at its end, and exit with code 120.
+            # Python would try again at exit, and end with exit code 120.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            print(f"standard output: cannot be written: {error.strerror}; training goes on", file=sys.stderr)
+            print(f"standard output: cannot be written: {error.strerror}; training continues", file=sys.stderr)
 
 
 def _end_with_launcher() -> None:
-    """Let the kernel kill this rank when the process that has started it ends, however that comes."""
+    """Make the kernel kill this rank when the process that started it ends, in whatever way."""
     from dali_lmdb.train.distributed import LAUNCHER_PID
 
-    # A launcher that is killed by SIGKILL cannot end its ranks; they would train on and write over the checkpoint
-    # of the run that follows. See PR_SET_PDEATHSIG in prctl(2).
+    # A launcher that is killed by SIGKILL cannot stop its ranks; they would continue and overwrite the checkpoint
+    # of the next run. See PR_SET_PDEATHSIG in prctl(2).
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
-    # The launcher may have ended before that call, and then no signal comes.
+    # If the launcher ended before that call, no signal comes.
     if os.getppid() != int(os.environ[LAUNCHER_PID]):
         os.kill(os.getpid(), signal.SIGKILL)
 

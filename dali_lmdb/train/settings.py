@@ -1,4 +1,4 @@
-"""What a training run is told, and the checks that need no rank to be started."""
+"""Settings of a training run, and the checks that are made before ranks are started."""
 
 from __future__ import annotations
 
@@ -38,49 +38,51 @@ SHUFFLES = ("full", "block")
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """One training run. Plain values only, so that it can be sent to ranks and kept in checkpoints."""
+    """Settings of one training run. Plain values only, to be sent to ranks and saved in checkpoints."""
 
     train: str
     """Store to train on, or a folder of class folders with ``backend="torch"``."""
     val: str
-    """Store to evaluate on after each epoch, or such a folder. Its classes must be those of ``train``."""
+    """Store or folder to evaluate on after each epoch, with the same classes as ``train``."""
     arch: str = "resnet50"
     """Any torchvision classification model; trained from random weights."""
     backend: Backend = "dali"
-    """``"dali"`` decodes with DALI, ``"torch"`` with PIL in DataLoader workers (the classic CPU path)."""
+    """``"dali"`` decodes with DALI, ``"torch"`` with Pillow in DataLoader workers (the classic CPU path)."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """``"cuda"``: a GPU for each rank, NCCL. ``"cpu"``: gloo. ``"auto"``: GPUs where there are any."""
+    """``"cuda"``: a GPU per rank, NCCL. ``"cpu"``: gloo. ``"auto"``: GPUs if there are any."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """``"auto"``: mixed bfloat16 on GPUs that have it, mixed float16 on others, float32 on the CPU."""
+    """``"auto"``: mixed bfloat16 on GPUs that support it, mixed float16 on others, float32 on the CPU."""
     epochs: int = 90
+    """Number of training epochs."""
     batch_size: int = 256
     """Records in a training step of one rank; ``lr`` is not scaled by it."""
     lr: float = 0.1
-    """Highest learning rate, used as given: reached by linear warm-up, left on a cosine to 0."""
+    """Peak learning rate, used as given: linear warm-up, then a cosine to 0."""
     momentum: float = 0.9
+    """SGD momentum."""
     weight_decay: float = 1e-4
     size: int = 224
     """Height and width of the images in pixels; evaluation resizes the shorter side to size * 256 / 224."""
     workers: int = 4
     """DALI's threads, or DataLoader's worker processes, of each rank."""
     shuffle: Literal["full", "block"] = "full"
-    """``"full"``: training sees the records in any order. ``"block"``: blocks of consecutive records in random
-    order, mixed with others; for storage that hates random reads."""
+    """``"full"``: records in random order. ``"block"``: blocks of consecutive records in random order, shuffled
+    with others; for storage that is slow at random reads."""
     on_bad: OnBad = "raise"
-    """What becomes of a record that does not decode. ``"raise"``: the run stops and names it. ``"substitute"``: a
-    warning names it, and another record of its batch is used in its place, in evaluation, too."""
+    """What happens if a record cannot be decoded. ``"raise"``: the run stops and names it. ``"substitute"``: a
+    warning names it, and another record of its batch is used instead, also in evaluation."""
     seed: int = 0
-    """Of the weights, the order of records, the crops and flips, and dropout."""
+    """Seed of the weights, the order of records, crops, flips and dropout."""
     output: str | None = None
     """Folder for ``checkpoint.pt``; no checkpoints without one."""
     resume: bool = False
-    """Go on from the checkpoint in ``output``; start at the beginning if there is none yet."""
+    """Resume from the checkpoint in ``output``; start at the beginning if there is none yet."""
     checkpoint_every: int = 0
-    """Also save after every so many steps; 0 saves at the end of epochs only."""
+    """Number of steps between checkpoints within an epoch; 0 saves only at the end of epochs."""
     log_json: str | None = None
     """File for the measurements, one JSON object a line; appended to with ``resume``."""
     log_every: int = 10
-    """Steps between two reports; the last step of an epoch is always reported."""
+    """Number of steps between reports; the last step of an epoch is always reported."""
 
     def __post_init__(self) -> None:
         choices = {
@@ -126,7 +128,7 @@ class TrainSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class DataSummary:
-    """What has to be known of a data set before ranks are started."""
+    """What must be known about a data set before ranks are started."""
 
     num_records: int
     classes: list[str]
@@ -150,7 +152,7 @@ def describe_data(path: str, *, backend: str) -> DataSummary:
 
 
 def check(settings: TrainSettings, *, world_size: int, ranks_per_node: int) -> None:
-    """Find what would stop every rank, before there are any; makes the output folder when all is well.
+    """Find errors that would stop every rank before any is started; create the output folder if there are none.
 
     Raises:
         ValueError: settings that do not fit the data, or files that cannot be written.
@@ -178,7 +180,7 @@ def _check_classes(train: Sequence[str], val: Sequence[str], *, settings: TrainS
         for path, own, other in ((settings.train, train, val), (settings.val, val, train))
         if set(own) - set(other)
     ]
-    if not differences:  # the same names, so labels would be mixed up
+    if not differences:  # the same names in another order, so labels would be mixed up
         first = next(i for i, (own, other) in enumerate(zip(train, val, strict=True)) if own != other)
         differences = [f"label {first} is {train[first]} in {settings.train}, {val[first]} in {settings.val}"]
     raise ValueError(
@@ -209,7 +211,7 @@ def _check_checkpoint(settings: TrainSettings, *, classes: Sequence[str]) -> Non
     if path is None or not os.path.exists(path):  # Path.exists raises where the name is too long
         return
     if not settings.resume:
-        raise ValueError(f"{path} exists; go on from it with --resume, or choose another --output")
+        raise ValueError(f"{path} exists; resume from it with --resume, or choose another --output")
     checkpoint.check_fits(checkpoint.load(path), arch=settings.arch, classes=classes, path=path)
 
 

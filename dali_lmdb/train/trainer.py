@@ -1,4 +1,4 @@
-"""Training and evaluation, as one rank does them."""
+"""Training and evaluation on one rank."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ __all__ = ["evaluate", "learning_rate", "train"]
 
 logger = logging.getLogger(__name__)
 
-WARM_UP = 0.05  # of the run: 4.5 of 90 epochs; Goyal et al. 2017 (section 2.2) warm up for 5 of 90
+WARM_UP = 0.05  # fraction of the run: 4.5 of 90 epochs; Goyal et al. 2017 (section 2.2) warm up for 5 of 90
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def train(settings: TrainSettings) -> list[dict[str, float]]:
-    """Train and evaluate as this process's rank; in several processes, the ranks of torchrun's environment.
+    """Train and evaluate as this process's rank, as given by torchrun's environment; alone without it.
 
     Progress is logged to ``dali_lmdb.train.trainer`` on rank 0.
 
     Returns:
-        What ``--log-json`` holds of each evaluation that was made.
+        The result of each evaluation, as in ``--log-json``.
 
     Raises:
         StoreError, SourceError, RecordError, DeviceError: data or GPUs are missing or bad.
-        StateError: the checkpoint is of another data set, model or seed, another run writes to ``output``, or the
-            checkpoint or the log cannot be written.
-        FloatingPointError: the loss is not finite any more.
+        StateError: the checkpoint belongs to another data set, model or seed, another run writes to ``output``, or
+            the checkpoint or the log cannot be written.
+        FloatingPointError: the loss is no longer finite.
     """
     ranks = Ranks.from_environment() or Ranks()
     device = find_device(settings.device, local_rank=ranks.local_rank, ranks_per_node=ranks.ranks_per_node)
@@ -71,8 +71,8 @@ def learning_rate(progress: float, *, highest: float) -> float:
     """Linear warm-up over the first ``WARM_UP`` of the run, then half a cosine down to 0.
 
     Args:
-        progress: how much of the run is done, 0 to 1. It is counted in records, not in steps, so that a
-            run that is resumed on another number of ranks goes on along the same curve.
+        progress: fraction of the run that is done, 0 to 1. It is counted in records, not in steps, so that a run
+            resumed on another number of ranks follows the same curve.
     """
     if progress < WARM_UP:
         return highest * progress / WARM_UP
@@ -88,8 +88,8 @@ def evaluate(
 ) -> None:
     """Add the model's results on this rank's ``batches`` to ``sums``.
 
-    The model must not be wrapped for DDP: ranks may have different numbers of batches, even none, and the
-    wrapper's forward exchanges buffers, which would wait for ranks that have already ended.
+    The model must not be wrapped in DDP: ranks may have different numbers of batches, even none, and the wrapper's
+    forward exchanges buffers, which would wait for ranks that have already finished.
     """
     model.eval()
     with torch.inference_mode():
@@ -100,15 +100,15 @@ def evaluate(
 
 
 class _Run:
-    """The state of one rank's run: model, optimizer, loaders and how far it has come."""
+    """The state of one rank's run: model, optimizer, loaders and progress."""
 
     def __init__(self, settings: TrainSettings, *, ranks: Ranks, device: torch.device, stack: ExitStack) -> None:
         self.settings, self.ranks, self.device = settings, ranks, device
         self.epoch = 0
         self.step = 0
-        """Steps done in this epoch."""
+        """Number of steps done in this epoch."""
         self.records_done = 0
-        """Records that all ranks together have trained on in this epoch."""
+        """Number of records trained on in this epoch, over all ranks."""
         self.precision = _choose_precision(settings.precision, device=device)
         self.train_loader = stack.enter_context(self._loader(training=True))
         self.val_loader = stack.enter_context(self._loader(training=False))
@@ -116,7 +116,7 @@ class _Run:
         model = build_model(settings.arch, num_classes=len(self.train_loader.classes), size=settings.size)
         self.model = model.to(device)
         if device.type == "cuda":
-            torch.backends.cudnn.benchmark = True  # images of one size: the search pays
+            torch.backends.cudnn.benchmark = True  # worthwhile, since images have one size
             self.model = self.model.to(memory_format=torch.channels_last)
         self.wrapped: nn.Module = self.model
         if ranks.world_size > 1:
@@ -131,7 +131,7 @@ class _Run:
             momentum=settings.momentum,
             weight_decay=settings.weight_decay,
         )
-        # Only float16 has gradients so small that they vanish.
+        # Only float16 gradients underflow.
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision is torch.float16)
         own_log = settings.log_json if ranks.rank == 0 else None
         self.log = stack.enter_context(JsonLog(own_log, append=settings.resume))
@@ -151,7 +151,7 @@ class _Run:
             seed=settings.seed,
             shuffle=settings.shuffle if training else "none",
             on_bad=settings.on_bad,
-            # Half as much to write and read where the model computes in 16 bits anyway.
+            # Half the memory traffic where the model computes in 16 bits anyway.
             dtype="float32" if self.precision is torch.float32 else "float16",
             layout="NHWC" if on_gpu else "NCHW",
         )
@@ -165,7 +165,7 @@ class _Run:
         )
 
     def train_epoch(self) -> None:
-        """Train on what is left of the epoch."""
+        """Train on the rest of the epoch."""
         settings, loader = self.settings, self.train_loader
         if self.step == 0:
             loader.set_epoch(self.epoch)
@@ -174,10 +174,10 @@ class _Run:
         batches = iter(loader)
         while (batch := self.meter.wait_for(lambda: next(batches, None))) is not None:
             self._train_step(*batch)
-            del batch  # its memory is the pipeline's, which needs it for the next one
+            del batch  # the pipeline needs its memory for the next one
             if self.step % settings.log_every == 0:
                 self._report_steps()
-            # At the last step the epoch's end saves.
+            # After the last step, the end of the epoch saves.
             due = settings.checkpoint_every and self.step % settings.checkpoint_every == 0
             if due and self.records_done + self._global_batch_size <= loader.num_records:
                 self.save()
@@ -189,7 +189,7 @@ class _Run:
         return self.settings.batch_size * self.ranks.world_size
 
     def _train_step(self, images: Tensor, labels: Tensor) -> None:
-        # Half a step on, so that neither the first nor the last step is made with a rate of 0.
+        # The middle of the step, so that neither the first nor the last step has a rate of 0.
         done = (self.records_done + self._global_batch_size / 2) / self.train_loader.num_records
         progress = (self.epoch + min(done, 1.0)) / self.settings.epochs
         for group in self.optimizer.param_groups:
@@ -206,7 +206,7 @@ class _Run:
         self.records_done += self._global_batch_size
 
     def _report_steps(self) -> None:
-        """Log the steps since the last report; all ranks take part."""
+        """Log the steps since the last report; a collective."""
         report = self.meter.report(all_sum=self.ranks.all_sum)
         if not math.isfinite(report["loss"]):
             raise FloatingPointError(
@@ -226,7 +226,7 @@ class _Run:
     def evaluate(self) -> dict[str, float]:
         """Evaluate all of the validation data, log the result and return it."""
         if self.ranks.world_size > 1:
-            # DDP hands rank 0's buffers (BatchNorm's statistics) out before a step, not after the last one.
+            # DDP broadcasts rank 0's buffers (BatchNorm statistics) before each step, not after the last one.
             for buffer in self.model.buffers():
                 dist.broadcast(buffer, src=0)
         loader = self.val_loader
@@ -247,7 +247,7 @@ class _Run:
         return result
 
     def save(self) -> None:
-        """Write the checkpoint, on rank 0; what it holds is the same for any number of ranks."""
+        """Write the checkpoint, on rank 0; its content does not depend on the number of ranks."""
         path = self.settings.checkpoint_path
         if path is None or self.ranks.rank != 0:
             return
@@ -265,7 +265,7 @@ class _Run:
         checkpoint.save(path, content)
 
     def restore(self) -> None:
-        """Go on from the checkpoint, if that is wanted and there is one."""
+        """Resume from the checkpoint, if requested and there is one."""
         path = self.settings.checkpoint_path
         if path is None or not self.settings.resume:
             return
@@ -284,11 +284,11 @@ class _Run:
         self.epoch, self.step = content["epoch"], content["step"]
         self.records_done = content["records_done"]
         if self.ranks.rank == 0:
-            end = "; that was all" if self.epoch >= self.settings.epochs else ""
-            logger.info("going on from %s: epoch %d, step %d%s", path, self.epoch, self.step, end)
+            end = "; training is complete" if self.epoch >= self.settings.epochs else ""
+            logger.info("resuming from %s: epoch %d, step %d%s", path, self.epoch, self.step, end)
 
     def _read_checkpoint(self, path: Path) -> dict[str, Any] | None:
-        """Read it on rank 0, which wrote it, for all ranks: other machines may not see the file."""
+        """Read it on rank 0, which wrote it, and send it to all ranks: other machines may not see the file."""
         found = [checkpoint.load(path) if self.ranks.rank == 0 and path.exists() else None]
         if self.ranks.world_size > 1:
             dist.broadcast_object_list(found, src=0)
@@ -309,13 +309,13 @@ def _autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
 
 
 def _arrange(images: Tensor) -> Tensor:
-    """Bring images into the memory format of the model; no copy where they already are."""
+    """Convert images to the model's memory format; no copy if they already have it."""
     if images.device.type != "cuda":
         return images
     return images.contiguous(memory_format=torch.channels_last)
 
 
 def _step_seed(seed: int, epoch: int, records_done: int, rank: int) -> int:
-    """Seed of dropout and the like in one step of one rank; so there is no generator state to save."""
+    """Seed for dropout and similar in one rank's step, so that there is no generator state to save."""
     text = f"{seed} {epoch} {records_done} {rank}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
