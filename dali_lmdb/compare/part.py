@@ -18,7 +18,7 @@ _PART_SEED = 0x70617274  # not the epochs' seed, so that their order is independ
 
 @dataclass(frozen=True, kw_only=True)
 class ReadingSettings:
-    """Number of records to read, and for how long.
+    """Settings of a benchmark that does not decode.
 
     Raises:
         ValueError: a setting is out of range.
