@@ -40,7 +40,7 @@ class _Pass:
 class _EpochIterator(Iterator[tuple[torch.Tensor, ...]]):
     """The batches of one epoch, which begins when the first one is requested.
 
-    After a ``RecordError`` it goes on with the next step, after any other exception with the same one.
+    After a ``RecordError`` it continues with the next step, after any other exception with the same one.
     """
 
     def __init__(self, loader: Loader) -> None:
@@ -71,7 +71,7 @@ class _Place(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What a backend makes of one rank's step."""
+    """One rank's step, as a backend delivers it."""
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -79,7 +79,7 @@ class Batch(NamedTuple):
     end: int
     """The position of the epoch after the step."""
     num_bytes: int
-    """Of the image files."""
+    """Total size of the image files."""
 
 
 class Loader(ABC):

@@ -1,4 +1,4 @@
-"""What both loaders are told alike, validated where it is made."""
+"""Settings that both loaders share, validated where they are made."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class LoaderSettings:
 
     @property
     def is_training(self) -> bool:
-        """Whether images are augmented, which decides the defaults of ``shuffle`` and ``last_batch``."""
+        """True if images are augmented, which decides the defaults of ``shuffle`` and ``last_batch``."""
         return isinstance(self.transform, TrainTransform)
 
 
