@@ -19,6 +19,7 @@ from dali_lmdb.errors import RecordError, StoreDamagedError, StoreError, StoreFo
 from dali_lmdb.inspect import verify
 from dali_lmdb.store import Kind, layout, open_store
 from dali_lmdb.store.layout import (
+    INDEX_DTYPES,
     INDEX_SCHEMA,
     fingerprint,
 )
@@ -35,7 +36,7 @@ def make_store(path, values, *, commits=1, classes=("even", "odd"), spoil=None):
     with StoreWriter(path) as writer:
         for part in np.array_split(np.arange(len(values)), commits):
             writer.commit([values[i] for i in part])
-        columns = {field.name: np.zeros(len(values), dtype=field.type.to_pandas_dtype()) for field in INDEX_SCHEMA}
+        columns = {name: np.zeros(len(values), dtype=dtype) for name, dtype in INDEX_DTYPES.items()}
         columns["label"] = labels
         columns["num_bytes"] = np.array([len(value) for value in values], dtype=np.uint32)
         columns["crc32"] = np.array([zlib.crc32(value) for value in values], dtype=np.uint32)
@@ -589,7 +590,7 @@ def columns_of(writer, values, piece):
         "kind": records % 13,
         "change": records % 4,
     }
-    columns = {field.name: np.array(columns[field.name], field.type.to_pandas_dtype()) for field in INDEX_SCHEMA}
+    columns = {name: np.array(columns[name], dtype) for name, dtype in INDEX_DTYPES.items()}
     return columns, pa.array([f"{('even', 'odd')[i % 2]}/{i}" for i in records])
 
 
@@ -608,7 +609,7 @@ def test_a_store_in_pieces_reads_as_one_in_one_piece(tmp_path, sizes, monkeypatc
     store = open_store(path)
     every = np.random.default_rng(0).permutation(len(values))
     assert len(store.meta.index_crc32) == -(-len(values) // 7)
-    for field in set(INDEX_SCHEMA.names) - {"file_offset"}:
+    for field in set(INDEX_DTYPES) - {"file_offset"}:
         expected = whole.column(field)
         for found in (store.column(field), np.concatenate(list(store.column_parts(field)))):
             np.testing.assert_array_equal(found, expected)
@@ -667,7 +668,7 @@ def stream_of(columns, options=None):
 def test_an_index_that_is_not_in_the_file_as_it_is_is_refused(short_pieces, tmp_path):
     """Arrow puts a compressed one somewhere else in memory."""
     path = make_store_in_pieces(tmp_path / "x.lmdb", [b"x"] * 20)
-    columns = {name: open_store(path).column(name)[7:14] for name in INDEX_SCHEMA.names}
+    columns = {name: open_store(path).column(name)[7:14] for name in INDEX_DTYPES}
     batch = pa.RecordBatch.from_pydict(columns, schema=INDEX_SCHEMA)
     compressed = stream_of(batch, pa.ipc.IpcWriteOptions(compression="lz4"))
     change(path, b"__index__/00000001", compressed)

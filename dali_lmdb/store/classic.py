@@ -309,7 +309,7 @@ class ClassicStore(Store):
         """Build the index columns by reading every record's value in threads."""
         offsets, lengths = self._places()
         columns: sidecar.Columns = {
-            field.name: np.zeros(len(self), dtype=field.type.to_pandas_dtype()) for field in layout.INDEX_SCHEMA
+            name: np.zeros(len(self), dtype=dtype) for name, dtype in layout.INDEX_DTYPES.items()
         }
 
         def look_at(start: int) -> None:

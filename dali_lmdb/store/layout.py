@@ -33,6 +33,7 @@ from dali_lmdb.store.checksum import crc32
 
 __all__ = [
     "FORMAT_VERSION",
+    "INDEX_DTYPES",
     "INDEX_SCHEMA",
     "MAX_RECORD_BYTES",
     "MAX_SHARDS",
@@ -143,6 +144,8 @@ INDEX_SCHEMA = pa.schema(
         pa.field("change", pa.uint8(), nullable=False),
     ]
 )
+INDEX_DTYPES: dict[str, np.dtype[Any]] = {field.name: np.dtype(str(field.type)) for field in INDEX_SCHEMA}
+"""The columns' numpy dtypes, by name; Arrow's own conversion of types needs pandas before pyarrow 19."""
 _NAMES_SCHEMA = pa.schema([pa.field("name", pa.large_string(), nullable=False)])
 
 

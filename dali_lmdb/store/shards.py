@@ -166,7 +166,7 @@ class ShardedStore(Store):
             yield from shard.column_parts(name)
 
     def gather(self, name: str, records: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-        result = np.empty(len(records), dtype=layout.INDEX_SCHEMA.field(name).type.to_pandas_dtype())
+        result = np.empty(len(records), dtype=layout.INDEX_DTYPES[name])
         for shard, places, inside in self.split(records):
             result[places] = shard.gather(name, inside)
         return result
