@@ -2,6 +2,7 @@ import gc
 import itertools
 import json
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -193,9 +194,8 @@ def interrupted(function, *, at_line):
     def trace(frame, event, _):
         if not any(part in frame.f_code.co_filename for part in LOADERS_CODE):
             return None
-        if (
-            frame.f_code is Prefetcher.close.__code__
-        ):  # garbage collection may run it, and there interrupts are lost
+        # Garbage collection may run it, and there interrupts are lost.
+        if frame.f_code is Prefetcher.close.__code__:
             return None
         if event == "line" and next(lines) == at_line:
             raise KeyboardInterrupt
@@ -229,6 +229,18 @@ def test_an_iterator_goes_on_with_the_state_wherever_it_was_interrupted(make, st
         assert len(rest) in (6 - steps_before, 5 - steps_before)
         assert epoch_of(loader) == planned(epoch=state["epoch"] + 1, batch_size=4)
     assert line > 20
+
+
+def test_an_interrupted_first_step_leaves_no_thread_behind(store_path):
+    for line in itertools.count(0, 5):
+        with dali_on_the_cpu(store_path, transform=TRAIN, batch_size=4) as loader:
+            ended = not interrupted(lambda loader=loader: next(iter(loader)), at_line=line)
+        del loader
+        gc.collect()
+        assert [thread.name for thread in threading.enumerate() if thread.name.startswith("dali_lmdb")] == [], line
+        if ended:
+            break
+    assert line > 60
 
 
 def test_a_state_of_an_interrupted_step_resumes_in_the_loader_itself(make):

@@ -37,8 +37,9 @@ class Prefetcher:
         readahead_bytes: bytes requested from cold storage ahead of the batch that is needed next; 0 turns reading
             ahead off.
 
-    The thread runs until ``close``. The two threads share nothing but queues whose operations are atomic: no lock
-    of ours is held when a signal interrupts the consumer.
+    The thread starts with the first ``next``, when there is an owner to close it, and runs until ``close``. It
+    shares only queues with its consumer, whose operations are atomic: no lock of ours is held when a signal
+    interrupts the consumer.
     """
 
     def __init__(
@@ -61,7 +62,6 @@ class Prefetcher:
         self._thread = threading.Thread(
             target=self._run, args=(epoch, start), name="dali_lmdb prefetcher", daemon=True
         )
-        self._thread.start()
 
     def next(self) -> tuple[BatchPlan, Feed]:
         """The next batch; waits for it.
@@ -70,6 +70,8 @@ class Prefetcher:
             BaseException: what went wrong in the thread, every time.
             RuntimeError: the prefetcher is closed, or was while this waited.
         """
+        if self._thread.ident is None:
+            self._thread.start()
         item = self._ready.get()
         if isinstance(item, BaseException):
             self._ready.put(item)  # the thread has ended: nothing else will come
@@ -86,7 +88,7 @@ class Prefetcher:
         """Stop the thread and wait for it."""
         self._closed = True
         self._room.put(None)
-        if self._thread is not threading.current_thread():
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join()
         if self.readahead is not None:
             self.readahead.close()
