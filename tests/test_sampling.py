@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from samplers import EpochSampler
-from torch.utils.data import DistributedSampler, Sampler, SequentialSampler
+from torch.utils.data import BatchSampler, DistributedSampler, Sampler, SequentialSampler, SubsetRandomSampler
 
 from dali_lmdb.plan.order import epoch_order
 from dali_lmdb.plan.sampling import AllRecords, Listed, Sampled, Weighted, sampling_of
@@ -185,12 +185,35 @@ class ShardedSampler(EpochSampler):
     rank, world_size = 1, 2
 
 
+class WrappingSampler(EpochSampler):
+    """Reorders what another one gives."""
+
+    def __init__(self, sampler):
+        super().__init__(len(sampler))
+        self.sampler = sampler
+
+
 @pytest.mark.parametrize(
     "sampler",
-    [DistributedSampler(range(10), num_replicas=2, rank=1), ShardedSampler(10)],
+    [
+        DistributedSampler(range(10), num_replicas=2, rank=1),
+        ShardedSampler(10),
+        WrappingSampler(DistributedSampler(range(10), num_replicas=2, rank=1)),
+    ],
     ids=lambda s: type(s).__name__,
 )
 def test_a_sampler_that_already_deals_to_ranks_is_refused(sampler):
-    with pytest.raises(ValueError, match=r"one rank's part only; the loader itself divides records") as refused:
+    with pytest.raises(ValueError, match=r"which divides records among ranks; so does the loader itself"):
         sampling(sampler=sampler)
-    assert type(sampler).__name__ in str(refused.value)
+
+
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_a_batch_sampler_is_refused_with_what_to_give(drop_last):
+    batches = BatchSampler(SequentialSampler(range(10)), batch_size=4, drop_last=drop_last)
+    with pytest.raises(ValueError, match=r"sampler gives lists, as a BatchSampler does, .*; give its sampler"):
+        epoch_of(sampling(sampler=batches))
+
+
+def test_a_sampler_without_records_is_refused():
+    with pytest.raises(ValueError, match="sampler is empty"):
+        sampling(sampler=SubsetRandomSampler([]))

@@ -149,7 +149,10 @@ def sampling_of(
             raise ValueError(
                 f"sampler is {sampler!r}, which has no len(); give a list of record indices, or a Sampler that has"
             )
-        return Sampled(sampler, num_records=num_records)
+        sampled = Sampled(sampler, num_records=num_records)
+        if sampled.num_positions == 0:
+            raise ValueError("sampler is empty, expected at least one record index")
+        return sampled
     array = np.asarray(weights, dtype=np.float64)
     if array.shape != (num_records,) or not (np.isfinite(array).all() and (array >= 0).all() and array.sum() > 0):
         raise ValueError(
@@ -159,7 +162,7 @@ def sampling_of(
 
 
 def _refuse_a_ranks_part(sampler: Any) -> None:
-    """Refuse samplers that give one rank's part: dealt out to the ranks again, it would lose the rest.
+    """Refuse samplers that divide records among ranks: divided again, most of them would be lost.
 
     ``num_replicas`` is an attribute of torch's ``DistributedSampler`` and of those that follow its interface
     (timm's and torchvision's repeated augmentation, torchdata, transformers); mmengine's have ``world_size``.
@@ -167,10 +170,12 @@ def _refuse_a_ranks_part(sampler: Any) -> None:
     for name in ("num_replicas", "world_size"):
         if hasattr(sampler, name):
             raise ValueError(
-                f"sampler is a {type(sampler).__name__} ({name}={getattr(sampler, name)!r}), which gives one "
-                "rank's part only; the loader itself divides records among the ranks: leave sampler out, or give "
-                "one that gives the records of all ranks, the same on each"
+                f"sampler is a {type(sampler).__name__} ({name}={getattr(sampler, name)!r}), which divides "
+                "records among ranks; so does the loader itself: leave sampler out, or give one that gives the "
+                "records of all ranks, the same on each"
             )
+    if hasattr(sampler, "sampler"):  # that it wraps
+        _refuse_a_ranks_part(sampler.sampler)
 
 
 def _is_listed(indices: Iterable[int]) -> bool:
@@ -179,7 +184,12 @@ def _is_listed(indices: Iterable[int]) -> bool:
 
 
 def _checked_indices(indices: Iterable[int], num_records: int) -> npt.NDArray[np.int64]:
-    array = np.asarray(indices if _is_listed(indices) else list(indices))
+    try:
+        array = np.asarray(indices if _is_listed(indices) else list(indices))
+    except ValueError:  # lists of different lengths
+        array = np.empty((0, 0))
+    if array.ndim == 2:
+        raise ValueError("sampler gives lists, as a BatchSampler does, expected record indices; give its sampler")
     if array.ndim != 1 or (len(array) and array.dtype.kind not in "iu"):
         raise ValueError(f"sampler gives {array.dtype} of shape {array.shape}, expected integers of shape (n,)")
     array = array.astype(np.int64)
