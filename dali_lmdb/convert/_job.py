@@ -84,11 +84,10 @@ class _Tally:
         self._fingerprint = Fingerprint()
 
     def add(self, batch: pa.RecordBatch) -> None:
-        stored = batch.column("reason").is_null()
-        labels, checksums = (batch.column(name).filter(stored).to_numpy() for name in ("label", "crc32"))
-        self._fingerprint.add(labels, checksums)
+        stored = _stored(batch)
+        self._fingerprint.add(stored.column("label").to_numpy(), stored.column("crc32").to_numpy())
         self.num_rows += batch.num_rows
-        self.num_bad += batch.num_rows - len(labels)
+        self.num_bad += batch.num_rows - stored.num_rows
 
     def fingerprint(self) -> str:
         return self._fingerprint.hexdigest()
@@ -277,7 +276,7 @@ class Job:
 
     def _finish(self, shard: dict[str, Any] | None) -> None:
         pieces = self.writer.pieces()
-        tables = _recut(_stored_rows(self.journal), list(map(len, pieces)))
+        tables = _recut(map(_stored, self.journal.rows()), list(map(len, pieces)))
         for piece, table in zip(pieces, tables, strict=True):
             columns = {name: table.column(name).to_numpy() for name in INDEX_ROW_COLUMNS}
             columns["file_offset"], lengths = self.writer.record_extents(piece.start, piece.stop)
@@ -316,9 +315,12 @@ class Job:
             self.progress(Progress(str(self.files.target), phase, done, self.share.num_items, self._num_bytes))
 
 
-def _stored_rows(journal: Journal) -> Iterator[pa.RecordBatch]:
-    for batch in journal.rows():
-        yield batch.filter(batch.column("reason").is_null())
+def _stored(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The rows of images that are stored, mostly all."""
+    reason = batch.column("reason")
+    if reason.null_count == batch.num_rows:  # filtering imports pyarrow.compute: 0.1 s of a short conversion
+        return batch
+    return batch.filter(reason.is_null())
 
 
 def _recut(batches: Iterator[pa.RecordBatch], lengths: Sequence[int]) -> Iterator[pa.Table]:
