@@ -1,6 +1,7 @@
 """Storage for the listing of a large source: memory, then a temporary file.
 
-sqlite3 was measured in its place: more than twice the CPU time for 10 million names, in no less memory.
+A table of sqlite3 in its place takes 1.6 times the CPU time for 10 million members, and more if they come out of
+order, in 79 MB instead of 131; finding repeated names takes twice the CPU time of hashes (``_digest.py``).
 """
 
 from __future__ import annotations
