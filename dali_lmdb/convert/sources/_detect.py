@@ -15,6 +15,7 @@ from dali_lmdb.convert.sources._files import list_folder
 from dali_lmdb.convert.sources._names import listed
 from dali_lmdb.convert.sources._patterns import SPLITS
 from dali_lmdb.convert.sources.base import is_image_name
+from dali_lmdb.convert.sources.folder import advice_below, has_images
 from dali_lmdb.convert.sources.tar import class_of_tar, common_top, is_tar_name
 from dali_lmdb.errors import SourceError
 from dali_lmdb.store.regular import check_regular
@@ -89,6 +90,8 @@ def _kind_of_folder(folder: str) -> str:
     if found == "folder":
         tables = [name for name in beside if _is_table(name.lower()) or is_image_name(name)]
         classes = {name: _class_folder(os.path.join(folder, name)) for name in names}
+        if len(names) == 1:
+            _check_only_folder(folder, names[0], classes[names[0]], beside=listed(tables))
         _check_class_folders(folder, classes, beside=listed(tables), kind="folder")
     elif found == "tar":
         return _kind_of_tars(folder, [os.path.join(folder, name) for name in names])
@@ -158,6 +161,23 @@ def _class_folder(path: str) -> _ClassFolder:
     except OSError:  # the source will say so
         return _ClassFolder(True, set())
     return _ClassFolder(False, {name for name in folders if not name.startswith(".")})
+
+
+def _check_only_folder(where: str, name: str, found: _ClassFolder, *, beside: str) -> None:
+    """Refuse a single folder, such as ``data``, that has no image itself if it or one below is the source."""
+    if found.has_image or not (beside or name.lower() in _NO_CLASSES or len(found.folders) > 1):
+        return
+    what = f"{where}: one folder, {listed([name])}, without images in it"
+    advice = advice_below(where)
+    if has_images(os.path.join(where, name)):
+        if advice:
+            raise SourceError(
+                f"{what}, expected a folder for each class; {advice}, or give --source folder to make it a class"
+            )
+    elif advice:
+        raise SourceError(f"{what}; {advice}")
+    else:
+        raise SourceError(f"{what} or below, expected a folder of images for each class; add them")
 
 
 def _check_class_folders(where: str, classes: Mapping[str, _ClassFolder], *, beside: str, kind: str) -> None:
@@ -257,7 +277,8 @@ def _check_folders_in_tar(path: str, found: TarContents) -> None:
             f"{path}: {num_loose:,} images outside class folders; give their labels with --val-labels FILE"
         )
     loose = f"{num_loose:,} images" if num_loose else ""
-    _check_class_folders(path, classes, beside=loose, kind="tar")
+    if found.num_images:  # else the source says what is missing
+        _check_class_folders(path, classes, beside=loose, kind="tar")
 
 
 def _class_folders_in_tar(folders: Mapping[str, int]) -> dict[str, _ClassFolder]:

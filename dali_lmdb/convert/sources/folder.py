@@ -23,7 +23,7 @@ from dali_lmdb.convert.sources._scratch import Spool
 from dali_lmdb.convert.sources.base import IMAGE_EXTENSIONS, Item, Source, is_image_name
 from dali_lmdb.errors import SourceError
 
-__all__ = ["FolderSource"]
+__all__ = ["FolderSource", "advice_below", "has_images"]
 
 
 _LEVELS_BELOW, _FOLDERS_BELOW = 3, 100  # searched for the data set where a folder has no images
@@ -57,7 +57,7 @@ class FolderSource(Source):
         self._folders: list[str] = []
         beside: list[str] = []
         for entry in list_folder(str(path)):
-            if entry.is_dir() and entry.name.startswith(".") and not _has_images(entry.path):
+            if entry.is_dir() and entry.name.startswith(".") and not has_images(entry.path):
                 beside.append(entry.name + "/")
             elif entry.is_dir():
                 check_inside(entry.path, root=self._root, follow_links=follow_links)
@@ -66,7 +66,9 @@ class FolderSource(Source):
                 beside.append(entry.name)
         self._beside = _packed(beside)
         if not self._folders:
-            raise SourceError(f"{path}: no class folders in it; {_advice(path, 'expected CLASS/IMAGE files')}")
+            raise SourceError(
+                f"{path}: no class folders in it; {advice_below(path) or 'expected CLASS/IMAGE files'}"
+            )
         self._check_distinct(self._folders)
 
     @property
@@ -122,7 +124,7 @@ class FolderSource(Source):
         if not found.images:
             raise SourceError(
                 f"{top}: no image in this class folder (expected files ending in "
-                f"{' '.join(IMAGE_EXTENSIONS)}); {_advice(self.path, 'remove the folder or add images')}"
+                f"{' '.join(IMAGE_EXTENSIONS)}); {advice_below(self.path) or 'remove the folder or add images'}"
             )
         self._check_distinct(found.images)
         return found
@@ -178,14 +180,14 @@ class _Listing(NamedTuple):
         return _unpacked(self.spool.whole(number))
 
 
-def _advice(top: str | os.PathLike[str], otherwise: str) -> str:
-    """Name the folder below that looks like the data set; if none does, ``otherwise``."""
+def advice_below(top: str | os.PathLike[str]) -> str | None:
+    """``TOP/data has .parquet files, give that``: names the folder below that looks like the data."""
     level = [str(top)]
     for _ in range(_LEVELS_BELOW):
         level = [inside.path for folder in level for inside in _folders_in(folder)][:_FOLDERS_BELOW]
         for folder in level:
             suffixes = {os.path.splitext(entry.name)[1] for entry in list_folder(folder) if entry.is_file()}
-            packed = sorted(suffixes & {".parquet", ".tar", ".lmdb"})
+            packed = sorted(suffixes & {".parquet", ".tar", ".lmdb", ".mdb"})
             if packed:
                 return f"{folder} has {packed[0]} files, give that"
             num_classes = sum(
@@ -194,10 +196,10 @@ def _advice(top: str | os.PathLike[str], otherwise: str) -> str:
             )
             if num_classes > 1:
                 return f"{folder} has {num_classes} folders of images, give that if they are the classes"
-    return otherwise
+    return None
 
 
-def _has_images(folder: str) -> bool:
+def has_images(folder: str) -> bool:
     """Whether there are images at any depth; links are not followed."""
     return any(is_image_name(name) for _, _, names in os.walk(folder) for name in names)
 
