@@ -1,5 +1,6 @@
 """LMDB files of layouts that nobody here reads: said what they hold, and never sent to `convert` in a circle."""
 
+import shutil
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import pytest
 
 from dali_lmdb.convert.sources import open_source
 from dali_lmdb.errors import StoreFormatError
+from dali_lmdb.inspect import info, verify
 from dali_lmdb.store import open_store
 
 
@@ -48,6 +50,26 @@ def test_a_file_of_named_databases_is_another_layout(tmp_path):
         env.open_db(b"images")
     with pytest.raises(StoreFormatError, match="with 1 key: 'images'; expected"):
         open_source(tmp_path / "x.lmdb")
+
+
+@pytest.mark.parametrize("use", [open_source, open_store, info, verify])
+def test_a_folder_made_by_lmdb_is_the_file_in_it(use, tmp_path):
+    with lmdb.open(str(tmp_path / "folder")) as env, env.begin(write=True) as transaction:
+        transaction.put(b"image-1", b"value")
+    with pytest.raises(StoreFormatError, match="an LMDB file of another layout, with 1 key: 'image-1'") as caught:
+        use(tmp_path / "folder")
+    assert str(caught.value).startswith(f"{tmp_path}/folder/data.mdb: ")
+
+
+def test_a_store_in_a_folder_made_by_lmdb_opens_as_a_store(store_path, tmp_path):
+    (tmp_path / "folder").mkdir()
+    shutil.copy(store_path, tmp_path / "folder" / "data.mdb")
+    with open_store(store_path) as store:
+        number, fingerprint = len(store), store.fingerprint
+    assert info(tmp_path / "folder").fingerprint == fingerprint
+    assert open_source(tmp_path / "folder").count() == number
+    checked = verify(tmp_path / "folder")
+    assert (checked.clean, checked.records) == (True, number)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from dali_lmdb.errors import StoreDamagedError, one_line
 from dali_lmdb.inspect.checks import FileCheck, Findings, PayloadCheck, Show
 from dali_lmdb.inspect.records import default_threads
 from dali_lmdb.store import layout, open_store
+from dali_lmdb.store.classic import database_file
 from dali_lmdb.store.pages import PageFile
 from dali_lmdb.store.shards import shard_files
 
@@ -94,8 +95,8 @@ def _checks(path: Path, findings: Findings, **options: Any) -> Iterator[FileChec
         # The checks report damage; an incomplete set cannot be checked.
         with contextlib.suppress(StoreDamagedError):
             open_store(path)
-    elif path.is_file() and _has_meta(path):
-        files = [path]
+    elif (file := database_file(path)).is_file() and _has_meta(file):
+        files = [file]
     if files:
         yield from (FileCheck(file, findings, **options) for file in files)
         return

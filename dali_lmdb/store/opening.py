@@ -20,8 +20,8 @@ def open_store(path: str | os.PathLike[str]) -> Store:
     """Open a store for reading.
 
     Args:
-        path: a store file; a glob pattern, a folder or the common name of a set of shards; or a classic database,
-            a file or a folder with ``data.mdb``.
+        path: a store or a classic database, as a file or a folder with ``data.mdb``; or a glob pattern, a folder
+            or the common name of a set of shards.
 
     Raises:
         StoreNotFoundError, StoreFormatError, StoreDamagedError: see ``dali_lmdb.errors``.
@@ -32,9 +32,10 @@ def open_store(path: str | os.PathLike[str]) -> Store:
         return ShardedStore(path)
     if glob.has_magic(os.fspath(path)) and not os.path.lexists(path):
         raise StoreNotFoundError(f"no store at {path}, and no file matches that pattern; name existing files")
-    if is_classic(PageFile(database_file(path))):
+    file = database_file(path)
+    if is_classic(PageFile(file)):
         return ClassicStore(path)
-    store = FileStore(path)
+    store = FileStore(file)
     if store.meta.shard is not None:
         shard = shard_name(path)
         advice = "restore its name, then name the set"
