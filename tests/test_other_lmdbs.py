@@ -52,6 +52,42 @@ def test_a_file_of_named_databases_is_another_layout(tmp_path):
         open_source(tmp_path / "x.lmdb")
 
 
+@pytest.mark.parametrize(
+    ("names", "values", "described"),
+    [
+        ([b"images", b"labels", b"__len__"], [], "with 3 keys: '__len__', 'images', 'labels'; expected"),
+        ([b"__meta__", b"__len__", b"__keys__"], [], "with 3 keys: '__keys__', '__len__', '__meta__'; expected"),
+        ([b"images", b"labels"], [b"__len__"], "with 3 keys: '__len__', 'images', 'labels'; expected"),
+    ],
+    ids=["as the length", "as all", "beside a length"],
+)
+def test_databases_named_as_keys_of_ours_are_another_layout(names, values, described, tmp_path):
+    with lmdb.open(str(tmp_path / "x.lmdb"), subdir=False, lock=False, max_dbs=4) as env:
+        with env.begin(write=True) as transaction:
+            for key in values:
+                transaction.put(key, b"\x02")
+        for name in names:
+            database = env.open_db(name)
+            with env.begin(write=True) as transaction:
+                for key in (b"0", b"1", b"__len__"):
+                    transaction.put(key, b"value", db=database)
+    for use in (open_source, open_store, info, verify):
+        with pytest.raises(StoreFormatError, match="an LMDB file of another layout") as caught:
+            use(tmp_path / "x.lmdb")
+        assert described in str(caught.value)
+
+
+def test_a_named_database_beside_the_records_of_a_classic_database_is_passed_over(tmp_path):
+    with lmdb.open(str(tmp_path / "x.lmdb"), subdir=False, lock=False, max_dbs=1) as env:
+        with env.begin(write=True) as transaction:
+            transaction.put(b"0", b"\x92\xc4\x01x\x00")  # msgpack of (b"x", 0)
+            transaction.put(b"__len__", b"\x01")
+        env.open_db(b"extra")
+    with open_store(tmp_path / "x.lmdb") as store:
+        assert store.labels.tolist() == [0]
+        assert bytes(store.read(0)) == b"x"
+
+
 @pytest.mark.parametrize("use", [open_source, open_store, info, verify])
 def test_a_folder_made_by_lmdb_is_the_file_in_it(use, tmp_path):
     with lmdb.open(str(tmp_path / "folder")) as env, env.begin(write=True) as transaction:

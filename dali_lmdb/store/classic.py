@@ -67,7 +67,11 @@ def is_classic(pages: PageFile) -> bool:
     """
     if pages.find(layout.META_KEY) is not None:
         return False
-    return any(pages.find(key) is not None for key in (LENGTH_KEY, KEYS_KEY))
+    if pages.find(KEYS_KEY) is not None:
+        return True
+    if pages.find(LENGTH_KEY) is None:
+        return False
+    return pages.find(b"0") is not None or not pages.has_databases()  # which may hold what the length counts
 
 
 class ClassicStore(Store):

@@ -42,7 +42,7 @@ _PAGE_HEADER_BYTES = 16
 _META_BYTES = 152  # up to and including txnid, from the start of the page
 _P_BRANCH, _P_LEAF, _P_OVERFLOW = 0x01, 0x02, 0x04
 _P_KIND = 0x07
-_F_BIGDATA = 0x01
+_F_BIGDATA, _F_SUBDATA = 0x01, 0x02
 _MAX_DEPTH = 32  # CURSOR_STACK in mdb.c
 _NODE = struct.Struct("<HHHH")
 _DB = struct.Struct("<IHHQQQQQ")  # pad, flags, depth, branch, leaf, overflow pages, entries, root
@@ -131,7 +131,7 @@ class PageFile:
             )
 
     def find(self, key: bytes) -> Extent | None:
-        """Locate the value of ``key``; None if there is no such key.
+        """Locate the value of ``key``; None if there is no such key, or it names a database.
 
         Raises:
             StoreDamagedError: a page on the path to the key is damaged.
@@ -143,9 +143,10 @@ class PageFile:
             base, flags, pointers = self._page(page)
             if flags == _P_LEAF:
                 position = self._bisect(base, pointers, key, first=0)
-                if position < len(pointers) and self._key(base, pointers[position]) == key:
-                    return self._value(base, pointers[position])
-                return None
+                if position == len(pointers) or self._key(base, pointers[position]) != key:
+                    return None
+                pointer = pointers[position]
+                return None if self._is_database(base, pointer) else self._value(base, pointer)
             if not pointers:
                 raise self._damaged(page, "an empty branch page")
             page = self._child(base, pointers[self._child_position(base, pointers, key)])
@@ -179,7 +180,7 @@ class PageFile:
         return offsets, lengths
 
     def items(self) -> Iterator[tuple[bytes, Extent]]:
-        """Yield every key in order, with the extent of its value.
+        """Yield every key that is not a named database's, in order, with the extent of its value.
 
         Reads only the tree's pages, never the values: extents are inside the file, but the headers of overflow
         pages are not validated.
@@ -189,7 +190,18 @@ class PageFile:
         """
         for _, base, pointers in self._leaves():
             for pointer in pointers:
-                yield self._key(base, pointer), self._value(base, pointer, look=False)
+                if not self._is_database(base, pointer):
+                    yield self._key(base, pointer), self._value(base, pointer, look=False)
+
+    def has_databases(self) -> bool:
+        """Return whether the file has named databases; reads all leaf pages.
+
+        Raises:
+            StoreDamagedError: a page is damaged.
+        """
+        return any(
+            self._is_database(base, pointer) for _, base, pointers in self._leaves() for pointer in pointers
+        )
 
     def describe(self) -> str:
         """``3 keys: 'image-1', 'label-1', 'num-samples'``: what an LMDB file of an unknown layout holds.
@@ -288,6 +300,11 @@ class PageFile:
         flags: int
         low, high, flags, _ = _NODE.unpack_from(self._view, base + pointer)
         return low | high << 16 | flags << 32
+
+    def _is_database(self, base: int, pointer: int) -> bool:
+        """Whether a leaf's node is a named database: its value would be the root of another tree."""
+        length, _, flags, _ = _NODE.unpack_from(self._view, base + pointer)
+        return bool(flags == _F_SUBDATA and length == _DB.size)  # another length is damage
 
     def _value(self, base: int, pointer: int, *, look: bool = True) -> Extent:
         low, high, flags, key_bytes = _NODE.unpack_from(self._view, base + pointer)
