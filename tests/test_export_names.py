@@ -1,10 +1,12 @@
 """Names of classes and records that cannot be names of folders and files: exported to tars only."""
 
+import io
 import subprocess
 import sys
 
 import pytest
-from packing import items_of, write_parquet
+from packing import items_of, records_of, write_parquet
+from PIL import Image
 
 from dali_lmdb.convert import convert
 from dali_lmdb.convert.sources import open_source
@@ -46,4 +48,46 @@ def test_a_record_whose_name_is_too_long_for_a_file_is_refused_before_anything_i
     done = command("export", "a.lmdb", "out", cwd=tmp_path, text=True)
     assert done.returncode == 1
     assert "record 0: its name 'ant/xxx" in done.stderr
-    assert "needs 300 bytes" in done.stderr
+    assert "needs 304 bytes" in done.stderr
+
+
+def encoded(kind, value):
+    """The bytes of a grey image."""
+    with io.BytesIO() as file:
+        Image.new("RGB", (8, 8), (value, value, value)).save(file, kind)
+        return file.getvalue()
+
+
+@pytest.mark.parametrize("options", [[], ["--tar"]], ids=["folder", "tar"])
+@pytest.mark.parametrize(
+    "paths",
+    [[None] * 4, ["x.jpg"] * 4, ["/d/x.jpg", "../y", "", "z"], ["a.v1", "b.v2", "c.1", "d.JPG"]],
+    ids=["no paths", "repeated", "unsafe", "other endings"],
+)
+def test_images_whose_names_have_no_extension_are_exported_so_that_they_convert_again(paths, options, tmp_path):
+    images = [encoded(kind, value) for value, kind in enumerate(["JPEG", "PNG", "WEBP", "JPEG"])]
+    rows = [(path, data, label // 2) for label, (path, data) in enumerate(zip(paths, images, strict=True))]
+    convert(write_parquet(tmp_path / "d.parquet", rows), tmp_path / "d.lmdb")
+    done = command("export", "d.lmdb", "out", *options, cwd=tmp_path, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    convert(tmp_path / "out", tmp_path / "again.lmdb")
+    (classes, before), (again, after) = records_of(tmp_path / "d.lmdb"), records_of(tmp_path / "again.lmdb")
+    assert again == classes
+    assert sorted(row[1:] for row in after) == sorted(row[1:] for row in before)
+
+
+def test_the_extension_that_is_added_is_that_of_the_image(tmp_path):
+    rows = [(None, encoded(kind, 0), 0) for kind in ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")]
+    convert(write_parquet(tmp_path / "d.parquet", rows), tmp_path / "d.lmdb")
+    assert command("export", "d.lmdb", "out", cwd=tmp_path).returncode == 0
+    names = sorted(path.name for path in (tmp_path / "out").rglob("*.*"))
+    extensions = ["jpg", "png", "webp", "bmp", "tiff", "gif", "ppm"]
+    assert names == [f"{row:08}.{extension}" for row, extension in enumerate(extensions)]
+
+
+def test_two_records_that_an_extension_makes_one_file_are_refused(tmp_path):
+    rows = [("a", encoded("JPEG", 0), 0), ("a.jpg", encoded("JPEG", 1), 0)]
+    convert(write_parquet(tmp_path / "d.parquet", rows), tmp_path / "d.lmdb")
+    done = command("export", "d.lmdb", "out", cwd=tmp_path, text=True)
+    assert done.returncode == 1
+    assert "its name '0/a.jpg' is also that of record 0; export it with --tar" in done.stderr

@@ -15,9 +15,10 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from dali_lmdb.convert.sources.base import is_image_name
 from dali_lmdb.disk import sync_folder
 from dali_lmdb.errors import ConversionError, RecordError
-from dali_lmdb.inspect.paths import record_paths, tells_case_apart
+from dali_lmdb.inspect.paths import extension_of, record_paths, tells_case_apart
 from dali_lmdb.inspect.records import (
     Part,
     Progress,
@@ -28,7 +29,7 @@ from dali_lmdb.inspect.records import (
     runs,
     values_of,
 )
-from dali_lmdb.store import Kind, Store, open_store
+from dali_lmdb.store import Store, open_store
 from dali_lmdb.store.checksum import crc32
 
 __all__ = ["SHARD_SIZE_BYTES", "ExportSummary", "export"]
@@ -37,14 +38,6 @@ SHARD_SIZE_BYTES = 1_000_000_000
 """Default size of a tar shard: WebDataset's documentation recommends 1 GB or more."""
 
 _EXTENSION = re.compile(r"\.[a-z0-9]{1,8}")
-_KIND_EXTENSIONS = {
-    Kind.PNG: ".png",
-    Kind.WEBP: ".webp",
-    Kind.BMP: ".bmp",
-    Kind.TIFF: ".tiff",
-    Kind.GIF: ".gif",
-    Kind.PNM: ".ppm",
-}
 _TAR_BLOCK_BYTES = 512
 _CLASSES_FILE = "classes.txt"
 
@@ -76,6 +69,7 @@ def export(
 ) -> ExportSummary:
     """Write a store's images as files named like its records, each in its class's folder.
 
+    A name that does not end as an image's gets the extension of the image's kind: the folder can be converted.
     Names are checked before anything is written. Files are written to ``FOLDER.partial``, which is renamed to
     ``FOLDER`` at the end, or removed on an error or an interrupt.
 
@@ -318,7 +312,7 @@ def _check_class_lines(store: Store) -> None:
 
 def _extension(name: str, kind: int) -> str:
     """Extension of a tar member: the name's, in lower case, or the kind's if tar readers could not use that."""
-    extension = PurePosixPath(name).suffix.lower()
-    if _EXTENSION.fullmatch(extension) and extension != ".cls":
+    extension, usual = PurePosixPath(name).suffix.lower(), extension_of(kind)
+    if is_image_name(extension) or (not usual and _EXTENSION.fullmatch(extension) and extension != ".cls"):
         return extension
-    return _KIND_EXTENSIONS.get(Kind(kind) if kind in Kind.__members__.values() else Kind.UNKNOWN, ".jpg")
+    return usual or ".jpg"

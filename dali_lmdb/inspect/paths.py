@@ -9,19 +9,36 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from dali_lmdb.convert.sources.base import is_image_name
 from dali_lmdb.errors import ConversionError, RecordError
 from dali_lmdb.inspect.records import names_of, repeated
-from dali_lmdb.store import Store
+from dali_lmdb.store import Kind, Store
 
-__all__ = ["record_paths", "tells_case_apart"]
+__all__ = ["extension_of", "record_paths", "tells_case_apart"]
 
 _USE_TAR = "export it with --tar, which does not use names"
 _SHOWN = 80  # characters of a name in a message
 _AT_ONCE = 1 << 16  # names that are converted to Python strings at a time
+_EXTENSIONS: dict[int, str] = {
+    **{kind: ".jpg" for kind in Kind if kind.is_jpeg},
+    Kind.PNG: ".png",
+    Kind.WEBP: ".webp",
+    Kind.BMP: ".bmp",
+    Kind.TIFF: ".tiff",
+    Kind.GIF: ".gif",
+    Kind.PNM: ".ppm",
+}
+
+
+def extension_of(kind: int) -> str:
+    """The usual extension of a kind of image, with its dot; "" if the kind is unknown."""
+    return _EXTENSIONS.get(kind, "")
 
 
 def record_paths(store: Store, *, fold_case: bool, max_name_bytes: int = 255) -> pa.ChunkedArray:
     """Each record's path inside a folder: its name, below its class's folder unless it begins with that.
+
+    A name that does not end as an image's, such as one made of a row's number, gets its kind's extension.
 
     Args:
         fold_case: treat names that differ only in case as the same file.
@@ -45,8 +62,11 @@ def record_paths(store: Store, *, fold_case: bool, max_name_bytes: int = 255) ->
     for start in range(0, len(store), _AT_ONCE):
         run = range(start, min(start + _AT_ONCE, len(store)))
         paths = []
-        labels = store.gather("label", np.arange(run.start, run.stop)).tolist()
-        for record, label, name in zip(run, labels, names[run.start : run.stop].to_pylist(), strict=True):
+        labels, kinds = (store.gather(of, np.arange(run.start, run.stop)).tolist() for of in ("label", "kind"))
+        rows = zip(run, labels, kinds, names[run.start : run.stop].to_pylist(), strict=True)
+        for record, label, kind, name in rows:
+            if not is_image_name(name) and not name.lower().endswith(extension_of(kind)):
+                name += extension_of(kind)
             problem = _path_problem(name, max_name_bytes)
             if problem:
                 raise RecordError(
