@@ -69,7 +69,7 @@ def test_labels_are_found_after_all_images(folder):
         assert labels_of(path) == [i % 3 for i in range(1100)]
 
 
-@pytest.mark.parametrize("extension", [".json", ".txt", ".JSON", ".seg.png"])
+@pytest.mark.parametrize("extension", [".json", ".txt", ".JSON", ".seg.json"])
 def test_shards_without_labels_are_not_one_class_each(extension, folder):
     for number in range(2):
         pack(folder / f"{number}.tar", records_with(extension, b"{}"))

@@ -23,7 +23,7 @@ class TarContents:
 
     Attributes:
         label: a WebDataset label (``KEY.cls``).
-        siblings: an image, and another file beside it that belongs to the same record by WebDataset's rule.
+        siblings: an image, and a file beside it that is none and belongs to the same record by WebDataset's rule.
         other: a file that is no image, label or tar, and not hidden.
         tars: the tars in it.
         folders: number of images directly in each folder; ``""`` for the top.
@@ -66,8 +66,10 @@ class TarContents:
         """Whether to list a file; called with every path, in the archive's order."""
         before, name = self._before, _Name(path, *key_and_extension(path))
         self._before = name
-        if self.siblings is None and name.key == before.key and name.is_image != before.is_image:
-            self.siblings = (name.path, before.path) if name.is_image else (before.path, name.path)
+        if self.siblings is None and name.key == before.key:
+            for image, other in ((name, before), (before, name)):
+                if image.extension in IMAGE_EXTENSIONS and not is_image_name(other.path):
+                    self.siblings = image.path, other.path
         listed = is_image_name(path) or is_tar_name(path) or name.extension == LABEL_EXTENSION
         if not listed and self.other is None and not path.rpartition("/")[2].startswith("."):
             self.other = path
@@ -80,7 +82,3 @@ class _Name(NamedTuple):
     path: str
     key: str
     extension: str
-
-    @property
-    def is_image(self) -> bool:
-        return self.extension in IMAGE_EXTENSIONS

@@ -330,7 +330,7 @@ def _check_class_tars(
             raise SourceError(f"{what} has .cls labels, as WebDataset shards have; unpack them to convert them")
         if found.siblings:
             raise SourceError(f"{what}: {_record(found.siblings)}; add the labels, {instead}")
-        if found.subfolders:
+        if found.subfolders and (found.folders[""] or found.subfolders != [class_of_tar(name)]):
             raise SourceError(
                 f"{what} holds folders ({listed(found.subfolders)}), {expected}; {convert_it}, {instead}"
             )

@@ -212,11 +212,14 @@ def class_of_tar(path: str) -> str:
 def _class_tar(
     archive: Archive, class_name: str, spool: Spool, *, offset: int = 0, size: int | None = None, name: str = ""
 ) -> list[_Folder]:
-    """The folders in one class's tar: an archive, or one in it (see ``Archive.members``)."""
+    """The folders in one class's tar: an archive, or one in it (see ``Archive.members``).
+
+    A folder at its top that has the class's name is the class's folder.
+    """
     tables = defaultdict[str, MemberTable](lambda: MemberTable(spool))
     _ = tables[class_name]  # created, so that an empty class is noticed
     for member in archive.members(is_image_name, offset=offset, size=size, name=name):
         if not member.is_folder:
-            folder, _, file = f"{class_name}/{member.path}".rpartition("/")
+            folder, _, file = f"{class_name}/{member.path.removeprefix(f'{class_name}/')}".rpartition("/")
             tables[folder].add(file, member.offset, member.size)
     return [_Folder(path, archive, table) for path, table in tables.items()]
