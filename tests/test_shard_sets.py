@@ -14,7 +14,7 @@ from dali_lmdb.convert.sources import FolderSource
 from dali_lmdb.errors import ConversionError, StoreError, StoreFormatError, StoreNotFoundError
 from dali_lmdb.inspect import verify
 from dali_lmdb.store import open_store
-from dali_lmdb.store.shards import shard_name
+from dali_lmdb.store.shards import shard_files, shard_name
 
 NAMES = ("train.lmdb", "train-small.lmdb", "Train.lmdb", "train", "train.small.lmdb", "train-00000-of-00009.lmdb")
 
@@ -146,6 +146,16 @@ def test_a_folder_with_one_set_and_other_files_opens_as_the_set(tmp_path, source
     for name in ("notes.txt", "notes.lmdb", "a-00000-of-00001.parquet", "train-00000-of-00002.lmdb.bad.tsv"):
         (tmp_path / name).write_text("something else")
     assert num_records(tmp_path) == 3
+
+
+@pytest.mark.parametrize("ending", [".partial", ".partial-journal", ".dali-index"])
+def test_an_interrupted_conversion_to_names_without_suffix_is_no_set(tmp_path, sources, ending):
+    convert(sources[0], tmp_path / "train.lmdb", shards=2)
+    shutil.copy(tmp_path / "train-00000-of-00002.lmdb", tmp_path / f"other-00000-of-00002{ending}")
+    assert num_records(tmp_path) == 3
+    (tmp_path / "alone").mkdir()
+    shutil.move(tmp_path / f"other-00000-of-00002{ending}", tmp_path / "alone")
+    assert shard_files(tmp_path / "alone") is None
 
 
 def test_a_pattern_passes_over_what_is_kept_beside_its_shards(tmp_path, sources):

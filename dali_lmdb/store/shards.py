@@ -93,7 +93,8 @@ def shard_files(path: str | os.PathLike[str]) -> list[Path] | None:
 
 def _shards_in(folder: Path, *, set_name: str | None = None) -> list[Path]:
     """The shards in a folder, by set and position: all, or one set's. Parquet shards have such names, too."""
-    named = [(shard, folder / name) for name in os.listdir(folder) if (shard := shard_name(name))]
+    names = (name for name in os.listdir(folder) if not name.endswith(BESIDE))
+    named = [(shard, folder / name) for name in names if (shard := shard_name(name))]
     sets = [
         [file for _, file in one]
         for (found, _), one in groupby(sorted(named), key=lambda pair: pair[0][:2])
