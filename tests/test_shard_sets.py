@@ -198,8 +198,10 @@ def test_a_shard_alone_names_its_set(tmp_path, sources):
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_set_beside_a_store_of_its_name_is_refused_however_few_its_shards(tmp_path, sources, count):
     convert(sources[0], tmp_path / "train.lmdb")
-    with pytest.raises(ConversionError, match="would open under the same name; choose another name"):
+    with pytest.raises(ConversionError) as caught:
         convert(sources[1], tmp_path / "train.lmdb", shards=count)
+    said = "exists, and its shards would open under the same name; choose another name"
+    assert str(caught.value) == f"{tmp_path}/train.lmdb: {said}"
     assert num_records(tmp_path / "train.lmdb") == 3
 
 

@@ -66,6 +66,5 @@ def check_name(target: Path, all_files: Sequence[Files]) -> None:
     elif (shard := shard_name(target)) is not None:  # a single store, which the name of its set would open too
         there += [f for f in set_files(target.with_name(shard.set_name)) if not f.match(shard.pattern())]
     if there:
-        raise ConversionError(
-            f"{target}: {there[0].name} exists and would open under the same name; choose another name"
-        )
+        found = "exists, and its shards" if there[0] == target else f"{there[0].name} exists and"
+        raise ConversionError(f"{target}: {found} would open under the same name; choose another name")
