@@ -412,7 +412,7 @@ def test_a_signal_stops_the_command_with_a_sentence_and_it_can_go_on(
             os._exit(end.code)
 
     assert os.waitstatus_to_exitcode(in_child(exit_code)) == 130
-    assert (tmp_path / "err").read_text() == "Stopped. Run the same command again to go on where it stopped.\n"
+    assert (tmp_path / "err").read_text() == "Stopped. Run the same command again to resume where it stopped.\n"
     assert not target.exists()
     convert(images, target)
     assert content(target) == content(store_path)

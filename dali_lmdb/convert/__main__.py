@@ -165,7 +165,7 @@ def main(
                 sys.exit(1)
             raise
         except KeyboardInterrupt:
-            raise KeyboardInterrupt("Stopped. Run the same command again to go on where it stopped.") from None
+            raise KeyboardInterrupt("Stopped. Run the same command again to resume where it stopped.") from None
     if ranks.rank == 0:
         print_result(json.dumps(asdict(summary)) if as_json else _sentence(summary), done=summary.store)
 

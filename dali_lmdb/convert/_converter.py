@@ -256,7 +256,7 @@ def _publish(task: _Task) -> None:
     if task.ranks.rank != 0:
         return
     check_name(task.target, task.all_files)  # another conversion may have published meanwhile
-    then = "then run the same command again to go on"
+    then = "then run the same command again to resume"
     with os_errors(task.all_files[0].target, "cannot be published", ConversionError, then=then):
         for files in task.all_files:
             if files.partial.exists():

@@ -61,7 +61,7 @@ class Row(NamedTuple):
 
 
 _FRAME = struct.Struct("<II")
-_GO_ON = "then run the same command again to go on"
+_RESUME = "then run the same command again to resume"
 
 
 class Journal:
@@ -196,13 +196,13 @@ class Journal:
 
     def _write(self, payload: Any) -> int:
         frame = memoryview(_FRAME.pack(len(payload), crc32(payload)) + bytes(payload))
-        with os_errors(self.path, "cannot be written", ConversionError, then=_GO_ON):
+        with os_errors(self.path, "cannot be written", ConversionError, then=_RESUME):
             while frame:  # a write may be short
                 frame = frame[self._file.write(frame) :]
         return self._file.tell()
 
     def _cut(self, end: int) -> None:
-        with os_errors(self.path, "cannot be written", ConversionError, then=_GO_ON):
+        with os_errors(self.path, "cannot be written", ConversionError, then=_RESUME):
             self._file.truncate(end)
             self._file.seek(end)
 

@@ -15,7 +15,7 @@ __all__ = ["write_report"]
 def write_report(rows: Iterator[tuple[str, str]], path: Path) -> None:
     """Write ``name TAB reason`` lines; no file if there are none."""
     first = next(rows, None)
-    with os_errors(path, "cannot be written", ConversionError, then="then run the same command again to go on"):
+    with os_errors(path, "cannot be written", ConversionError, then="then run the same command again to resume"):
         if first is None:
             path.unlink(missing_ok=True)
             return

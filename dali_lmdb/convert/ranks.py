@@ -90,7 +90,7 @@ def _others_needed(prefix: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # gloo's
-        raise RankLostError(f"{prefix}another rank has ended; run the same command again to go on") from error
+        raise RankLostError(f"{prefix}another rank has ended; run the same command again to resume") from error
 
 
 @contextmanager
