@@ -8,9 +8,9 @@ import pyarrow as pa
 from image_sets import grey_of, size_of
 from PIL import Image
 
-from dali_lmdb.store import Kind
-from dali_lmdb.store.header import read_header
-from dali_lmdb.store.images import BadImageError
+from dali_lmdb.images.header import read_header
+from dali_lmdb.images.kinds import Kind
+from dali_lmdb.images.opening import BadImageError
 from dali_lmdb.store.writer import StoreWriter
 
 

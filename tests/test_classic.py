@@ -28,7 +28,8 @@ from dali_lmdb.errors import (
     StoreFormatError,
     StoreNotFoundError,
 )
-from dali_lmdb.store import Kind, layout, open_store
+from dali_lmdb.images.kinds import Kind
+from dali_lmdb.store import layout, open_store
 from dali_lmdb.store.classic import ClassicStore
 from dali_lmdb.store.sidecar import sidecar_path
 

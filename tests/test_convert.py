@@ -14,7 +14,8 @@ from torchvision.datasets import ImageFolder
 
 from dali_lmdb.convert import ConvertSettings, convert
 from dali_lmdb.errors import ConversionError, SourceError
-from dali_lmdb.store import Kind, open_store
+from dali_lmdb.images.kinds import Kind
+from dali_lmdb.store import open_store
 
 # --- what is found, and in which order
 

@@ -15,12 +15,12 @@ from PIL import Image
 from dali_lmdb.cli import main
 from dali_lmdb.convert import ConvertSettings, convert
 from dali_lmdb.errors import RecordError
+from dali_lmdb.images.agreement import dali_agrees
 from dali_lmdb.inspect import info, verify
 from dali_lmdb.loaders.dali_loader import DaliLoader
 from dali_lmdb.loaders.torch_loader import TorchLoader
 from dali_lmdb.plan.augment import EvalTransform, TrainTransform
 from dali_lmdb.store import open_store
-from dali_lmdb.store.agreement import dali_agrees
 
 FILES = AGREED | {kind: file for kind, (file, _) in DIFFERING.items()}
 SHORT_SIDE = EvalTransform(size=HEIGHT, resize=HEIGHT)  # shows the middle as it is

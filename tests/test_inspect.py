@@ -24,9 +24,10 @@ from PIL import Image
 from dali_lmdb.cli import main
 from dali_lmdb.convert import ConvertSettings, convert
 from dali_lmdb.errors import ConversionError, DaliLmdbError, RecordError, StoreError
+from dali_lmdb.images.kinds import Kind
 from dali_lmdb.inspect import Spread, export, info, verify
 from dali_lmdb.inspect.paths import record_paths
-from dali_lmdb.store import Kind, layout, open_store
+from dali_lmdb.store import layout, open_store
 from dali_lmdb.store.pages import PageFile
 from dali_lmdb.store.writer import StoreWriter
 

@@ -11,11 +11,11 @@ from PIL import Image
 
 from dali_lmdb.convert import ConvertSettings, convert
 from dali_lmdb.errors import RecordError, StoreFormatError
+from dali_lmdb.images.header import MAX_PIXELS
 from dali_lmdb.loaders.dali_loader import DaliLoader
 from dali_lmdb.loaders.torch_loader import TorchLoader
 from dali_lmdb.plan.augment import EvalTransform, TrainTransform
 from dali_lmdb.store import open_store, sidecar
-from dali_lmdb.store.header import MAX_PIXELS
 
 TRANSFORMS = {"eval": EvalTransform(size=16, resize=18), "train": TrainTransform(size=16)}
 NUM_GOOD = 7

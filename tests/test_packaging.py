@@ -26,16 +26,17 @@ TOP_LEVEL = {
     ".ruff.toml",
 }
 
-# Which layers each layer may import from: errors <- store <- plan <- loaders <- train, compare.
+# Which layers each layer may import from: errors <- images <- store <- plan <- loaders <- train, compare.
 MAY_IMPORT = {
     "errors": set(),
     "disk": {"errors"},
     "torchrun": {"errors"},
-    "store": {"errors", "disk"},
-    "convert": {"errors", "disk", "store", "torchrun"},
-    "inspect": {"errors", "disk", "store", "convert"},
+    "images": set(),
+    "store": {"errors", "disk", "images"},
+    "convert": {"errors", "disk", "images", "store", "torchrun"},
+    "inspect": {"errors", "disk", "images", "store"},
     "plan": {"errors", "disk", "store"},
-    "loaders": {"errors", "disk", "store", "plan"},
+    "loaders": {"errors", "disk", "images", "store", "plan"},
     "train": {"errors", "disk", "store", "plan", "loaders", "torchrun"},
     "compare": {"errors", "disk", "store", "plan", "loaders"},
 }
@@ -89,6 +90,8 @@ def may_use(library, path):
     return {
         "lmdb": path.startswith("store/"),
         "nvidia": path in ("loaders/pipeline.py", "loaders/dali_loader.py"),
+        "PIL": path.startswith("images/") or path == "loaders/pillow_batches.py",
+        "simplejpeg": path == "images/checking.py",
         "click": path == "cli.py" or Path(path).name in COMMAND_MODULES,
     }[library]
 
@@ -105,7 +108,7 @@ def test_imports_point_one_way(path):
     assert "dali_lmdb" not in imported_names(path), "the package itself is above every layer"
 
 
-@pytest.mark.parametrize("library", ["lmdb", "nvidia", "click"])
+@pytest.mark.parametrize("library", ["lmdb", "nvidia", "PIL", "simplejpeg", "click"])
 def test_each_library_has_one_owner(library):
     users = [path for path in modules() if library in {name.split(".")[0] for name in imported_names(path)}]
     assert [path for path in users if not may_use(library, path)] == []

@@ -16,13 +16,10 @@ from image_sets import grey_of, size_of
 from PIL import Image
 
 from dali_lmdb.errors import RecordError, StoreDamagedError, StoreError, StoreFormatError, StoreNotFoundError
+from dali_lmdb.images.kinds import Kind
 from dali_lmdb.inspect import verify
-from dali_lmdb.store import Kind, layout, open_store
-from dali_lmdb.store.layout import (
-    INDEX_DTYPES,
-    INDEX_SCHEMA,
-    fingerprint,
-)
+from dali_lmdb.store import layout, open_store
+from dali_lmdb.store.layout import INDEX_DTYPES, INDEX_SCHEMA, fingerprint
 from dali_lmdb.store.pages import PageFile
 from dali_lmdb.store.writer import StoreWriter
 

@@ -27,7 +27,9 @@ from dali_lmdb.convert.sources import open_source
 from dali_lmdb.convert.sources.base import Source
 from dali_lmdb.disk import lack_of_descriptors, os_errors, sync_folder
 from dali_lmdb.errors import ConversionError, DaliLmdbError
-from dali_lmdb.store.layout import MAX_SHARDS, Change, Decoders, shard_path
+from dali_lmdb.images.kinds import Decoders
+from dali_lmdb.images.reencoding import Change
+from dali_lmdb.store.layout import MAX_SHARDS, shard_path
 from dali_lmdb.store.reader import FileStore
 
 __all__ = ["convert"]

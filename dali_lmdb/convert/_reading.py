@@ -9,12 +9,14 @@ from itertools import islice
 from typing import NamedTuple
 
 from dali_lmdb.convert._journal import Row
-from dali_lmdb.convert.audit import BadImageError, Header, check_decodes, read_header
-from dali_lmdb.convert.change import change_image
 from dali_lmdb.convert.settings import ConvertSettings
 from dali_lmdb.convert.sources.base import Item
+from dali_lmdb.images.checking import check_decodes
+from dali_lmdb.images.header import Header, read_header
+from dali_lmdb.images.kinds import Kind
+from dali_lmdb.images.opening import BadImageError
+from dali_lmdb.images.reencoding import Change, change_image
 from dali_lmdb.store.checksum import crc32
-from dali_lmdb.store.layout import Change, Kind
 
 __all__ = ["ReadImage", "read_images"]
 

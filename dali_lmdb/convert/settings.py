@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
-from dali_lmdb.convert.audit import MAX_PIXELS
-from dali_lmdb.convert.change import QUALITY
+from dali_lmdb.images.header import MAX_PIXELS
+from dali_lmdb.images.reencoding import QUALITY
 
 __all__ = ["ConvertSettings", "Progress", "Summary"]
 

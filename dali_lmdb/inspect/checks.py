@@ -9,12 +9,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from dali_lmdb.convert.audit import check_decodes, read_header
 from dali_lmdb.errors import DaliLmdbError, StoreDamagedError
+from dali_lmdb.images.checking import check_decodes
+from dali_lmdb.images.header import read_header
+from dali_lmdb.images.kinds import Kind
+from dali_lmdb.images.opening import BadImageError, pixel_limit
 from dali_lmdb.inspect.records import Progress, Values, in_order, repeated, runs
-from dali_lmdb.store import FileStore, Kind, Store, layout
+from dali_lmdb.store import FileStore, Store, layout
 from dali_lmdb.store.checksum import crc32
-from dali_lmdb.store.images import BadImageError, pixel_limit
 from dali_lmdb.store.index import Index, Names
 from dali_lmdb.store.pages import Extent, PageFile
 from dali_lmdb.store.structure import check_structure

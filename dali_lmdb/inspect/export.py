@@ -15,9 +15,9 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from dali_lmdb.convert.sources.base import is_image_name
 from dali_lmdb.disk import sync_folder
 from dali_lmdb.errors import ConversionError, RecordError
+from dali_lmdb.images.names import is_image_name
 from dali_lmdb.inspect.paths import extension_of, record_paths, tells_case_apart
 from dali_lmdb.inspect.records import (
     Part,

@@ -11,11 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from dali_lmdb.errors import DaliLmdbError
+from dali_lmdb.images.agreement import DALI_AGREES, dali_agrees
+from dali_lmdb.images.kinds import Decoders, Kind
+from dali_lmdb.images.reencoding import Change
 from dali_lmdb.inspect.records import parts_of, runs
-from dali_lmdb.store import Change, FileStore, Kind, Store, open_store
-from dali_lmdb.store.agreement import DALI_AGREES, dali_agrees
+from dali_lmdb.store import FileStore, Store, open_store
 from dali_lmdb.store.classic import database_file
-from dali_lmdb.store.layout import Decoders
 
 __all__ = ["Shard", "Spread", "StoreInfo", "info"]
 
@@ -54,7 +55,7 @@ class StoreInfo:
     """Height of the images as stored, in pixels."""
     width: Spread | None
     kinds: dict[str, int]
-    """Number of records of each kind that occurs, most frequent first; names of ``store.Kind``."""
+    """Number of records of each kind that occurs, most frequent first; names of ``images.kinds.Kind``."""
     decoders: Decoders
     by_pillow: int
     """Number of records that ``DaliLoader`` decodes with Pillow, since DALI returns other pixels or none."""

@@ -9,10 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dali_lmdb.convert.sources.base import is_image_name
 from dali_lmdb.errors import ConversionError, RecordError
+from dali_lmdb.images.kinds import Kind
+from dali_lmdb.images.names import is_image_name
 from dali_lmdb.inspect.records import names_of, repeated
-from dali_lmdb.store import Kind, Store
+from dali_lmdb.store import Store
 
 __all__ = ["extension_of", "record_paths", "tells_case_apart"]
 

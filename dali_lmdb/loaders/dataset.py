@@ -10,9 +10,9 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from dali_lmdb.errors import RecordError
+from dali_lmdb.images.opening import BadImageError, open_image, to_rgb
 from dali_lmdb.loaders.pillow import pixel_limits
 from dali_lmdb.store import open_store
-from dali_lmdb.store.images import BadImageError, open_image, to_rgb
 
 __all__ = ["ImageFolderLMDB"]
 

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dali_lmdb.images.agreement import DALI_AGREES, dali_agrees
+from dali_lmdb.images.opening import BadImageError, open_image, pixel_limit, to_rgb
 from dali_lmdb.store import Store
-from dali_lmdb.store.agreement import DALI_AGREES, dali_agrees
-from dali_lmdb.store.images import BadImageError, open_image, pixel_limit, to_rgb
 
 __all__ = ["REFUSED", "encoded_for_dali", "pillow_cause", "pixel_limits"]
 

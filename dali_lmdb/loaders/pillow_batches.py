@@ -12,12 +12,12 @@ from torch.utils.data import Dataset
 from torchvision.transforms import functional as F
 
 from dali_lmdb.errors import DaliLmdbError, RecordError
+from dali_lmdb.images.opening import BadImageError, crop, open_image, to_rgb
 from dali_lmdb.loaders.bad import OnBad, substituted
 from dali_lmdb.loaders.pillow import pixel_limits
 from dali_lmdb.loaders.settings import Dtype, Layout
 from dali_lmdb.plan.augment import Augmentation, TrainTransform, Transform
 from dali_lmdb.plan.batches import BatchPlan, Planner
-from dali_lmdb.store.images import BadImageError, crop, open_image, to_rgb
 
 __all__ = ["DecodedBatch", "PlannedBatches"]
 

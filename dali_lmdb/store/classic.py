@@ -14,11 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from dali_lmdb.errors import RecordError, StoreDamagedError, StoreFormatError, one_line
+from dali_lmdb.images.header import MAX_PIXELS, read_header
+from dali_lmdb.images.kinds import Kind
+from dali_lmdb.images.opening import BadImageError
 from dali_lmdb.store import layout, sidecar
 from dali_lmdb.store.base import Store
 from dali_lmdb.store.checksum import crc32
-from dali_lmdb.store.header import MAX_PIXELS, read_header
-from dali_lmdb.store.images import BadImageError
 from dali_lmdb.store.pages import Extent, PageFile
 from dali_lmdb.store.payload import (
     Located,
@@ -342,7 +343,7 @@ class ClassicStore(Store):
         try:
             kind, height, width = read_header(data, max_pixels=_MAX_PIXELS)
         except BadImageError:  # the decoder will report the cause
-            kind, height, width = layout.Kind.UNKNOWN, 0, 0
+            kind, height, width = Kind.UNKNOWN, 0, 0
         return {
             "label": located.label,
             "height": height,

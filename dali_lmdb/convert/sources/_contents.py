@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 from dali_lmdb.convert.sources._archive import Archive, Member
 from dali_lmdb.convert.sources._names import printable
-from dali_lmdb.convert.sources.base import IMAGE_EXTENSIONS, is_image_name
 from dali_lmdb.convert.sources.tar import is_tar_name
 from dali_lmdb.convert.sources.webdataset import LABEL_EXTENSION, key_and_extension
+from dali_lmdb.images.names import IMAGE_EXTENSIONS, is_image_name
 
 __all__ = ["TarContents"]
 

@@ -14,10 +14,10 @@ from dali_lmdb.convert.sources._contents import TarContents
 from dali_lmdb.convert.sources._files import list_folder
 from dali_lmdb.convert.sources._names import listed
 from dali_lmdb.convert.sources._patterns import SPLITS
-from dali_lmdb.convert.sources.base import is_image_name
 from dali_lmdb.convert.sources.folder import advice_below, has_images
 from dali_lmdb.convert.sources.tar import class_of_tar, common_top, is_tar_name
 from dali_lmdb.errors import SourceError
+from dali_lmdb.images.names import is_image_name
 from dali_lmdb.store.regular import check_regular
 from dali_lmdb.store.shards import shard_files
 

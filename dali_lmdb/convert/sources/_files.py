@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dali_lmdb.convert.sources.base import is_image_name
 from dali_lmdb.errors import SourceError
+from dali_lmdb.images.names import is_image_name
 from dali_lmdb.store.layout import MAX_RECORD_BYTES
 from dali_lmdb.store.regular import check_regular
 

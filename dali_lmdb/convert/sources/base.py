@@ -6,15 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-__all__ = ["IMAGE_EXTENSIONS", "Item", "Source", "is_image_name", "no_stamp"]
-
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-"""torchvision.datasets.folder.IMG_EXTENSIONS."""
-
-
-def is_image_name(name: str) -> bool:
-    """Whether ``ImageFolder`` would take a file of this name."""
-    return name.lower().endswith(IMAGE_EXTENSIONS)
+__all__ = ["Item", "Source", "no_stamp"]
 
 
 def no_stamp() -> int:

@@ -19,8 +19,9 @@ from dali_lmdb.convert.sources._names import (
     record_name,
     safe_path,
 )
-from dali_lmdb.convert.sources.base import Item, Source, is_image_name, no_stamp
+from dali_lmdb.convert.sources.base import Item, Source, no_stamp
 from dali_lmdb.errors import SourceError
+from dali_lmdb.images.names import is_image_name
 
 __all__ = ["FlatSource"]
 

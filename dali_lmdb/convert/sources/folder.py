@@ -20,8 +20,9 @@ from dali_lmdb.convert.sources._files import (
 )
 from dali_lmdb.convert.sources._names import printable, repeated_name
 from dali_lmdb.convert.sources._scratch import Spool
-from dali_lmdb.convert.sources.base import IMAGE_EXTENSIONS, Item, Source, is_image_name
+from dali_lmdb.convert.sources.base import Item, Source
 from dali_lmdb.errors import SourceError
+from dali_lmdb.images.names import IMAGE_EXTENSIONS, is_image_name
 
 __all__ = ["FolderSource", "advice_below", "has_images"]
 

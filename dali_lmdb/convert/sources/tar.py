@@ -17,8 +17,9 @@ from dali_lmdb.convert.sources._members import MemberTable
 from dali_lmdb.convert.sources._names import check_classes, printable
 from dali_lmdb.convert.sources._patterns import files_of
 from dali_lmdb.convert.sources._scratch import Spool
-from dali_lmdb.convert.sources.base import Item, Source, is_image_name, no_stamp
+from dali_lmdb.convert.sources.base import Item, Source, no_stamp
 from dali_lmdb.errors import SourceError
+from dali_lmdb.images.names import is_image_name
 
 __all__ = ["ImageNetTarSource", "TarSource", "class_of_tar", "common_top", "is_tar_name"]
 

@@ -22,8 +22,9 @@ from dali_lmdb.convert.sources._names import (
 )
 from dali_lmdb.convert.sources._patterns import files_of, stems_of
 from dali_lmdb.convert.sources._scratch import Spool
-from dali_lmdb.convert.sources.base import IMAGE_EXTENSIONS, Item, Source, no_stamp
+from dali_lmdb.convert.sources.base import Item, Source, no_stamp
 from dali_lmdb.errors import SourceError
+from dali_lmdb.images.names import IMAGE_EXTENSIONS
 from dali_lmdb.store.regular import check_regular
 
 __all__ = ["LABEL_EXTENSION", "WebDatasetSource", "key_and_extension"]

@@ -1,13 +1,12 @@
-"""Looking at an image file's bytes before they are stored: its kind, its size, whether it is damaged."""
+"""Full, strict decoding of an image, to find damage."""
 
 from __future__ import annotations
 
 import simplejpeg
 
-from dali_lmdb.store.header import MAX_PIXELS, Header, read_header
-from dali_lmdb.store.images import BadImageError, open_image
+from dali_lmdb.images.opening import BadImageError, open_image
 
-__all__ = ["MAX_PIXELS", "BadImageError", "Header", "check_decodes", "read_header"]
+__all__ = ["check_decodes"]
 
 
 def check_decodes(data: bytes, *, max_pixels: int | None) -> None:

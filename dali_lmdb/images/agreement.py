@@ -20,8 +20,8 @@ from typing import Any
 
 from PIL import TiffImagePlugin
 
-from dali_lmdb.store.images import BadImageError, open_image
-from dali_lmdb.store.layout import Kind
+from dali_lmdb.images.kinds import Kind
+from dali_lmdb.images.opening import BadImageError, open_image
 
 __all__ = ["DALI_AGREES", "dali_agrees"]
 

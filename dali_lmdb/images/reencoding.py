@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import enum
 import io
 
 from PIL import Image
 
-from dali_lmdb.convert.audit import BadImageError, Header, read_header
-from dali_lmdb.store.images import open_image
-from dali_lmdb.store.layout import Change, Kind
+from dali_lmdb.images.header import Header, read_header
+from dali_lmdb.images.kinds import Kind
+from dali_lmdb.images.opening import BadImageError, open_image
 
-__all__ = ["QUALITY", "change_image"]
+__all__ = ["QUALITY", "Change", "change_image"]
 
 QUALITY = 95
 """Default JPEG quality: the highest that libjpeg's documentation recommends."""
+
+
+class Change(enum.IntFlag):
+    """Changes that the converter made to the source's bytes; the index column ``change``."""
+
+    NONE = 0
+    TRANSCODED = 1
+    RESIZED = 2
 
 
 def change_image(
@@ -53,6 +62,6 @@ def change_image(
         encoded = io.BytesIO()
         image.save(encoded, "JPEG", quality=quality)
     except Exception as error:  # Pillow raises almost anything on damaged files, and on more than 65,500 pixels
-        raise BadImageError.of(error, what="cannot be encoded anew: ") from error
+        raise BadImageError.of(error, what="cannot be re-encoded: ") from error
     data = encoded.getvalue()
     return data, read_header(data, max_pixels=max_pixels), change

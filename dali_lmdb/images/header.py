@@ -5,8 +5,8 @@ from __future__ import annotations
 import struct
 from typing import NamedTuple
 
-from dali_lmdb.store.images import BadImageError, check_pixels, open_image
-from dali_lmdb.store.layout import Kind
+from dali_lmdb.images.kinds import Kind
+from dali_lmdb.images.opening import BadImageError, check_pixels, open_image
 
 __all__ = ["MAX_PIXELS", "Header", "read_header"]
 

@@ -1,0 +1,1 @@
+"""Image files: names, kinds, headers; opening, checking and re-encoding them with Pillow and TurboJPEG."""

@@ -1,0 +1,70 @@
+"""Kinds of image file, and which decoders take them."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Decoders", "Kind"]
+
+
+class Kind(enum.IntEnum):
+    """Kind of image file, as far as it matters to decoders; the index column ``kind``."""
+
+    UNKNOWN = 0
+    """Not inspected, or no known decoder."""
+    JPEG_BASELINE = 1
+    JPEG_EXTENDED = 2
+    """Sequential, 8 bit, Huffman, but not baseline (SOF1)."""
+    JPEG_PROGRESSIVE = 3
+    JPEG_GRAYSCALE = 4
+    """One component, baseline or extended."""
+    JPEG_CMYK = 5
+    """Four components."""
+    JPEG_CPU_ONLY = 6
+    """Arithmetic coding, 12 bit, lossless or two components: no GPU decoder supports it."""
+    PNG = 7
+    WEBP = 8
+    BMP = 9
+    TIFF = 10
+    GIF = 11
+    PNM = 12
+    OTHER = 13
+    """None of the above, but Pillow can open it."""
+
+    @property
+    def is_jpeg(self) -> bool:
+        """True for a JPEG of any kind."""
+        return Kind.JPEG_BASELINE <= self <= Kind.JPEG_CPU_ONLY
+
+    @property
+    def decodes_on_cpu(self) -> bool:
+        """True if it needs a decoder on the CPU: one of DALI's, or Pillow."""
+        return self >= Kind.JPEG_CPU_ONLY
+
+    @property
+    def decodes_on_gpu(self) -> bool:
+        """True if nvJPEG decodes it with CUDA or in hardware (nvJPEG documentation, "supported formats")."""
+        return Kind.JPEG_BASELINE <= self <= Kind.JPEG_CMYK
+
+
+@dataclass(frozen=True)
+class Decoders:
+    """Number of records by where DALI decodes them."""
+
+    gpu: int
+    """Decoded by nvJPEG."""
+    cpu: int
+    """Decoded by DALI's fallback on the CPU, or by Pillow instead."""
+    none: int
+    """No known decoder, or not inspected."""
+
+    @classmethod
+    def of(cls, kinds: npt.NDArray[np.uint8]) -> Decoders:
+        """Count the kinds in the index column ``kind``, uint8 of shape (n,)."""
+        gpu = int(np.isin(kinds, [kind for kind in Kind if kind.decodes_on_gpu]).sum())
+        cpu = int(np.isin(kinds, [kind for kind in Kind if kind.decodes_on_cpu]).sum())
+        return cls(gpu, cpu, len(kinds) - gpu - cpu)
