@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from image_sets import make_image_folder
+from liblmdb import plain_reading
 
 from dali_lmdb.convert import convert
 from dali_lmdb.disk import refusal, sync_folder
 from dali_lmdb.errors import ConversionError, StoreError
 from dali_lmdb.store import open_store
-from dali_lmdb.store.plain import plain_reading
 from dali_lmdb.store.readahead import Readahead
 from dali_lmdb.store.structure import check_structure
 

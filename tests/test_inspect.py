@@ -760,7 +760,7 @@ cli.main(arguments)
         *(
             (f"import dali_lmdb.{module}", [name])
             for name, module in {
-                "compare": "compare.cold",
+                "compare": "compare.throughput",
                 "convert": "convert.settings",
                 "export": "inspect.export",
                 "info": "inspect.export",
@@ -770,7 +770,7 @@ cli.main(arguments)
         ),
         ("open STORE", ["info", "STORE"]),
         ("open STORE", ["verify", "STORE"]),
-        ("open STORE", ["compare", "STORE", "--task", "handover"]),
+        ("open STORE", ["compare", "STORE"]),
         ("open STORE", ["train", "--train", "STORE", "--val", "STORE", "--device", "cpu"]),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else value,

@@ -49,7 +49,6 @@ def test_a_pipe_is_no_source_of_any_kind(kind, pipe, tmp_path):
         ["verify", "PIPE"],
         ["export", "PIPE", "out"],
         ["compare", "PIPE"],
-        ["compare", "PIPE", "--task", "cold"],
         ["train", "--train", "PIPE", "--val", "PIPE"],
         ["convert", "IMAGES", "x.lmdb", "--val-labels", "PIPE"],
         ["convert", "PIPE", "x.lmdb", "--val-labels", "LABELS"],

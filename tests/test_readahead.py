@@ -3,10 +3,10 @@ import threading
 from functools import partial
 
 import numpy as np
+import page_cache
 import pytest
 from image_sets import save_noise
 
-from dali_lmdb.compare import page_cache
 from dali_lmdb.convert import convert
 from dali_lmdb.errors import StoreError
 from dali_lmdb.loaders.dali_loader import DaliLoader

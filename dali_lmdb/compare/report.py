@@ -1,4 +1,7 @@
-"""What all results contain: versions, machine, and the spread of the rounds."""
+"""What all results contain: versions, machine, and the spread of the rounds.
+
+The scripts in ``scripts/benchmarks/`` use it too.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ from importlib import metadata
 from typing import Any
 
 import torch
+
+from dali_lmdb.errors import one_line
 
 __all__ = ["Measured", "machine", "spread", "versions"]
 
@@ -26,6 +31,17 @@ class Measured:
     """The settings that were used, fitted to the store."""
     versions: dict[str, str]
     machine: dict[str, Any]
+
+    def heading(self, *lines: str) -> str:
+        """The lines above a table: the store, the lines given, the machine."""
+        return "\n".join(
+            [
+                f"{one_line(self.store)}: {self.num_records:,} records, {self.image_bytes / 1e6:,.1f} MB",
+                *lines,
+                f"{self.machine['gpu'] or 'no GPU used'}, {self.machine['cores']} cores of {self.machine['cpu']}",
+                "",
+            ]
+        )
 
     def _described(self, **found: Any) -> dict[str, Any]:
         """Convert to plain types for JSON, with the figures between the settings and the versions."""

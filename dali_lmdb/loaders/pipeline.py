@@ -35,10 +35,10 @@ __all__ = [
     "GraphSettings",
     "Probe",
     "build_pipeline",
-    "define_handover",
     "define_pipeline",
     "feed_without_copy",
     "release_unused_memory",
+    "source_arguments",
 ]
 
 OUTPUTS = ("images", "labels", "records")
@@ -89,7 +89,8 @@ class GraphSettings:
     width_hint: int
 
 
-def _source_arguments(transform: Transform) -> dict[str, Any]:
+def source_arguments(transform: Transform) -> dict[str, Any]:
+    """Arguments of ``fn.external_source`` for the inputs of ``fields_of``."""
     fields = fields_of(transform)
     return {
         "num_outputs": len(fields),
@@ -163,7 +164,7 @@ def define_pipeline(source: Callable[[Any], Any], settings: GraphSettings) -> Pi
     on_gpu = settings.device == "cuda"
     with pipeline:
         names = [field.name for field in fields_of(settings.transform)]
-        given = dict(zip(names, fn.external_source(source, **_source_arguments(settings.transform)), strict=True))
+        given = dict(zip(names, fn.external_source(source, **source_arguments(settings.transform)), strict=True))
         images = fn.decoders.image_slice(
             given["encoded"], start=given["anchors"], shape=given["shapes"], **_decode_arguments(settings)
         )
@@ -193,18 +194,6 @@ def define_pipeline(source: Callable[[Any], Any], settings: GraphSettings) -> Pi
             )
         labels, records = given["labels"], given["records"]
         pipeline.set_outputs(images, labels.gpu() if on_gpu else labels, records)
-    return pipeline
-
-
-def define_handover(source: Callable[[Any], Any], *, transform: Transform, batch_size: int) -> Pipeline:
-    """Define a graph with the inputs of ``define_pipeline`` that decodes nothing, to measure the source alone.
-
-    Outputs: labels and record indices, as there; then the shapes of the other inputs, so that these are used too.
-    """
-    pipeline = Pipeline(batch_size=batch_size, num_threads=1, device_id=None)
-    with pipeline:
-        encoded, labels, records, *numbers = fn.external_source(source, **_source_arguments(transform))
-        pipeline.set_outputs(labels, records, *(given.shape() for given in (encoded, *numbers)))
     return pipeline
 
 

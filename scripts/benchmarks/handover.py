@@ -1,4 +1,4 @@
-"""Records/s that the source hands over to DALI on one core, from memory, without decoding.
+"""Measure records/s handed over to DALI on one core, from memory, without decoding: ``handover.py STORE``.
 
 This is all that Python does for a batch: plan, crops, checking the page cache, the prefetcher's thread, wrapping,
 handing over. If it is faster than a GPU decodes, one process can keep one GPU busy.
@@ -9,6 +9,7 @@ DALI's) are bound to one core. The first window is a warm-up and does not count.
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -17,21 +18,24 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import click
 import numpy as np
+from nvidia.dali import Pipeline, fn
+from reading import ReadingSettings, reading_options, shuffled_part
 
-from dali_lmdb.compare.part import ReadingSettings, shuffled_part
+from dali_lmdb.cli import Command, print_progress, print_result
 from dali_lmdb.compare.report import Measured, machine, spread, versions
 from dali_lmdb.loaders.external_source import ExternalSource, InFlight
-from dali_lmdb.loaders.pipeline import define_handover, feed_without_copy
+from dali_lmdb.loaders.pipeline import feed_without_copy, source_arguments
 from dali_lmdb.loaders.prefetch import Prefetcher
-from dali_lmdb.plan.augment import TrainTransform
+from dali_lmdb.plan.augment import TrainTransform, Transform
 from dali_lmdb.plan.batches import Planner
 from dali_lmdb.plan.order import StepPlan
 from dali_lmdb.plan.sampling import Listed
 from dali_lmdb.store import Store, open_store
 from dali_lmdb.store.readahead import Readahead
 
-__all__ = ["Handover", "HandoverRound", "measure_handover"]
+__all__ = ["Handover", "HandoverRound", "define_handover", "main", "measure_handover"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,3 +169,59 @@ def _windows(
         if progress is not None:
             progress(one)
     return rounds
+
+
+def define_handover(source: Callable[[Any], Any], *, transform: Transform, batch_size: int) -> Pipeline:
+    """Define a graph with the inputs of ``define_pipeline`` that decodes nothing, to measure the source alone.
+
+    Outputs: labels and record indices, as there; then the shapes of the other inputs, so that these are used too.
+    """
+    pipeline = Pipeline(batch_size=batch_size, num_threads=1, device_id=None)
+    with pipeline:
+        encoded, labels, records, *numbers = fn.external_source(source, **source_arguments(transform))
+        pipeline.set_outputs(labels, records, *(given.shape() for given in (encoded, *numbers)))
+    return pipeline
+
+
+@click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
+@reading_options
+def main(store: str, *, batch_size: int, rounds: int, seconds: float, records: int, as_json: bool) -> None:
+    """Measure the records per second that one core hands over to DALI from memory, without decoding."""
+    settings = ReadingSettings(batch_size=batch_size, rounds=rounds, seconds=seconds, records=records)
+    found = measure_handover(store, settings=settings, progress=_report)
+    print_result(json.dumps(found.to_dict()) if as_json else _table(found))
+
+
+def _report(done: HandoverRound) -> None:
+    name = f"round {done.number}" if done.number else "warm-up"
+    print_progress(f"{name}: {done.records_per_s:,.0f} records/s")
+
+
+def _table(result: Handover) -> str:
+    settings = result.settings
+    head = result.heading(
+        f"handover, {settings.records:,} records in random order, batches of {settings.batch_size}, one core, "
+        f"{settings.rounds} rounds of {settings.seconds:g} s",
+    )
+    columns = f"{'':9}{'records/s':>10}{'min':>9}{'max':>9}"
+    rows = [
+        f"{name:<9}{found['median']:>10,.0f}{found['min']:>9,.0f}{found['max']:>9,.0f}"
+        for name, found in (
+            ("elapsed", spread([one.records_per_s for one in result.rounds])),
+            ("cpu", spread([one.records_per_cpu_s for one in result.rounds])),
+        )
+    ]
+    notes = [
+        "elapsed  per second of wall time",
+        "cpu      per second of CPU time: the rate if nothing else had used the core",
+    ]
+    if result.cold > 0.01:
+        notes += [
+            "",
+            f"NOT WARM: {result.cold:.0%} of the bytes had to be read from storage; use fewer --records.",
+        ]
+    return "\n".join([head, columns, *rows, "", *notes])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""Records/s read in random order from storage, with a cold page cache.
+"""Measure records/s read in random order from storage, with a cold page cache: ``cold.py STORE``.
 
 Each round has one window for each way, in an order that is reversed from round to round. Every window of a round
 reads the same records in the same order; before each, the store's pages are dropped from the page cache, and the
@@ -12,23 +12,27 @@ copies.
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import numpy.typing as npt
+import page_cache
+from liblmdb import plain_reading
+from reading import ReadingSettings, reading_options, shuffled_part
 
-from dali_lmdb.compare import page_cache
-from dali_lmdb.compare.part import ReadingSettings, shuffled_part
+from dali_lmdb.cli import Command, print_progress, print_result
 from dali_lmdb.compare.report import Measured, machine, spread, versions
 from dali_lmdb.loaders.external_source import feed_of
 from dali_lmdb.loaders.prefetch import Prefetcher
@@ -37,9 +41,8 @@ from dali_lmdb.plan.batches import Planner
 from dali_lmdb.plan.order import StepPlan
 from dali_lmdb.plan.sampling import Listed
 from dali_lmdb.store import Store, open_store
-from dali_lmdb.store.plain import plain_reading
 
-__all__ = ["COLD_WAYS", "ColdComparison", "ColdRound", "ColdWindow", "compare_cold"]
+__all__ = ["COLD_WAYS", "ColdComparison", "ColdRound", "ColdWindow", "compare_cold", "main"]
 
 _PREAD_THREADS = 16
 COLD_WAYS = {
@@ -156,12 +159,13 @@ def compare_cold(
     opened = open_store(store)
     with plain_reading(opened):  # refuses what it cannot read before anything is measured
         settings = (settings or ReadingSettings()).fitted_to(opened)
-    order = shuffled_part(opened, settings.records)
+    part = shuffled_part(opened, settings.records)
     rounds = []
     for number in range(1, settings.rounds + 1):
+        records = part.records(np.arange(settings.records), epoch=number)
         windows = {}
         for way in reversed(COLD_WAYS) if number % 2 else COLD_WAYS:
-            windows[way] = _window(way, opened, order, settings, epoch=number)
+            windows[way] = _window(way, opened, records, settings)
         rounds.append(ColdRound(number=number, windows=windows))
         if progress is not None:
             progress(rounds[-1])
@@ -176,12 +180,11 @@ def compare_cold(
     )
 
 
-def _window(way: str, store: Store, order: Listed, settings: ReadingSettings, *, epoch: int) -> ColdWindow:
-    records = order.records(np.arange(settings.records), epoch=epoch)
+def _window(way: str, store: Store, records: npt.NDArray[np.int64], settings: ReadingSettings) -> ColdWindow:
     for path, _, _ in store.byte_ranges(records):
         page_cache.drop(path)
     warm_before = _warm(store, records)
-    with _OPENERS[way](store, order, settings, epoch) as read:
+    with _OPENERS[way](store, records, settings.batch_size) as read:
         read_before = page_cache.bytes_from_device()
         begin = time.perf_counter()
         num_records = read(begin + settings.seconds)
@@ -214,14 +217,14 @@ Read = Callable[[float], int]
 
 
 @contextmanager
-def _get(store: Store, order: Listed, settings: ReadingSettings, epoch: int) -> Iterator[Read]:
-    records = order.records(np.arange(settings.records), epoch=epoch).tolist()
+def _get(store: Store, records: npt.NDArray[np.int64], batch_size: int) -> Iterator[Read]:
+    indices = records.tolist()
     with plain_reading(store) as get:
 
         def read(deadline: float) -> int:
             count = 0
-            while count < len(records) and (count == 0 or time.perf_counter() < deadline):
-                _touch(get(records[count]))
+            while count < len(indices) and (count == 0 or time.perf_counter() < deadline):
+                _touch(get(indices[count]))
                 count += 1
             return count
 
@@ -229,8 +232,7 @@ def _get(store: Store, order: Listed, settings: ReadingSettings, epoch: int) -> 
 
 
 @contextmanager
-def _pread(store: Store, order: Listed, settings: ReadingSettings, epoch: int) -> Iterator[Read]:
-    records = order.records(np.arange(settings.records), epoch=epoch)
+def _pread(store: Store, records: npt.NDArray[np.int64], batch_size: int) -> Iterator[Read]:
     with ExitStack() as stack:
         ranges = deque(_ranges(store, records, stack))
 
@@ -270,30 +272,82 @@ def _ranges(store: Store, records: npt.NDArray[np.int64], stack: ExitStack) -> l
 
 
 @contextmanager
-def _load(store: Store, order: Listed, settings: ReadingSettings, epoch: int) -> Iterator[Read]:
+def _load(store: Store, records: npt.NDArray[np.int64], batch_size: int) -> Iterator[Read]:
     # A separate store: mapped pages stay in the page cache until the map is closed.
     planner = Planner(
         open_store(store.path),
         transform=TrainTransform(),
-        steps=StepPlan(num_positions=settings.records, batch_size=settings.batch_size, last_batch="short"),
-        sampling=order,
+        steps=StepPlan(num_positions=len(records), batch_size=batch_size, last_batch="short"),
+        sampling=Listed(records, seed=0, shuffle="none"),
         seed=0,
     )
-    prefetchers = []
+    with ExitStack() as stack:
 
-    def read(deadline: float) -> int:
-        prefetcher = Prefetcher(planner, partial(feed_of, planner=planner), epoch=epoch, start=0)
-        prefetchers.append(prefetcher)
-        count = prefetcher.next()[0].end
-        while count < settings.records and time.perf_counter() < deadline:
+        def read(deadline: float) -> int:
+            prefetcher = Prefetcher(planner, partial(feed_of, planner=planner), epoch=0, start=0)
+            stack.callback(prefetcher.close)
             count = prefetcher.next()[0].end
-        return count
+            while count < len(records) and time.perf_counter() < deadline:
+                count = prefetcher.next()[0].end
+            return count
 
-    try:
         yield read
-    finally:
-        for prefetcher in prefetchers:
-            prefetcher.close()
 
 
-_OPENERS = {"get": _get, "pread": _pread, "loader": _load}
+_OPENERS: dict[str, Callable[[Store, npt.NDArray[np.int64], int], AbstractContextManager[Read]]] = {
+    "get": _get,
+    "pread": _pread,
+    "loader": _load,
+}
+
+
+@click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
+@reading_options
+def main(store: str, *, batch_size: int, rounds: int, seconds: float, records: int, as_json: bool) -> None:
+    """Measure the records per second read from storage in random order.
+
+    The page cache is dropped before each window. The records are read one by one through liblmdb, by 16 threads
+    that know the records' offsets, and by the loader's readahead.
+    """
+    settings = ReadingSettings(batch_size=batch_size, rounds=rounds, seconds=seconds, records=records)
+    found = compare_cold(store, settings=settings, progress=_report)
+    print_result(json.dumps(found.to_dict()) if as_json else _table(found))
+
+
+def _report(done: ColdRound) -> None:
+    speeds = [f"{way} {done.windows[way].records_per_s:,.0f}" for way in COLD_WAYS]
+    print_progress(f"round {done.number}: {'  '.join(speeds)} records/s")
+
+
+def _table(result: ColdComparison) -> str:
+    settings = result.settings
+    head = result.heading(
+        f"cold, {settings.records:,} records in random order, batches of {settings.batch_size}, "
+        f"{settings.rounds} rounds of at most {settings.seconds:g} s",
+    )
+    columns = f"{'':9}{'records/s':>10}{'min':>9}{'max':>9}{'x get':>8}{'min':>7}{'max':>7}"
+    columns += f"{'x pread':>9}{'min':>7}{'max':>7}{'read/used':>11}"
+    rows = []
+    for way in COLD_WAYS:
+        speed, to_get = spread(result.speeds(way)), spread(result.ratios(way, to="get"))
+        to_pread, read = spread(result.ratios(way, to="pread")), result.read_per_used(way)
+        rows.append(
+            f"{way:<9}{speed['median']:>10,.0f}{speed['min']:>9,.0f}{speed['max']:>9,.0f}"
+            f"{to_get['median']:>8.1f}{to_get['min']:>7.1f}{to_get['max']:>7.1f}"
+            f"{to_pread['median']:>9.2f}{to_pread['min']:>7.2f}{to_pread['max']:>7.2f}"
+            f"{'unknown' if read is None else f'{read:.2f}':>11}"
+        )
+    notes = [f"{way:<9}{meaning}" for way, meaning in COLD_WAYS.items()]
+    notes.append("read/used: bytes read from storage per byte of the records")
+    if not result.is_cold:
+        notes += [
+            "",
+            f"NOT COLD: {result.warm_before:.0%} of the records were in the page cache before they were read,",
+            "although it was asked to drop them: the file system is in memory (tmpfs), another process has the",
+            "store open, or you do not own it and the kernel does not tell.",
+        ]
+    return "\n".join([head, columns, *rows, "", *notes])
+
+
+if __name__ == "__main__":
+    main()

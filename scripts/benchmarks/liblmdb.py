@@ -1,4 +1,4 @@
-"""Reading records through liblmdb: the baseline of measurements."""
+"""Read records through liblmdb: the baseline of ``cold.py``."""
 
 from __future__ import annotations
 

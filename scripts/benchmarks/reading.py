@@ -1,28 +1,27 @@
-"""Settings and records of the benchmarks without decoding."""
+"""What the benchmarks without decoding share: their settings, options and records."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import click
 import numpy as np
 
+from dali_lmdb.cli import option_of
 from dali_lmdb.errors import StoreError
 from dali_lmdb.plan.order import epoch_order
 from dali_lmdb.plan.sampling import Listed
 from dali_lmdb.store import Store
 
-__all__ = ["ReadingSettings", "shuffled_part"]
+__all__ = ["ReadingSettings", "reading_options", "shuffled_part"]
 
 _PART_SEED = 0x70617274  # not the epochs' seed, so that their order is independent of this choice
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReadingSettings:
-    """Settings of a benchmark that does not decode.
-
-    Raises:
-        ValueError: a setting is out of range.
-    """
+    """Settings of a benchmark that does not decode."""
 
     batch_size: int = 256
     """Number of records per step, at most ``records``."""
@@ -32,15 +31,6 @@ class ReadingSettings:
     """Length of a window, in seconds."""
     records: int = 10_000
     """Number of records to read, chosen at random, at most all; they must fit in the page cache."""
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.rounds < 1 or self.records < 1:
-            raise ValueError(
-                f"batch_size {self.batch_size}, rounds {self.rounds}, records {self.records}: "
-                "expected at least 1 each"
-            )
-        if not self.seconds > 0:
-            raise ValueError(f"seconds is {self.seconds}, expected more than 0")
 
     def fitted_to(self, store: Store) -> ReadingSettings:
         """These settings with at most as many records as the store has.
@@ -52,6 +42,21 @@ class ReadingSettings:
             raise StoreError(f"{store.path}: no records to read; convert a folder with images in it")
         records = min(self.records, len(store))
         return replace(self, records=records, batch_size=min(self.batch_size, records))
+
+
+def reading_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add STORE, an option for each of ``ReadingSettings`` and ``--json`` to a command."""
+    option, at_least_1 = option_of(ReadingSettings), click.IntRange(min=1)
+    for decorate in (  # as decorators apply: the last comes first in the help
+        click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object."),
+        option("--records", type=at_least_1, help="Number of records to read, chosen at random."),
+        option("--seconds", type=click.FloatRange(min=0, min_open=True), help="Length of a window, in seconds."),
+        option("--rounds", type=at_least_1, help="Number of measured rounds."),
+        option("--batch-size", type=at_least_1, help="Records per step, at most the record count."),
+        click.argument("store", metavar="STORE"),
+    ):
+        command = decorate(command)
+    return command
 
 
 def shuffled_part(store: Store, num_records: int) -> Listed:
