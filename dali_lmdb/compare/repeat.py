@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,4 @@ class RepeatedStore(Store):
         return self._store.where(self._checked(index) % len(self._store))
 
     def __reduce__(self) -> Any:
-        return _repeated, (self._store, self._times)
-
-
-def _repeated(store: Store, times: int) -> RepeatedStore:
-    return RepeatedStore(store, times=times)
+        return partial(RepeatedStore, times=self._times), (self._store,)

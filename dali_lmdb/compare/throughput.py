@@ -18,7 +18,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Generator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -211,13 +211,11 @@ def _resolve(settings: CompareSettings, store: Store) -> CompareSettings:
     chosen = settings.device
     if chosen == "auto":
         chosen = "cuda" if torch.cuda.is_available() else "cpu"
-    return CompareSettings(
-        **asdict(settings)
-        | {
-            "batch_size": min(settings.batch_size, len(store)),
-            "workers": settings.workers or default_num_threads(),
-            "device": chosen,
-        }
+    return replace(
+        settings,
+        batch_size=min(settings.batch_size, len(store)),
+        workers=settings.workers or default_num_threads(),
+        device=chosen,
     )
 
 
