@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO, get_args, get_origin, get_type_hints
 
 import click
 from tqdm import tqdm
@@ -92,13 +92,33 @@ _Decorator = Callable[[Callable[..., None]], Callable[..., None]]
 
 
 def option_of(*settings: type[Any]) -> Callable[..., _Decorator]:
-    """Make a ``click.option`` whose defaults are those of the fields of dataclasses; the last one wins."""
-    defaults = {field.name: field.default for kind in settings for field in dataclasses.fields(kind)}
+    """Make a ``click.option`` for a field of dataclasses, with its default and a ``Literal``'s choices.
 
-    def option(name: str, *, help: str, **options: Any) -> _Decorator:
-        default = defaults[name.removeprefix("--").replace("-", "_")]
-        shown = default is not None and not isinstance(default, bool)
-        return click.option(name, default=default, show_default=shown, help=help, **options)
+    Args:
+        settings: the dataclasses; if several have a field, the last one counts.
+    """
+    defaults = {field.name: field.default for kind in settings for field in dataclasses.fields(kind)}
+    types = {name: hint for kind in settings for name, hint in get_type_hints(kind).items()}
+
+    def option(
+        name: str,
+        *,
+        help: str,
+        type: click.IntRange | click.FloatRange | None = None,
+        metavar: str | None = None,
+        is_flag: bool | None = None,
+    ) -> _Decorator:
+        field = name.removeprefix("--").replace("-", "_")
+        default = defaults[field]
+        return click.option(
+            name,
+            default=default,
+            show_default=default is not None and not isinstance(default, bool),
+            type=click.Choice(get_args(types[field])) if get_origin(types[field]) is Literal else type,
+            metavar=metavar,
+            is_flag=is_flag,
+            help=help,
+        )
 
     return option
 

@@ -7,9 +7,8 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -17,12 +16,14 @@ from dali_lmdb.cli import (
     Command,
     ProgressBar,
     interrupt_on_sigterm,
+    option_of,
     print_progress,
     print_result,
     ranks_from_environment,
 )
 from dali_lmdb.convert import ConvertSettings, Progress, Summary, convert
 from dali_lmdb.convert.ranks import RankLostError, Ranks, torchrun_ranks
+from dali_lmdb.convert.settings import Check, OnBadImage
 from dali_lmdb.convert.sources import KINDS, open_source
 from dali_lmdb.convert.sources._files import lines_of
 from dali_lmdb.convert.sources._names import listed
@@ -32,7 +33,7 @@ from dali_lmdb.torchrun import RankEnvironment
 
 __all__ = ["main"]
 
-_DEFAULTS = {field.name: field.default for field in fields(ConvertSettings)}
+_option = option_of(ConvertSettings)
 
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
@@ -64,43 +65,23 @@ _DEFAULTS = {field.name: field.default for field in fields(ConvertSettings)}
     metavar="N",
     help="Keep the first N records of each class, with SOURCE a store.",
 )
-@click.option(
+@_option(
     "--check",
-    type=click.Choice(["header", "decode", "none"]),
-    default=_DEFAULTS["check"],
-    show_default=True,
     help="Parse each image's header; or decode it too, and reject what libjpeg only warns about; or nothing.",
 )
-@click.option(
+@_option(
     "--on-bad",
-    type=click.Choice(["fail", "skip"]),
-    default=_DEFAULTS["on_bad"],
-    show_default=True,
     help="Publish nothing if there are bad images, or publish without them. Either way STORE.bad.tsv lists them.",
 )
-@click.option(
-    "--max-pixels",
-    type=click.IntRange(min=1),
-    default=_DEFAULTS["max_pixels"],
-    show_default=True,
-    help="Reject larger images.",
-)
-@click.option(
-    "--transcode", is_flag=True, help="Re-encode what the GPU cannot decode, and CMYK, as baseline RGB JPEG."
-)
-@click.option(
+@_option("--max-pixels", type=click.IntRange(min=1), help="Reject larger images.")
+@_option("--transcode", is_flag=True, help="Re-encode what the GPU cannot decode, and CMYK, as baseline RGB JPEG.")
+@_option(
     "--resize",
     type=click.IntRange(min=1),
     metavar="SHORT_SIDE",
     help="Shrink images whose shorter side is longer, in pixels.",
 )
-@click.option(
-    "--quality",
-    type=click.IntRange(1, 100),
-    default=_DEFAULTS["quality"],
-    show_default=True,
-    help="JPEG quality of what is re-encoded.",
-)
+@_option("--quality", type=click.IntRange(1, 100), help="JPEG quality of what is re-encoded.")
 @click.option(
     "--shards",
     type=click.IntRange(1, MAX_SHARDS),
@@ -120,11 +101,16 @@ def main(
     classes: tuple[str, ...],
     classes_file: str | None,
     per_class: int | None,
+    check: Check,
+    on_bad: OnBadImage,
+    max_pixels: int,
+    transcode: bool,
+    resize: int | None,
+    quality: int,
     shards: int | None,
     restart: bool,
     threads: int | None,
     as_json: bool,
-    **settings: Any,
 ) -> None:
     """Turn SOURCE into the LMDB file STORE.
 
@@ -135,6 +121,14 @@ def main(
     After an interrupt, a kill or a full disk, the same command resumes where it stopped.
     """
     interrupt_on_sigterm()
+    settings = ConvertSettings(
+        check=check,
+        on_bad=on_bad,
+        max_pixels=max_pixels,
+        transcode=transcode,
+        resize=resize,
+        quality=quality,
+    )
     own = ranks_from_environment(RankEnvironment) or RankEnvironment()
     together = torchrun_ranks(own, say=print_progress) if own.world_size > 1 else nullcontext(Ranks())
     with together as ranks, ProgressBar(quiet=as_json) as bar:
@@ -153,7 +147,7 @@ def main(
             summary = convert(
                 images,
                 store,
-                settings=ConvertSettings(**settings),
+                settings=settings,
                 shards=shards,
                 ranks=ranks,
                 restart=restart,

@@ -8,7 +8,10 @@ from typing import Any, Literal, NamedTuple
 from dali_lmdb.images.header import MAX_PIXELS
 from dali_lmdb.images.reencoding import QUALITY
 
-__all__ = ["ConvertSettings", "Progress", "Summary"]
+__all__ = ["Check", "ConvertSettings", "OnBadImage", "Progress", "Summary"]
+
+Check = Literal["header", "decode", "none"]
+OnBadImage = Literal["fail", "skip"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,10 +22,10 @@ class ConvertSettings:
         ValueError: a setting is out of range.
     """
 
-    check: Literal["header", "decode", "none"] = "header"
+    check: Check = "header"
     """``"header"``: parse each file's header; ``"decode"``: decode it too, and reject what libjpeg only warns
     about; ``"none"``: store sizes and kinds as unknown (0)."""
-    on_bad: Literal["fail", "skip"] = "fail"
+    on_bad: OnBadImage = "fail"
     """``"fail"``: validate everything, report, publish nothing; ``"skip"``: publish without bad images."""
     max_pixels: int = MAX_PIXELS
     """Reject larger images."""

@@ -19,7 +19,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from nvidia.dali import Pipeline, backend, fn, types
@@ -27,6 +27,7 @@ from nvidia.dali.backend import TensorCPU
 
 from dali_lmdb.loaders.external_source import feed_of, fields_of
 from dali_lmdb.loaders.prefetch import Feed
+from dali_lmdb.loaders.settings import Device, Dtype, Layout
 from dali_lmdb.plan.augment import Transform
 from dali_lmdb.plan.batches import BatchPlan, Planner
 
@@ -73,15 +74,15 @@ class GraphSettings:
     transform: Transform
     batch_size: int
     """Maximum number of images in a batch."""
-    device: Literal["cuda", "cpu"]
+    device: Device
     device_id: int | None
     """CUDA device number; None with ``device="cpu"``."""
     num_threads: int
     """Number of CPU threads that decode, or that prepare decoding on the GPU."""
     prefetch_queue_depth: int
     """Number of batches that DALI works on ahead of the consumer."""
-    dtype: str
-    layout: str
+    dtype: Dtype
+    layout: Layout
     hw_decoder_load: float
     """Fraction of a batch that is offered to the hardware JPEG engine, if the GPU has one."""
     height_hint: int

@@ -6,15 +6,16 @@ import dataclasses
 import json
 import sys
 import traceback
-from typing import Any
 
 import click
 
 from dali_lmdb.cli import Command, option_of, ranks_from_environment
+from dali_lmdb.loaders.backends import Backend
+from dali_lmdb.loaders.bad import OnBad
+from dali_lmdb.train import trainer
 from dali_lmdb.train.distributed import RankFailedError, Ranks, launch, run_rank
 from dali_lmdb.train.rank import show_progress
-from dali_lmdb.train.settings import BACKENDS, DEVICES, ON_BAD, PRECISIONS, SHUFFLES, TrainSettings, check
-from dali_lmdb.train.trainer import train
+from dali_lmdb.train.settings import DeviceChoice, Precision, TrainSettings, TrainShuffle, check
 
 __all__ = ["main"]
 
@@ -35,9 +36,9 @@ _AT_LEAST_1 = click.IntRange(min=1)
     help="Ranks to start on this machine, each on its own GPU. Under torchrun its number counts, not this.",
 )
 @_option("--arch", metavar="NAME", help="Any torchvision classification model.")
-@_option("--backend", type=click.Choice(BACKENDS), help="torch is the classic way, PIL on the CPU.")
-@_option("--device", type=click.Choice(DEVICES), help="auto takes GPUs where there are any.")
-@_option("--precision", type=click.Choice(PRECISIONS), help="Precision on GPUs; CPUs use float32.")
+@_option("--backend", help="torch is the classic way, PIL on the CPU.")
+@_option("--device", help="auto takes GPUs where there are any.")
+@_option("--precision", help="Precision on GPUs; CPUs use float32.")
 @_option("--epochs", type=_AT_LEAST_1, help="Number of training epochs.")
 @_option("--batch-size", type=_AT_LEAST_1, help="Records in a step of one rank.")
 @_option(
@@ -49,10 +50,9 @@ _AT_LEAST_1 = click.IntRange(min=1)
 @_option("--weight-decay", type=click.FloatRange(min=0), help="Weight decay of SGD, on all parameters.")
 @_option("--size", type=_AT_LEAST_1, help="Height and width of the images, in pixels.")
 @_option("--workers", type=_AT_LEAST_0, help="DALI threads or DataLoader processes of each rank.")
-@_option("--shuffle", type=click.Choice(SHUFFLES), help="block suits storage that is slow at random reads.")
+@_option("--shuffle", help="block suits storage that is slow at random reads.")
 @_option(
     "--on-bad",
-    type=click.Choice(ON_BAD),
     help="If a record cannot be decoded: stop and name it, or warn and use another of its batch.",
 )
 @_option("--seed", type=_AT_LEAST_0, help="Seed of weights, order, crops and flips.")
@@ -61,7 +61,31 @@ _AT_LEAST_1 = click.IntRange(min=1)
 @_option("--checkpoint-every", type=_AT_LEAST_0, metavar="STEPS", help="Also save after every STEPS steps.")
 @_option("--log-json", metavar="FILE", help="Write measurements, one JSON object per line.")
 @_option("--log-every", type=_AT_LEAST_1, metavar="STEPS", help="Steps between two reports.")
-def main(*, world_size: int, **options: Any) -> None:
+def main(
+    *,
+    train: str,
+    val: str,
+    world_size: int,
+    arch: str,
+    backend: Backend,
+    device: DeviceChoice,
+    precision: Precision,
+    epochs: int,
+    batch_size: int,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    size: int,
+    workers: int,
+    shuffle: TrainShuffle,
+    on_bad: OnBad,
+    seed: int,
+    output: str | None,
+    resume: bool,
+    checkpoint_every: int,
+    log_json: str | None,
+    log_every: int,
+) -> None:
     """Train a torchvision model with DDP and evaluate it after each epoch.
 
     With --backend torch, STORE may also be a folder of class folders with images.
@@ -73,10 +97,36 @@ def main(*, world_size: int, **options: Any) -> None:
     counts every record once. val_top1 and val_top5 are percentages. Epochs count from 0, steps from 1 in each
     epoch.
     """
-    if options["output"] is None and (options["resume"] or options["checkpoint_every"]):
-        name = "--resume" if options["resume"] else "--checkpoint-every"
-        raise click.UsageError(f"{name} needs --output DIR")
-    settings = TrainSettings(**options)
+    if output is None and (resume or checkpoint_every):
+        raise click.UsageError(f"{'--resume' if resume else '--checkpoint-every'} needs --output DIR")
+    settings = TrainSettings(
+        train=train,
+        val=val,
+        arch=arch,
+        backend=backend,
+        device=device,
+        precision=precision,
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        size=size,
+        workers=workers,
+        shuffle=shuffle,
+        on_bad=on_bad,
+        seed=seed,
+        output=output,
+        resume=resume,
+        checkpoint_every=checkpoint_every,
+        log_json=log_json,
+        log_every=log_every,
+    )
+    _run(settings, world_size=world_size)
+
+
+def _run(settings: TrainSettings, *, world_size: int) -> None:
+    """Train as one rank that torchrun started, alone, or as ``world_size`` ranks that this process starts."""
     ranks = ranks_from_environment(Ranks)
     num_ranks = ranks.world_size if ranks else world_size
     check(settings, world_size=num_ranks, ranks_per_node=ranks.ranks_per_node if ranks else world_size)
@@ -86,10 +136,10 @@ def main(*, world_size: int, **options: Any) -> None:
         return
     show_progress(rank=ranks.rank if ranks else 0)
     if num_ranks > 1:
-        run_rank(lambda: train(settings), show_errors=True)
+        run_rank(lambda: trainer.train(settings), show_errors=True)
         return
     try:
-        train(settings)
+        trainer.train(settings)
     except FloatingPointError as error:
         raise click.ClickException(str(error)) from error
     except ValueError:  # all input is checked by now: a bug, which keeps its traceback

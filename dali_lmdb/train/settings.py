@@ -18,22 +18,18 @@ from dali_lmdb.train import checkpoint, models
 from dali_lmdb.train.distributed import find_device
 
 __all__ = [
-    "BACKENDS",
-    "DEVICES",
-    "ON_BAD",
-    "PRECISIONS",
-    "SHUFFLES",
     "DataSummary",
+    "DeviceChoice",
+    "Precision",
     "TrainSettings",
+    "TrainShuffle",
     "check",
     "describe_data",
 ]
 
-BACKENDS = get_args(Backend)
-DEVICES = ("auto", "cuda", "cpu")
-PRECISIONS = ("auto", "float32", "bfloat16", "float16")
-ON_BAD = get_args(OnBad)
-SHUFFLES = ("full", "block")
+DeviceChoice = Literal["auto", "cuda", "cpu"]
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
+TrainShuffle = Literal["full", "block"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +44,9 @@ class TrainSettings:
     """Any torchvision classification model; trained from random weights."""
     backend: Backend = "dali"
     """``"dali"`` decodes with DALI, ``"torch"`` with Pillow in DataLoader workers (the classic CPU path)."""
-    device: Literal["auto", "cuda", "cpu"] = "auto"
+    device: DeviceChoice = "auto"
     """``"cuda"``: a GPU per rank, NCCL. ``"cpu"``: gloo. ``"auto"``: GPUs if there are any."""
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    precision: Precision = "auto"
     """``"auto"``: mixed bfloat16 on GPUs that support it, mixed float16 on others, float32 on the CPU."""
     epochs: int = 90
     """Number of training epochs."""
@@ -65,7 +61,7 @@ class TrainSettings:
     """Height and width of the images in pixels; evaluation resizes the shorter side to size * 256 / 224."""
     workers: int = 4
     """DALI's threads, or DataLoader's worker processes, of each rank."""
-    shuffle: Literal["full", "block"] = "full"
+    shuffle: TrainShuffle = "full"
     """``"full"``: records in random order. ``"block"``: blocks of consecutive records in random order, shuffled
     with others; for storage that is slow at random reads."""
     on_bad: OnBad = "raise"
@@ -85,16 +81,17 @@ class TrainSettings:
     """Number of steps between reports; the last step of an epoch is always reported."""
 
     def __post_init__(self) -> None:
-        choices = {
-            "backend": BACKENDS,
-            "device": DEVICES,
-            "precision": PRECISIONS,
-            "shuffle": SHUFFLES,
-            "on_bad": ON_BAD,
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
+        for name, choices in (
+            ("backend", Backend),
+            ("device", DeviceChoice),
+            ("precision", Precision),
+            ("shuffle", TrainShuffle),
+            ("on_bad", OnBad),
+        ):
+            if getattr(self, name) not in get_args(choices):
+                raise ValueError(
+                    f"{name}: {getattr(self, name)!r}, expected one of {', '.join(get_args(choices))}"
+                )
         for name in ("epochs", "batch_size", "size", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)}, expected at least 1")
