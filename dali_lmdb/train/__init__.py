@@ -1,8 +1,8 @@
 """Distributed training of torchvision's classification models from a store.
 
-``settings`` and ``models`` say what is trained, ``distributed`` where (ranks and devices), ``trainer``
-how; ``metrics`` counts and logs it and ``checkpoint`` keeps it. The command is
-``python -m dali_lmdb.train``; each of its ranks runs :func:`~dali_lmdb.train.trainer.train`.
+``settings`` and ``models`` define what is trained, ``preflight`` checks that it can be, ``distributed`` starts the
+ranks and connects them, ``trainer`` trains and evaluates, ``metrics`` measures and logs, and ``checkpoint`` saves.
+The command is ``python -m dali_lmdb.train``; each of its ranks runs :func:`~dali_lmdb.train.trainer.train`.
 """
 
 from dali_lmdb.train.settings import TrainSettings

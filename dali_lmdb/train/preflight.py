@@ -1,0 +1,109 @@
+"""Checks of a run's data, model, checkpoint and output files, made once, before any rank is started."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from dali_lmdb.errors import SourceError
+from dali_lmdb.loaders.backends import Backend
+from dali_lmdb.loaders.folder import is_image_folder, open_data
+from dali_lmdb.store import open_store
+from dali_lmdb.train import checkpoint, models
+from dali_lmdb.train.distributed import find_device
+from dali_lmdb.train.settings import TrainSettings
+
+__all__ = ["check"]
+
+
+def check(settings: TrainSettings, *, world_size: int, ranks_per_node: int) -> None:
+    """Find errors that would stop every rank; if there are none, create the output folder.
+
+    Raises:
+        ValueError: settings that do not fit the data, or files that cannot be written.
+        StoreError, SourceError, DeviceError, StateError: data, GPUs or a checkpoint that is missing or unfit.
+    """
+    find_device(settings.device, local_rank=0, ranks_per_node=ranks_per_node)
+    num_records, classes = _describe(settings.train, backend=settings.backend)
+    num_val_records, val_classes = _describe(settings.val, backend=settings.backend)
+    _check_classes(classes, val_classes, settings=settings)
+    _check_batch(num_records, settings=settings, world_size=world_size)
+    if num_val_records == 0:
+        raise ValueError(f"{settings.val}: no records to evaluate on")
+    models.check_input(settings.arch, num_classes=len(classes), size=settings.size, batch_size=settings.batch_size)
+    _check_checkpoint(settings, classes=classes)
+    _check_files(settings)
+
+
+def _describe(path: str, *, backend: Backend) -> tuple[int, list[str]]:
+    """The number of records and the classes of a store or, with ``backend="torch"``, of an image folder."""
+    if backend == "dali" and is_image_folder(path):
+        target = f"{path.rstrip(os.sep)}.lmdb"
+        raise SourceError(
+            f"{path}: a folder, and --backend dali reads stores; convert it with: "
+            f"dali-lmdb convert {path} {target} (or read it as it is with --backend torch)"
+        )
+    with open_data(path) if backend == "torch" else open_store(path) as store:
+        return len(store), list(store.classes)
+
+
+def _check_classes(train: list[str], val: list[str], *, settings: TrainSettings) -> None:
+    if train == val:
+        return
+    differences = [
+        f"only in {path}: {_some(sorted(set(own) - set(other)))}"
+        for path, own, other in ((settings.train, train, val), (settings.val, val, train))
+        if set(own) - set(other)
+    ]
+    if not differences:  # the same names in another order: labels would not mean the same
+        first = next(i for i, (own, other) in enumerate(zip(train, val, strict=True)) if own != other)
+        differences = [f"label {first} is {train[first]} in {settings.train}, {val[first]} in {settings.val}"]
+    raise ValueError(
+        f"classes of --train ({len(train)}) and --val ({len(val)}) differ: {'; '.join(differences)}; "
+        "make both from the same classes"
+    )
+
+
+def _some(names: list[str], *, limit: int = 5) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def _check_batch(num_records: int, *, settings: TrainSettings, world_size: int) -> None:
+    global_batch_size = settings.batch_size * world_size
+    if num_records >= global_batch_size:
+        return
+    largest = num_records // world_size
+    remedy = f"use --batch-size {largest} or less" if largest else f"use --world-size {num_records} or less"
+    raise ValueError(
+        f"{settings.train}: {num_records} records, one step needs {global_batch_size} "
+        f"(--batch-size {settings.batch_size} on {world_size} ranks); {remedy}"
+    )
+
+
+def _check_checkpoint(settings: TrainSettings, *, classes: list[str]) -> None:
+    path = settings.checkpoint_path
+    if path is None or not os.path.exists(path):  # Path.exists raises where the name is too long
+        return
+    if not settings.resume:
+        raise ValueError(f"{path} exists; resume from it with --resume, or choose another --output")
+    checkpoint.check_fits(checkpoint.load(path), arch=settings.arch, classes=classes, path=path)
+
+
+def _check_files(settings: TrainSettings) -> None:
+    """Check that the log can be written, and create the output folder."""
+    if settings.log_json is not None:
+        log = Path(settings.log_json)
+        if os.path.isdir(log):
+            raise ValueError(f"--log-json {log}: a folder, expected a file")
+        if not log.absolute().parent.is_dir():
+            raise ValueError(f"--log-json {log}: no folder {log.absolute().parent}; make it first")
+        if not os.access(log if os.path.exists(log) else log.absolute().parent, os.W_OK):
+            raise ValueError(f"--log-json {log}: not writable; choose another file")
+    if settings.output is not None:
+        try:
+            Path(settings.output).mkdir(parents=True, exist_ok=True)
+        except OSError as cause:
+            raise ValueError(f"--output {settings.output}: cannot be made: {cause}") from cause
+        if not os.access(settings.output, os.W_OK):
+            raise ValueError(f"--output {settings.output}: not writable; choose another folder")
