@@ -22,7 +22,7 @@ import click
 from tqdm import tqdm
 
 from dali_lmdb.errors import DaliLmdbError, one_line
-from dali_lmdb.torchrun import RanksT, ignored_variables
+from dali_lmdb.torchrun import RankEnvironment, ignored_variables
 
 __all__ = [
     "Command",
@@ -132,9 +132,9 @@ def interrupt_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, interrupt)
 
 
-def ranks_from_environment(kind: type[RanksT]) -> RanksT | None:
-    """Call ``kind.from_environment()``, and print a note to stderr where that ignores a WORLD_SIZE."""
-    ranks = kind.from_environment()
+def ranks_from_environment() -> RankEnvironment | None:
+    """Call ``RankEnvironment.from_environment``, and print a note to stderr if that ignores a WORLD_SIZE."""
+    ranks = RankEnvironment.from_environment()
     ignored = ignored_variables()
     if ignored is not None:
         print_progress(f"note: {ignored}")

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from dali_lmdb.errors import DaliLmdbError
 
@@ -25,8 +25,6 @@ _POLL_S = 0.1
 _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 _REMEDY = f"start all ranks with torchrun, or unset {', '.join(_VARIABLES)}"
 
-RanksT = TypeVar("RanksT", bound="RankEnvironment")
-
 
 @dataclass(frozen=True, kw_only=True)
 class RankEnvironment:
@@ -39,7 +37,7 @@ class RankEnvironment:
     ranks_per_node: int = 1
 
     @classmethod
-    def from_environment(cls: type[RanksT]) -> RanksT | None:
+    def from_environment(cls) -> RankEnvironment | None:
         """What torchrun has put into RANK, LOCAL_RANK and WORLD_SIZE; None if one of them is not set.
 
         Raises:

@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 
 from dali_lmdb import DaliLoader, EvalTransform, TorchLoader, TrainTransform
-from dali_lmdb.train.distributed import Ranks, process_group
+from dali_lmdb.torchrun import RankEnvironment
+from dali_lmdb.train.distributed import process_group
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +82,7 @@ class Rank:
 
 def main(path):
     values = json.loads(Path(path).read_text())
-    with process_group(Ranks.from_environment(), device=torch.device("cpu")):
+    with process_group(RankEnvironment.from_environment(), device=torch.device("cpu")):
         Rank(Job(**values | {"kill": values["kill"] and tuple(values["kill"])})).run()
 
 

@@ -115,6 +115,13 @@ def test_each_library_has_one_owner(library):
     assert users, f"nothing imports {library}: does this test still look at the right place?"
 
 
+def test_no_two_public_classes_have_one_name():
+    trees = [ast.parse((PACKAGE / path).read_text(encoding="utf-8")) for path in modules()]
+    names = [node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    public = [name for name in names if not name.startswith("_")]
+    assert [name for name in set(public) if public.count(name) > 1] == []
+
+
 def test_importing_the_package_imports_neither_torch_nor_dali():
     code = "import sys, dali_lmdb; print(*{'torch', 'torchvision', 'nvidia.dali'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

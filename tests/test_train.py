@@ -367,17 +367,18 @@ def test_a_rank_whose_launcher_has_ended_before_it_began_ends_too(data):
 
 
 RANK_SCRIPT = """
-import os, torch
+import torch
 from dali_lmdb.errors import RecordError
-from dali_lmdb.train.distributed import Ranks, process_group, run_rank
+from dali_lmdb.torchrun import RankEnvironment
+from dali_lmdb.train.distributed import process_group, run_rank
 
 def work():
-    ranks = Ranks.from_environment()
+    ranks = RankEnvironment.from_environment()
     with process_group(ranks, device=torch.device("cpu")):
-        ranks.all_sum(torch.ones(1))
+        torch.distributed.all_reduce(torch.ones(1))
         if ranks.rank == 1:
             raise {error}
-        ranks.all_sum(torch.ones(1))
+        torch.distributed.all_reduce(torch.ones(1))
 
 run_rank(work, show_errors=False)
 """

@@ -21,7 +21,7 @@ from dali_lmdb.cli import (
     print_result,
     ranks_from_environment,
 )
-from dali_lmdb.convert import ConvertSettings, Progress, Summary, convert
+from dali_lmdb.convert import ConvertProgress, ConvertSettings, Summary, convert
 from dali_lmdb.convert.ranks import RankLostError, Ranks, torchrun_ranks
 from dali_lmdb.convert.settings import Check, OnBadImage
 from dali_lmdb.convert.sources import KINDS, open_source
@@ -129,7 +129,7 @@ def main(
         resize=resize,
         quality=quality,
     )
-    own = ranks_from_environment(RankEnvironment) or RankEnvironment()
+    own = ranks_from_environment() or RankEnvironment()
     together = torchrun_ranks(own, say=print_progress) if own.world_size > 1 else nullcontext(Ranks())
     with together as ranks, ProgressBar(quiet=as_json) as bar:
         try:
@@ -189,8 +189,8 @@ def _sentence(summary: Summary) -> str:
     return text
 
 
-def _shown_by(bar: ProgressBar) -> Callable[[Progress], None]:
-    def show(progress: Progress) -> None:
+def _shown_by(bar: ProgressBar) -> Callable[[ConvertProgress], None]:
+    def show(progress: ConvertProgress) -> None:
         phase = f"{progress.phase} {os.path.basename(progress.store)}"
         bar.show(phase, progress.done, progress.total, progress.num_bytes)
 

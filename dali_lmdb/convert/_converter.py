@@ -22,7 +22,7 @@ from dali_lmdb.convert._files import Files, check_name, check_target
 from dali_lmdb.convert._job import Job, Share, Written
 from dali_lmdb.convert._journal import Journal
 from dali_lmdb.convert.ranks import Ranks
-from dali_lmdb.convert.settings import ConvertSettings, Progress, Summary
+from dali_lmdb.convert.settings import ConvertProgress, ConvertSettings, Summary
 from dali_lmdb.convert.sources import open_source
 from dali_lmdb.convert.sources.base import Source
 from dali_lmdb.disk import lack_of_descriptors, os_errors, sync_folder
@@ -51,7 +51,7 @@ def convert(
     ranks: Ranks | None = None,
     restart: bool = False,
     num_threads: int | None = None,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[ConvertProgress], None] | None = None,
 ) -> Summary:
     """Convert a source of images to a store, or resume an interrupted conversion of the same source.
 
@@ -123,7 +123,7 @@ class _Task:
     is_set: bool
     restart: bool
     num_threads: int
-    progress: Callable[[Progress], None] | None
+    progress: Callable[[ConvertProgress], None] | None
 
     @property
     def mine(self) -> range:

@@ -19,7 +19,7 @@ from dali_lmdb.convert._files import Files
 from dali_lmdb.convert._journal import INDEX_ROW_COLUMNS, ROW_SCHEMA, Journal, Row, batch_of
 from dali_lmdb.convert._reading import ReadImage, read_images
 from dali_lmdb.convert._report import write_report
-from dali_lmdb.convert.settings import ConvertSettings, Progress
+from dali_lmdb.convert.settings import ConvertProgress, ConvertSettings
 from dali_lmdb.convert.sources.base import Item, Source
 from dali_lmdb.errors import ConversionError
 from dali_lmdb.store.layout import Fingerprint
@@ -113,7 +113,7 @@ class Job:
         files: Files,
         journal: Journal,
         num_threads: int,
-        progress: Callable[[Progress], None] | None,
+        progress: Callable[[ConvertProgress], None] | None,
     ) -> None:
         self.source, self.share, self.settings, self.files = source, share, settings, files
         self.journal = journal
@@ -312,7 +312,9 @@ class Job:
 
     def _report_progress(self, phase: Literal["writing", "verifying"], done: int) -> None:
         if self.progress is not None:
-            self.progress(Progress(str(self.files.target), phase, done, self.share.num_items, self._num_bytes))
+            self.progress(
+                ConvertProgress(str(self.files.target), phase, done, self.share.num_items, self._num_bytes)
+            )
 
 
 def _stored(batch: pa.RecordBatch) -> pa.RecordBatch:

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 from dali_lmdb.images.header import MAX_PIXELS
 from dali_lmdb.images.reencoding import QUALITY
 
-__all__ = ["Check", "ConvertSettings", "OnBadImage", "Progress", "Summary"]
+__all__ = ["Check", "ConvertProgress", "ConvertSettings", "OnBadImage", "Summary"]
 
 Check = Literal["header", "decode", "none"]
 OnBadImage = Literal["fail", "skip"]
@@ -93,7 +93,7 @@ class Summary:
         return self.bytes / 1e6 / max(self.seconds, 1e-9)
 
 
-class Progress(NamedTuple):
+class ConvertProgress(NamedTuple):
     """Progress of a conversion, given to the ``progress`` callback after every commit."""
 
     store: str

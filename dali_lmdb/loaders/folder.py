@@ -26,7 +26,7 @@ def is_image_folder(path: str | os.PathLike[str]) -> bool:
     return folder.is_dir() and not (folder / "data.mdb").is_file() and not shard_files(folder)
 
 
-class _ClassFolders(ImageFolder):  # type: ignore[misc]  # torchvision comes without types
+class _VisibleFolders(ImageFolder):  # type: ignore[misc]  # torchvision comes without types
     """An ``ImageFolder`` that accepts hidden folders without images; they are classes only if they have some."""
 
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
@@ -52,7 +52,7 @@ class FolderStore(Store):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         try:
-            folder = _ClassFolders(str(path))
+            folder = _VisibleFolders(str(path))
         except (OSError, RuntimeError) as error:
             raise SourceError(
                 f"{path}: cannot be read as an image folder: {error}; expected CLASS/IMAGE files"

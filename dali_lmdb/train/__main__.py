@@ -13,7 +13,7 @@ from dali_lmdb.cli import Command, option_of, ranks_from_environment
 from dali_lmdb.loaders.backends import Backend
 from dali_lmdb.loaders.bad import OnBad
 from dali_lmdb.train import preflight, trainer
-from dali_lmdb.train.distributed import RankFailedError, Ranks, launch, run_rank
+from dali_lmdb.train.distributed import RankFailedError, launch, run_rank
 from dali_lmdb.train.rank import show_progress
 from dali_lmdb.train.settings import DeviceChoice, Precision, TrainSettings, TrainShuffle
 
@@ -127,7 +127,7 @@ def main(
 
 def _run(settings: TrainSettings, *, world_size: int) -> None:
     """Train as one rank that torchrun started, alone, or as ``world_size`` ranks that this process starts."""
-    ranks = ranks_from_environment(Ranks)
+    ranks = ranks_from_environment()
     num_ranks = ranks.world_size if ranks else world_size
     preflight.check(settings, world_size=num_ranks, ranks_per_node=ranks.ranks_per_node if ranks else world_size)
 

@@ -1,4 +1,4 @@
-"""Ranks: their identity and device, and how they are started and ended.
+"""Ranks: their devices, how they are connected, and how they are started and ended.
 
 Under torchrun the environment identifies the rank. Without it, :func:`launch` starts the ranks through torchrun's
 own elastic launcher, so a rank cannot tell the difference.
@@ -23,7 +23,6 @@ from typing import NoReturn
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure, record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -32,7 +31,7 @@ from dali_lmdb import errors
 from dali_lmdb.errors import DaliLmdbError, DeviceError
 from dali_lmdb.torchrun import RankEnvironment, join
 
-__all__ = ["LAUNCHER_PID", "RankFailedError", "Ranks", "find_device", "launch", "process_group", "run_rank"]
+__all__ = ["LAUNCHER_PID", "RankFailedError", "find_device", "launch", "process_group", "run_rank"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,16 +39,6 @@ _TIMEOUT = timedelta(minutes=30)  # for a collective; torch's default for gloo
 
 LAUNCHER_PID = "DALI_LMDB_LAUNCHER_PID"
 """Environment variable through which ranks learn the process id of :func:`launch`."""
-
-
-class Ranks(RankEnvironment):
-    """This process's rank; a single one by default. The local rank selects the GPU."""
-
-    def all_sum(self, values: Tensor) -> Tensor:
-        """Sum over all ranks, in place; a collective."""
-        if self.world_size > 1:
-            dist.all_reduce(values)
-        return values
 
 
 def find_device(name: str, *, local_rank: int, ranks_per_node: int) -> torch.device:
@@ -73,7 +62,7 @@ def find_device(name: str, *, local_rank: int, ranks_per_node: int) -> torch.dev
 
 
 @contextmanager
-def process_group(ranks: Ranks, *, device: torch.device) -> Iterator[None]:
+def process_group(ranks: RankEnvironment, *, device: torch.device) -> Iterator[None]:
     """Connect the ranks, with NCCL on GPUs and gloo on CPUs, and set this rank's device and number of threads.
 
     A process group that the caller has already initialised is used as it is.

@@ -18,8 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dali_lmdb.loaders.backends import open_loader
 from dali_lmdb.loaders.base import Loader
+from dali_lmdb.torchrun import RankEnvironment
 from dali_lmdb.train import checkpoint
-from dali_lmdb.train.distributed import Ranks, find_device, process_group
+from dali_lmdb.train.distributed import find_device, process_group
 from dali_lmdb.train.metrics import EvaluationSums, JsonLog, StepMeter
 from dali_lmdb.train.models import build_model, training_loss
 from dali_lmdb.train.settings import TrainSettings
@@ -47,13 +48,13 @@ def train(settings: TrainSettings) -> list[dict[str, float]]:
             the checkpoint or the log cannot be written.
         FloatingPointError: the loss is no longer finite.
     """
-    ranks = Ranks.from_environment() or Ranks()
+    ranks = RankEnvironment.from_environment() or RankEnvironment()
     device = find_device(settings.device, local_rank=ranks.local_rank, ranks_per_node=ranks.ranks_per_node)
     with ExitStack() as stack:
         if settings.output is not None and ranks.rank == 0:
             stack.enter_context(checkpoint.only_writer(Path(settings.output)))
         stack.enter_context(process_group(ranks, device=device))
-        run = _Run(settings, ranks=ranks, device=device, stack=stack)
+        run = _Training(settings, ranks=ranks, device=device, stack=stack)
         run.restore()
         if ranks.rank == 0:
             logger.info("training %s", run)
@@ -99,10 +100,12 @@ def evaluate(
             sums.add(logits, labels)
 
 
-class _Run:
+class _Training:
     """The state of one rank's run: model, optimizer, loaders and progress."""
 
-    def __init__(self, settings: TrainSettings, *, ranks: Ranks, device: torch.device, stack: ExitStack) -> None:
+    def __init__(
+        self, settings: TrainSettings, *, ranks: RankEnvironment, device: torch.device, stack: ExitStack
+    ) -> None:
         self.settings, self.ranks, self.device = settings, ranks, device
         self.epoch = 0
         self.step = 0
@@ -207,7 +210,7 @@ class _Run:
 
     def _report_steps(self) -> None:
         """Log the steps since the last report; a collective."""
-        report = self.meter.report(all_sum=self.ranks.all_sum)
+        report = self.meter.report(all_sum=self._all_sum)
         if not math.isfinite(report["loss"]):
             raise FloatingPointError(
                 f"the loss is {report['loss']} in epoch {self.epoch}, step {self.step}; try a lower --lr"
@@ -232,7 +235,7 @@ class _Run:
         loader = self.val_loader
         sums = EvaluationSums(num_classes=len(loader.classes), device=self.device)
         evaluate(self.model, loader, sums=sums, precision=self.precision)
-        report = sums.report(num_records=loader.num_records, all_sum=self.ranks.all_sum)
+        report = sums.report(num_records=loader.num_records, all_sum=self._all_sum)
         result = {"epoch": self.epoch, **report}
         self.log.write(**result)
         if self.ranks.rank == 0:
@@ -245,6 +248,12 @@ class _Run:
                 report["val_records"],
             )
         return result
+
+    def _all_sum(self, values: Tensor) -> Tensor:
+        """Sum over all ranks, in place; a collective."""
+        if self.ranks.world_size > 1:
+            dist.all_reduce(values)
+        return values
 
     def save(self) -> None:
         """Write the checkpoint, on rank 0; its content does not depend on the number of ranks."""
