@@ -31,14 +31,15 @@ MAY_IMPORT = {
     "errors": set(),
     "disk": {"errors"},
     "torchrun": {"errors"},
+    "threads": set(),
     "images": set(),
-    "store": {"errors", "disk", "images"},
-    "convert": {"errors", "disk", "images", "store", "torchrun"},
-    "inspect": {"errors", "disk", "images", "store"},
+    "store": {"errors", "disk", "images", "threads"},
+    "convert": {"errors", "disk", "images", "store", "torchrun", "threads"},
+    "inspect": {"errors", "disk", "images", "store", "threads"},
     "plan": {"errors", "disk", "store"},
-    "loaders": {"errors", "disk", "images", "store", "plan"},
-    "train": {"errors", "disk", "store", "plan", "loaders", "torchrun"},
-    "compare": {"errors", "store", "plan", "loaders"},
+    "loaders": {"errors", "disk", "images", "store", "plan", "threads"},
+    "train": {"errors", "disk", "store", "plan", "loaders", "torchrun", "threads"},
+    "compare": {"errors", "store", "plan", "loaders", "threads"},
 }
 
 # The top of the package: what users see and the commands; these may import from every layer.

@@ -30,9 +30,9 @@ from dali_lmdb.errors import DeviceError, SourceError, StoreError
 from dali_lmdb.loaders.backends import open_loader
 from dali_lmdb.loaders.base import Loader
 from dali_lmdb.loaders.folder import open_data
-from dali_lmdb.loaders.settings import default_num_threads
 from dali_lmdb.plan.augment import EvalTransform, TrainTransform, Transform
 from dali_lmdb.store import Store, open_store
+from dali_lmdb.threads import threads_per_rank
 
 __all__ = ["BACKENDS", "CompareSettings", "Comparison", "Measurement", "Round", "compare_throughput"]
 
@@ -214,7 +214,7 @@ def _resolve(settings: CompareSettings, store: Store) -> CompareSettings:
     return replace(
         settings,
         batch_size=min(settings.batch_size, len(store)),
-        workers=settings.workers or default_num_threads(),
+        workers=settings.workers or threads_per_rank(),
         device=chosen,
     )
 

@@ -89,7 +89,7 @@ _option = option_of(ConvertSettings)
     help="Write K files, NAME-00000-of-0000K.lmdb and so on. Under torchrun the ranks share them.",
 )
 @click.option("--restart", is_flag=True, help="Start over instead of resuming an interrupted conversion.")
-@click.option("--threads", type=click.IntRange(min=1), help="Threads that read images.  [default: the cores]")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads that read images.  [default: all cores]")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
 def main(
     source: str,

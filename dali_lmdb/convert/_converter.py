@@ -31,6 +31,7 @@ from dali_lmdb.images.kinds import Decoders
 from dali_lmdb.images.reencoding import Change
 from dali_lmdb.store.layout import MAX_SHARDS, shard_path
 from dali_lmdb.store.reader import FileStore
+from dali_lmdb.threads import threads_to_convert
 
 __all__ = ["convert"]
 
@@ -93,7 +94,7 @@ def convert(
         all_files=[Files(path) for path in paths],
         is_set=shards is not None,
         restart=restart,
-        num_threads=num_threads or max(2, len(os.sched_getaffinity(0))),
+        num_threads=num_threads or threads_to_convert(),
         progress=progress,
     )
     with os_errors(target, _ANY_FAILURE, ConversionError):

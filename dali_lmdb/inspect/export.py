@@ -22,7 +22,6 @@ from dali_lmdb.inspect.paths import extension_of, record_paths, tells_case_apart
 from dali_lmdb.inspect.records import (
     Part,
     Progress,
-    default_threads,
     in_order,
     names_of,
     parts_of,
@@ -31,6 +30,7 @@ from dali_lmdb.inspect.records import (
 )
 from dali_lmdb.store import Store, open_store
 from dali_lmdb.store.checksum import crc32
+from dali_lmdb.threads import threads_to_read
 
 __all__ = ["SHARD_SIZE_BYTES", "ExportSummary", "export"]
 
@@ -109,7 +109,7 @@ def export(
                     per_shard=per_shard,
                 )
             else:
-                writer = _FolderWriter(store, partial, num_threads=default_threads(num_threads))
+                writer = _FolderWriter(store, partial, num_threads=num_threads or threads_to_read())
             writer.run(progress)
             return ExportSummary(
                 folder=str(folder),

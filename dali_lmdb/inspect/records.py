@@ -19,7 +19,6 @@ __all__ = [
     "Part",
     "Progress",
     "Values",
-    "default_threads",
     "in_order",
     "names_of",
     "parts_of",
@@ -147,11 +146,6 @@ def values_of(store: Store, run: range) -> Iterator[bytes]:
         return
     for record in run:
         yield store.copy(record)
-
-
-def default_threads(num_threads: int | None) -> int:
-    """``num_threads``, by default the cores this process may use, at least 4."""
-    return num_threads or max(4, len(os.sched_getaffinity(0)))
 
 
 def in_order(

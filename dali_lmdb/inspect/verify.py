@@ -13,11 +13,11 @@ from typing import Any
 
 from dali_lmdb.errors import StoreDamagedError, one_line
 from dali_lmdb.inspect.checks import FileCheck, Findings, PayloadCheck, Show
-from dali_lmdb.inspect.records import default_threads
 from dali_lmdb.store import layout, open_store
 from dali_lmdb.store.classic import database_file
 from dali_lmdb.store.pages import PageFile
 from dali_lmdb.store.shards import shard_files
+from dali_lmdb.threads import threads_to_read
 
 __all__ = ["Verification", "verify"]
 
@@ -70,7 +70,7 @@ def verify(
     """
     begin = time.perf_counter()
     findings = Findings()
-    threads = default_threads(num_threads)
+    threads = num_threads or threads_to_read()
     with warnings.catch_warnings():
         # Pillow warns of damaged metadata in images, which is not damage to the store.
         warnings.simplefilter("ignore", UserWarning)

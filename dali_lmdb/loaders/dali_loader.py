@@ -27,12 +27,13 @@ from dali_lmdb.loaders.pipeline import (
     release_unused_memory,
 )
 from dali_lmdb.loaders.prefetch import READAHEAD_BYTES, Feed, Prefetcher
-from dali_lmdb.loaders.settings import Device, Dtype, Layout, LoaderSettings, default_num_threads
+from dali_lmdb.loaders.settings import Device, Dtype, Layout, LoaderSettings
 from dali_lmdb.plan.augment import Transform
 from dali_lmdb.plan.batches import BatchPlan
 from dali_lmdb.plan.order import LastBatch, Shuffle
 from dali_lmdb.store import Store, open_store
 from dali_lmdb.store.classic import ClassicStore
+from dali_lmdb.threads import threads_per_rank
 
 __all__ = ["DaliLoader"]
 
@@ -131,7 +132,7 @@ class DaliLoader(Loader):
             quarantine=quarantine,
             return_index=return_index,
         )
-        num_threads = default_num_threads() if num_threads is None else num_threads
+        num_threads = threads_per_rank() if num_threads is None else num_threads
         for name, value in (("num_threads", num_threads), ("prefetch_queue_depth", prefetch_queue_depth)):
             if value < 1:
                 raise ValueError(f"{name} is {value}, expected at least 1")

@@ -17,7 +17,7 @@ from dali_lmdb.loaders.bad import OnBad
 from dali_lmdb.plan.augment import EvalTransform, TrainTransform, Transform
 from dali_lmdb.plan.order import LastBatch, Shuffle
 
-__all__ = ["Device", "Dtype", "Layout", "LoaderSettings", "default_num_threads"]
+__all__ = ["Device", "Dtype", "Layout", "LoaderSettings"]
 
 Device = Literal["cuda", "cpu"]
 Dtype = Literal["float32", "float16", "uint8"]
@@ -71,9 +71,3 @@ class LoaderSettings:
     def is_training(self) -> bool:
         """True if images are augmented, which decides the defaults of ``shuffle`` and ``last_batch``."""
         return isinstance(self.transform, TrainTransform)
-
-
-def default_num_threads() -> int:
-    """CPU threads for one rank: the cores this process may use, shared with the node's other ranks."""
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, len(os.sched_getaffinity(0)) // max(1, ranks_here))

@@ -21,11 +21,12 @@ from dali_lmdb.loaders.bad import OnBad, nothing_decodes
 from dali_lmdb.loaders.base import Batch, Loader
 from dali_lmdb.loaders.folder import open_data
 from dali_lmdb.loaders.pillow_batches import DecodedBatch, PlannedBatches
-from dali_lmdb.loaders.settings import Device, Dtype, Layout, LoaderSettings, default_num_threads
+from dali_lmdb.loaders.settings import Device, Dtype, Layout, LoaderSettings
 from dali_lmdb.plan.augment import Transform
 from dali_lmdb.plan.batches import BatchPlan, Planner
 from dali_lmdb.plan.order import LastBatch, Shuffle
 from dali_lmdb.store import Store
+from dali_lmdb.threads import threads_per_rank
 
 __all__ = ["TorchLoader"]
 
@@ -155,7 +156,7 @@ class TorchLoader(Loader):
         )
         super().__init__(store, settings)
         self.device = torch.device(device)
-        self._num_workers = default_num_threads() if num_workers is None else num_workers
+        self._num_workers = threads_per_rank() if num_workers is None else num_workers
         if self._num_workers:
             _check_temporary_folder()
         self._planned_batches = PlannedBatches(self.planner, dtype, layout, on_bad)

@@ -29,6 +29,7 @@ from dali_lmdb.store.payload import (
     decode_length,
     locate_payload,
 )
+from dali_lmdb.threads import threads_to_read
 
 __all__ = ["ClassicStore", "database_file", "is_classic"]
 
@@ -323,8 +324,7 @@ class ClassicStore(Store):
                 for name, value in row.items():
                     columns[name][index] = value
 
-        threads = max(4, len(os.sched_getaffinity(0)))
-        with ThreadPoolExecutor(threads) as pool:
+        with ThreadPoolExecutor(threads_to_read()) as pool:
             try:
                 for _ in pool.map(look_at, range(0, len(self), _RECORDS_AT_ONCE)):
                     pass

@@ -29,6 +29,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from dali_lmdb import errors
 from dali_lmdb.errors import DaliLmdbError, DeviceError
+from dali_lmdb.threads import threads_per_rank
 from dali_lmdb.torchrun import RankEnvironment, join
 
 __all__ = ["LAUNCHER_PID", "RankFailedError", "find_device", "launch", "process_group", "run_rank"]
@@ -71,8 +72,7 @@ def process_group(ranks: RankEnvironment, *, device: torch.device) -> Iterator[N
         torch.cuda.set_device(device)
     elif "OMP_NUM_THREADS" not in os.environ and ranks.ranks_per_node > 1:
         # Otherwise every rank would use all cores and slow the others down.
-        cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(max(1, cores // ranks.ranks_per_node))
+        torch.set_num_threads(threads_per_rank(ranks.ranks_per_node))
     if ranks.world_size == 1 or dist.is_initialized():
         yield
         return

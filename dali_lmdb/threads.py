@@ -1,0 +1,32 @@
+"""Default numbers of threads, computed from the cores that this process may use (see sched_getaffinity)."""
+
+from __future__ import annotations
+
+import os
+
+__all__ = ["threads_per_rank", "threads_to_convert", "threads_to_read"]
+
+
+def threads_per_rank(ranks_per_node: int | None = None) -> int:
+    """One rank's share of the cores, at least 1; for threads or worker processes of loading and training.
+
+    Args:
+        ranks_per_node: number of ranks on this machine; by default torchrun's LOCAL_WORLD_SIZE, or 1 without it.
+    """
+    if ranks_per_node is None:
+        ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, _num_cores() // max(1, ranks_per_node))
+
+
+def threads_to_convert() -> int:
+    """All cores, at least 2, so that one thread reads while another validates."""
+    return max(2, _num_cores())
+
+
+def threads_to_read() -> int:
+    """All cores, at least 4, since threads that read a whole store or database often wait for the disk."""
+    return max(4, _num_cores())
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0))
