@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from nvidia.dali import types
 
-from dali_lmdb.loaders.pipeline import GraphSettings, Probe, build_pipeline, define_pipeline
+from dali_lmdb.loaders.pipeline import GraphSettings, build_pipeline, define_pipeline
+from dali_lmdb.loaders.probe import Probe
 from dali_lmdb.plan.augment import IMAGENET_MEAN, IMAGENET_STD, EvalTransform, TrainTransform
 
 JITTER = TrainTransform(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, grayscale=0.2, erase=0.25)

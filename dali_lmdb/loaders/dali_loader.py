@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from traceback import clear_frames
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
 from dali_lmdb.errors import RecordError, StoreFormatError
 from dali_lmdb.loaders.bad import OnBad, nothing_decodes, substituted
@@ -19,14 +17,13 @@ from dali_lmdb.loaders.base import Batch, Loader
 from dali_lmdb.loaders.external_source import ExternalSource, InFlight
 from dali_lmdb.loaders.pillow import pillow_cause
 from dali_lmdb.loaders.pipeline import (
-    OUTPUTS,
     GraphSettings,
-    Probe,
-    build_pipeline,
     feed_without_copy,
     release_unused_memory,
 )
 from dali_lmdb.loaders.prefetch import READAHEAD_BYTES, Feed, Prefetcher
+from dali_lmdb.loaders.probe import Probe
+from dali_lmdb.loaders.run import Run
 from dali_lmdb.loaders.settings import Device, Dtype, Layout, LoaderSettings
 from dali_lmdb.plan.augment import Transform
 from dali_lmdb.plan.batches import BatchPlan
@@ -167,7 +164,7 @@ class DaliLoader(Loader):
         self._readahead_bytes = readahead_bytes
         self._prefetcher: Prefetcher | None = None  # the newest one; its source closes it
         self._late_bytes_before = 0  # sum over earlier prefetchers
-        self._run: _Run | None = None
+        self._run: Run | None = None
         self._probe = Probe(self.graph)
         # By (epoch, record), since windows differ: why the record failed to decode; None if it decoded.
         self._verdicts: dict[tuple[int, int], str | None] = {}
@@ -183,7 +180,7 @@ class DaliLoader(Loader):
             while True:
                 if run is None:
                     source = ExternalSource(self._new_prefetcher(epoch, position), self._prepare)
-                    run = _Run(source, self.graph, next_place=(epoch, position))
+                    run = Run(source, self.graph, next_place=(epoch, position))
                 try:
                     outputs = run.next()
                     break
@@ -217,7 +214,7 @@ class DaliLoader(Loader):
         )
         return self._prefetcher
 
-    def _recover(self, error: RuntimeError, run: _Run) -> None:
+    def _recover(self, error: RuntimeError, run: Run) -> None:
         """Find the bad records of a failed batch; return if it can be repeated with substitutes for them."""
         error.__traceback__ = None  # it holds the pipeline, and a kept RecordError holds this error
         batch = run.source.in_flight[0] if run.source.in_flight else error
@@ -290,65 +287,6 @@ class DaliLoader(Loader):
         self._probe.close()
         if self.graph.device == "cuda":
             release_unused_memory()
-
-
-class _Run:
-    """A pipeline and the batches that it works on.
-
-    Attributes:
-        next_place: (epoch, position) of the first batch in flight.
-    """
-
-    def __init__(self, source: ExternalSource, settings: GraphSettings, *, next_place: tuple[int, int]) -> None:
-        self.source, self.next_place = source, next_place
-        try:
-            self._iterator: Iterator[Any] = DALIGenericIterator(
-                build_pipeline(source, settings),
-                list(OUTPUTS),
-                size=-1,  # short batches pass, and the source never ends
-                prepare_first_batch=False,
-            )
-        except BaseException:
-            source.stop()
-            raise
-
-    def continue_at(self, epoch: int, position: int, prefetcher: Prefetcher) -> _Run | None:
-        """Drop the batches in flight and continue from another place; return None if only a new run can."""
-        self.source.continue_with(prefetcher)
-        for _ in range(len(self.source.in_flight)):
-            try:
-                next(self._iterator)
-            except RuntimeError:  # a bad record of an epoch that was left early does not matter
-                self.stop()
-                return None
-            self.source.in_flight.popleft()
-        self.next_place = epoch, position
-        return self
-
-    def next(self) -> dict[str, torch.Tensor]:
-        """The outputs of the first batch in flight, by name; it stays in ``source.in_flight``.
-
-        Raises:
-            Exception: the source's, in its place.
-        """
-        first = self.source.in_flight[0] if self.source.in_flight else None
-        if isinstance(first, Exception):
-            raise first
-        try:
-            outputs: dict[str, torch.Tensor] = next(self._iterator)[0]
-        except StopIteration as error:  # an iterator may not raise it in the middle of an epoch
-            raise RuntimeError("DALI's pipeline ended, though its source never does") from error
-        return outputs
-
-    def stop(self) -> None:
-        """Drop the pipeline; a traceback may keep it alive, and with it the source, whose bytes it reads."""
-        self.source.stop()
-        self._iterator = iter(())
-
-    def close(self) -> None:
-        """Drop the pipeline and the bytes."""
-        self.stop()
-        self.source.close()
 
 
 def _late_bytes(prefetcher: Prefetcher | None) -> int:
