@@ -27,7 +27,7 @@ from dali_lmdb.errors import ConversionError, DaliLmdbError, RecordError, StoreE
 from dali_lmdb.images.kinds import Kind
 from dali_lmdb.inspect import Spread, export, info, verify
 from dali_lmdb.inspect.paths import record_paths
-from dali_lmdb.store import layout, open_store
+from dali_lmdb.store import Meta, layout, open_store
 from dali_lmdb.store.pages import PageFile
 from dali_lmdb.store.writer import StoreWriter
 
@@ -283,7 +283,7 @@ def test_verify_reports_a_record_of_another_length(copy):
 
 def test_verify_reports_a_fingerprint_of_other_data(copy):
     pages = PageFile(copy)
-    meta = layout.Meta.from_bytes(bytes(pages.view(pages.find(layout.META_KEY))), path=copy)
+    meta = Meta.from_bytes(bytes(pages.view(pages.find(layout.META_KEY))), path=copy)
     change_key(copy, layout.META_KEY, replace(meta, fingerprint="0" * 32).to_bytes())
     assert any(f"fingerprint {'0' * 32}, that of the index is " in line for line in verify(copy).damage)
 

@@ -28,7 +28,7 @@ from dali_lmdb.convert.sources import KINDS, open_source
 from dali_lmdb.convert.sources._files import lines_of
 from dali_lmdb.convert.sources._names import listed
 from dali_lmdb.errors import DaliLmdbError, one_line
-from dali_lmdb.store.layout import MAX_SHARDS
+from dali_lmdb.store.shards import MAX_SHARDS
 from dali_lmdb.torchrun import RankEnvironment
 
 __all__ = ["main"]

@@ -29,8 +29,8 @@ from dali_lmdb.disk import lack_of_descriptors, os_errors, sync_folder
 from dali_lmdb.errors import ConversionError, DaliLmdbError
 from dali_lmdb.images.kinds import Decoders
 from dali_lmdb.images.reencoding import Change
-from dali_lmdb.store.layout import MAX_SHARDS, shard_path
 from dali_lmdb.store.reader import FileStore
+from dali_lmdb.store.shards import MAX_SHARDS, shard_path
 from dali_lmdb.threads import threads_to_convert
 
 __all__ = ["convert"]

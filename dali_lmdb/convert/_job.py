@@ -22,7 +22,7 @@ from dali_lmdb.convert._report import write_report
 from dali_lmdb.convert.settings import ConvertProgress, ConvertSettings
 from dali_lmdb.convert.sources.base import Item, Source
 from dali_lmdb.errors import ConversionError
-from dali_lmdb.store.layout import Fingerprint
+from dali_lmdb.store.fingerprint import Fingerprint
 from dali_lmdb.store.reader import FileStore
 from dali_lmdb.store.writer import StoreWriter
 
@@ -43,7 +43,7 @@ class Share(NamedTuple):
     is_last: bool
     """Whether the source ends with it."""
     shard: dict[str, Any] | None
-    """What ``layout.Meta.shard`` says, except for the set; None for a store of one file."""
+    """What ``Meta.shard`` says, except for the set; None for a store of one file."""
 
 
 class Written(NamedTuple):
@@ -53,7 +53,7 @@ class Written(NamedTuple):
     num_bad: int
     """Images that were refused."""
     fingerprint: str
-    """``layout.Fingerprint`` of the records."""
+    """``Fingerprint`` of the records."""
     report: str | None
     """Path of the list of what is not stored, if there is one."""
 

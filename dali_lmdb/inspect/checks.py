@@ -17,7 +17,9 @@ from dali_lmdb.images.opening import BadImageError, pixel_limit
 from dali_lmdb.inspect.records import Progress, Values, in_order, repeated, runs
 from dali_lmdb.store import FileStore, Store, layout
 from dali_lmdb.store.checksum import crc32
+from dali_lmdb.store.fingerprint import fingerprint
 from dali_lmdb.store.index import Index, Names
+from dali_lmdb.store.meta import Meta
 from dali_lmdb.store.pages import Extent, PageFile
 from dali_lmdb.store.structure import check_structure
 
@@ -75,13 +77,13 @@ class FileCheck:
         extent = self.pages.find(layout.META_KEY)
         if extent is None:
             raise StoreDamagedError(f"{self.path}: damaged: no __meta__; convert it again")
-        self.meta = layout.Meta.from_bytes(bytes(self.pages.view(extent)), path=self.path)
+        self.meta = Meta.from_bytes(bytes(self.pages.view(extent)), path=self.path)
         index = Index(self.pages, self.meta, check=True)
         self.columns = {name: index.column(name) for name in layout.INDEX_SCHEMA.names}
 
     def _check_meta(self) -> None:
         labels, meta = self.columns["label"], self.meta
-        found = layout.fingerprint([(labels, self.columns["crc32"])])
+        found = fingerprint([(labels, self.columns["crc32"])])
         if found != meta.fingerprint:
             self._damaged(f"fingerprint {meta.fingerprint}, that of the index is {found}")
         if len(set(meta.classes)) < len(meta.classes):

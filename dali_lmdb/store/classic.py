@@ -20,6 +20,7 @@ from dali_lmdb.images.opening import BadImageError
 from dali_lmdb.store import layout, sidecar
 from dali_lmdb.store.base import Store
 from dali_lmdb.store.checksum import crc32
+from dali_lmdb.store.fingerprint import fingerprint
 from dali_lmdb.store.pages import Extent, PageFile
 from dali_lmdb.store.payload import (
     Located,
@@ -115,7 +116,7 @@ class ClassicStore(Store):
 
     @cached_property
     def fingerprint(self) -> str:
-        return layout.fingerprint([(self.column("label"), self.column("crc32"))])
+        return fingerprint([(self.column("label"), self.column("crc32"))])
 
     def column(self, name: str) -> npt.NDArray[Any]:
         return self._index()[name]

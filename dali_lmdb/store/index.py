@@ -12,6 +12,8 @@ import pyarrow as pa
 from dali_lmdb.errors import StoreDamagedError
 from dali_lmdb.store import layout
 from dali_lmdb.store.checksum import crc32
+from dali_lmdb.store.encoding import index_from_ipc, names_from_ipc
+from dali_lmdb.store.meta import Meta
 from dali_lmdb.store.pages import PageFile
 
 __all__ = ["Index", "Names"]
@@ -32,7 +34,7 @@ class Index:
         StoreDamagedError: a piece is missing or altered.
     """
 
-    def __init__(self, pages: PageFile, meta: layout.Meta, *, check: bool | None = None) -> None:
+    def __init__(self, pages: PageFile, meta: Meta, *, check: bool | None = None) -> None:
         self._pages, self._meta = pages, meta
         ranges = meta.pieces()
         views = [_view(pages, layout.index_key(piece)) for piece in range(len(ranges))]
@@ -42,7 +44,7 @@ class Index:
             raise StoreDamagedError(f"{pages.path}: damaged: __index__ has a wrong checksum; convert it again")
         self._pieces = []
         for view, records in zip(views, ranges, strict=True):
-            piece = layout.index_from_ipc(view, num_records=len(records))
+            piece = index_from_ipc(view, num_records=len(records))
             if piece is None or not all(_lies_in(pages.data, column) for column in piece.values()):
                 raise StoreDamagedError(f"{pages.path}: damaged: __index__ is not readable; convert it again")
             self._pieces.append(piece)
@@ -93,7 +95,7 @@ class Names:
         pages, meta: the file's pages and metadata.
     """
 
-    def __init__(self, pages: PageFile, meta: layout.Meta) -> None:
+    def __init__(self, pages: PageFile, meta: Meta) -> None:
         self._pages, self._meta = pages, meta
         self._ranges = meta.pieces()
         self._pieces: dict[int, pa.Array] = {}
@@ -122,7 +124,7 @@ class Names:
             view = _view(self._pages, layout.names_key(piece))
             names = None
             if crc32(view) == self._meta.names_crc32[piece]:
-                names = layout.names_from_ipc(view, num_records=len(self._ranges[piece]))
+                names = names_from_ipc(view, num_records=len(self._ranges[piece]))
             if names is None:
                 raise StoreDamagedError(
                     f"{self._pages.path}: damaged: __names__ is not readable; convert it again"

@@ -15,6 +15,7 @@ from dali_lmdb.errors import StoreDamagedError, StoreFormatError
 from dali_lmdb.store import layout
 from dali_lmdb.store.base import Store
 from dali_lmdb.store.index import Index, Names
+from dali_lmdb.store.meta import Meta
 from dali_lmdb.store.pages import Extent, PageFile
 
 __all__ = ["FileStore"]
@@ -40,7 +41,7 @@ class FileStore(Store):
         meta = pages.find(layout.META_KEY)
         if meta is None or pages.find(layout.index_key(0)) is None:
             raise StoreFormatError(f"{path}: {_what_else(pages)}")
-        self.meta = layout.Meta.from_bytes(bytes(pages.view(meta)), path=path)
+        self.meta = Meta.from_bytes(bytes(pages.view(meta)), path=path)
         self._index = Index(pages, self.meta)
         self._names = Names(pages, self.meta)
         self._pages = pages

@@ -19,15 +19,31 @@ from dali_lmdb.disk import lack_of_descriptors, refusal
 from dali_lmdb.errors import StoreError, StoreFormatError, StoreNotFoundError
 from dali_lmdb.store import layout
 from dali_lmdb.store.base import Store
+from dali_lmdb.store.fingerprint import fingerprint
 from dali_lmdb.store.pages import is_lmdb
 from dali_lmdb.store.reader import FileStore
 
-__all__ = ["BESIDE", "ShardName", "ShardedStore", "set_files", "shard_files", "shard_name"]
+__all__ = [
+    "BESIDE",
+    "MAX_SHARDS",
+    "ShardName",
+    "ShardedStore",
+    "set_files",
+    "shard_files",
+    "shard_name",
+    "shard_path",
+]
 
 BESIDE = (".partial", ".partial-journal", ".bad.tsv", ".dali-index")
 """Suffixes of the files kept beside a store; no store's own name has one."""
+MAX_SHARDS = 99_999  # five digits in a name
 _MOST_SHOWN = 5  # files in a message
 _SHARD = re.compile(r"(.*[^.].*)-([0-9]{5})-of-([0-9]{5})(\.[^.]*)?", re.DOTALL)
+
+
+def shard_path(store: Path, index: int, count: int) -> Path:
+    """Path of a shard of a store: ``NAME-00000-of-00004.lmdb`` for ``NAME.lmdb``."""
+    return store.with_name(f"{store.stem}-{index:05d}-of-{count:05d}{store.suffix}")
 
 
 class ShardName(NamedTuple):
@@ -45,7 +61,7 @@ class ShardName(NamedTuple):
 
 
 def shard_name(file: str | os.PathLike[str]) -> ShardName | None:
-    """The inverse of ``layout.shard_path``; None for a file that is not named like a shard."""
+    """The inverse of ``shard_path``; None for a file that is not named like a shard."""
     match = _SHARD.fullmatch(os.path.basename(file))
     if match is None:
         return None
@@ -156,7 +172,7 @@ class ShardedStore(Store):
     @cached_property
     def _fingerprint(self) -> str:
         # The same as for one file with these records: a run may be resumed with a set split differently.
-        return layout.fingerprint(zip(self.column_parts("label"), self.column_parts("crc32"), strict=True))
+        return fingerprint(zip(self.column_parts("label"), self.column_parts("crc32"), strict=True))
 
     def column(self, name: str) -> npt.NDArray[Any]:
         """A whole index column, concatenated from the shards."""

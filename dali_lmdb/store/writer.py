@@ -17,6 +17,9 @@ from dali_lmdb.disk import refusal
 from dali_lmdb.errors import ConversionError, StoreDamagedError, StoreError, StoreFormatError
 from dali_lmdb.store import layout
 from dali_lmdb.store.checksum import crc32
+from dali_lmdb.store.encoding import index_to_ipc, names_to_ipc
+from dali_lmdb.store.fingerprint import Fingerprint
+from dali_lmdb.store.meta import Meta
 from dali_lmdb.store.pages import PageFile
 
 __all__ = ["StoreWriter"]
@@ -79,7 +82,7 @@ class StoreWriter:
         self._flush: Future[None] | None = None
         self._unflushed_bytes = 0
         self._indexed = 0
-        self._fingerprint = layout.Fingerprint()
+        self._fingerprint = Fingerprint()
         self._index_crc32: list[int] = []
         self._names_crc32: list[int] = []
 
@@ -160,7 +163,7 @@ class StoreWriter:
         Raises:
             ConversionError: the file cannot be written.
         """
-        index, name_stream = layout.index_to_ipc(columns), layout.names_to_ipc(names)
+        index, name_stream = index_to_ipc(columns), names_to_ipc(names)
         piece = len(self._index_crc32)
         self._reserve(index.size + name_stream.size + 16 * _PAGE_BYTES)
         with self._writing() as transaction:
@@ -172,13 +175,11 @@ class StoreWriter:
         self._fingerprint.add(columns["label"], columns["crc32"])
         self._indexed += len(names)
 
-    def finish(
-        self, *, classes: list[str], made: dict[str, Any], shard: dict[str, Any] | None = None
-    ) -> layout.Meta:
+    def finish(self, *, classes: list[str], made: dict[str, Any], shard: dict[str, Any] | None = None) -> Meta:
         """Add the metadata, after index and names of all records; the file is then a complete store.
 
         Args:
-            classes, made, shard: see ``layout.Meta``.
+            classes, made, shard: see ``Meta``.
 
         Raises:
             ConversionError: the file cannot be written.
@@ -186,7 +187,7 @@ class StoreWriter:
         assert self._indexed == self.num_records, "add_index for all pieces comes first"
         self._reserve(_META_BYTES + _CHARACTER_BYTES * sum(map(len, classes)))
         with self._writing() as transaction:
-            meta = layout.Meta(
+            meta = Meta(
                 num_records=self.num_records,
                 classes=classes,
                 fingerprint=self._fingerprint.hexdigest(),
