@@ -5,11 +5,11 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+from conversions import write_with
 from image_sets import make_image_folder, save_noise
 
 from dali_lmdb.convert import _job as job
 from dali_lmdb.convert import convert
-from dali_lmdb.store import layout
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -83,7 +83,7 @@ def target(tmp_path):
 def small_commits(monkeypatch):
     """Commits of five images and an index in pieces of seven, so that a small conversion has several."""
     monkeypatch.setattr(job, "_COMMIT_RECORDS", 5)
-    monkeypatch.setattr(layout, "PIECE_RECORDS", 7)
+    write_with(monkeypatch, piece_records=7)
 
 
 @pytest.fixture(params=["dali", pytest.param("dali-gpu", marks=pytest.mark.gpu), "torch", "torch-workers"])

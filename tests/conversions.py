@@ -3,18 +3,26 @@
 import os
 import signal
 import traceback
+from functools import partial
 
 import lmdb
 import pytest
 from click.testing import CliRunner
 
 from dali_lmdb.convert import ConvertSettings, convert
+from dali_lmdb.convert import _job as job
 from dali_lmdb.convert.__main__ import main
 from dali_lmdb.convert.sources import FolderSource
 from dali_lmdb.errors import ConversionError
 from dali_lmdb.store import layout, open_store
+from dali_lmdb.store.writer import StoreWriter
 
 SKIP_BAD = ConvertSettings(on_bad="skip")
+
+
+def write_with(monkeypatch, **arguments):
+    """Let conversions make their ``StoreWriter`` with these arguments."""
+    monkeypatch.setattr(job, "StoreWriter", partial(StoreWriter, **arguments))
 
 
 def left_beside(target):

@@ -6,7 +6,7 @@ import sys
 from threading import Thread
 
 import pytest
-from conversions import CountedSource, content, die, in_child, left_beside, records_in, refusal
+from conversions import CountedSource, content, die, in_child, left_beside, records_in, refusal, write_with
 from image_sets import save_grey
 
 from dali_lmdb.convert import ConvertSettings, convert
@@ -15,7 +15,7 @@ from dali_lmdb.convert.__main__ import main
 from dali_lmdb.convert._journal import Journal
 from dali_lmdb.convert.sources import FolderSource
 from dali_lmdb.errors import DaliLmdbError
-from dali_lmdb.store import open_store, writer
+from dali_lmdb.store import open_store
 from dali_lmdb.store.writer import StoreWriter
 
 
@@ -126,7 +126,7 @@ def test_killed_twice_it_goes_on_from_the_later_place(small_commits, image_folde
 def test_killed_while_it_goes_on_from_the_middle_of_a_commit_it_goes_on_again(
     monkeypatch, image_folder, store_path, target, at
 ):
-    monkeypatch.setattr(writer, "_TRANSACTION_BYTES", 1)  # a transaction a record; all are journalled together
+    write_with(monkeypatch, transaction_bytes=1)  # a transaction a record; all are journalled together
 
     def first():
         original = StoreWriter._flush_sometimes
@@ -178,8 +178,7 @@ def test_an_interrupt_while_a_commit_is_handed_over_writes_nothing_twice(
 
 
 def test_an_error_of_the_disk_that_is_told_once_is_not_missed(monkeypatch, image_folder, store_path, target):
-    monkeypatch.setattr(writer, "_TRANSACTION_BYTES", 20_000)
-    monkeypatch.setattr(writer, "_FLUSH_BYTES", 20_000)
+    write_with(monkeypatch, transaction_bytes=20_000, flush_bytes=20_000)
     calls, original = [], os.fdatasync
 
     def fdatasync(descriptor):
@@ -189,7 +188,7 @@ def test_an_error_of_the_disk_that_is_told_once_is_not_missed(monkeypatch, image
         original(descriptor)
 
     with monkeypatch.context() as broken:
-        broken.setattr(writer.os, "fdatasync", fdatasync)
+        broken.setattr(os, "fdatasync", fdatasync)
         message = refusal(image_folder, target)
     assert "Input/output error" in message
     convert(image_folder, target)
@@ -419,22 +418,21 @@ def test_a_signal_stops_the_command_with_a_sentence_and_it_can_go_on(
 
 
 def test_killed_between_transactions_of_a_journalled_run_it_goes_on_from_the_last(
-    small_commits, images, store_path, target
+    small_commits, monkeypatch, images, store_path, target
 ):
+    write_with(monkeypatch, transaction_bytes=1)
     (images / "ant" / "0035.jpg").write_bytes(b"no image")
     settings = ConvertSettings(on_bad="skip")
 
     def work():
-        writer._TRANSACTION_BYTES = 1
-        original, ended = writer._Transaction.__exit__, []
+        original = StoreWriter._flush_sometimes
 
-        def leave(self, *arguments):
-            original(self, *arguments)
-            ended.append(1)
-            if len(ended) == 7:
+        def after_transaction(self, num_bytes):
+            original(self, num_bytes)
+            if self.num_records == 7:
                 die()
 
-        writer._Transaction.__exit__ = leave
+        StoreWriter._flush_sometimes = after_transaction
         convert(images, target, settings=settings)
 
     assert os.WIFSIGNALED(in_child(work))

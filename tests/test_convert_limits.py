@@ -7,13 +7,12 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
-from conversions import add_bad, content, in_child, left_beside, refusal
+from conversions import add_bad, content, in_child, left_beside, refusal, write_with
 
 from dali_lmdb.convert import ConvertSettings, convert
 from dali_lmdb.convert import _job as job
 from dali_lmdb.convert.sources import FolderSource, Item, Source
 from dali_lmdb.errors import ConversionError
-from dali_lmdb.store import layout
 from dali_lmdb.store.writer import StoreWriter
 
 
@@ -130,8 +129,7 @@ class ManyRecords(Source):
 
 
 def test_memory_does_not_grow_with_the_number_of_records(monkeypatch, target):
-    monkeypatch.setattr(layout, "PIECE_RECORDS", 5000)
-
+    write_with(monkeypatch, piece_records=5000)
     original, seen = StoreWriter._flush_sometimes, []
 
     def after_transaction(self, num_bytes):

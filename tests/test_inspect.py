@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from click.testing import CliRunner
+from conversions import write_with
 from damage import NO_IMAGE
 from image_sets import make_image_folder, save_noise
 from PIL import Image
@@ -700,7 +701,7 @@ def test_limits_of_tars_without_tars_are_refused(store_path, tmp_path):
 
 @pytest.mark.parametrize("piece_records", [layout.PIECE_RECORDS, 5])
 def test_a_damaged_store_never_crashes_the_process(tmp_path, monkeypatch, piece_records):
-    monkeypatch.setattr(layout, "PIECE_RECORDS", piece_records)
+    write_with(monkeypatch, piece_records=piece_records)
     folder = make_image_folder(tmp_path / "images", num_records=9)
     for seed in range(3):
         save_noise(folder / "bee" / f"noise{seed}.jpg", seed=seed)  # large enough for pages of its own

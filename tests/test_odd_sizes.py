@@ -110,13 +110,11 @@ def test_a_classic_database_of_odd_records_only_names_each(tmp_path, make):
                 next(steps)
 
 
-def test_an_index_of_an_earlier_version_which_took_large_images_for_none_is_made_again(tmp_path, monkeypatch):
+def test_an_index_of_an_earlier_version_which_took_large_images_for_none_is_made_again(tmp_path):
     path = make_classic(tmp_path / "x.lmdb", [(grey_image(record), record) for record in range(3)])
     store = open_store(path)
     columns = dict(store._read_all()) | {name: np.zeros(3, np.int32) for name in ("height", "width")}
-    with monkeypatch.context() as patch:
-        patch.setattr(sidecar, "_VERSION", 1)
-        assert sidecar.save(path, store._stamp, columns)
+    assert sidecar.save(path, store._stamp._replace(version=1), columns)
     assert open_store(path).column("height").tolist() == [size_of(record)[0] for record in range(3)]
 
 

@@ -559,15 +559,9 @@ def test_records_that_do_not_exist_are_not_read(small, records):
         store.arrays(np.array(records))
 
 
-@pytest.fixture
-def short_pieces(monkeypatch):
-    """Index and names in pieces of seven records."""
-    monkeypatch.setattr(layout, "PIECE_RECORDS", 7)
-
-
-def make_store_in_pieces(path, values):
+def make_store_in_pieces(path, values, *, piece_records=7):
     """``make_store`` with an index in several pieces; what goes into it is known piece by piece."""
-    with StoreWriter(path) as writer:
+    with StoreWriter(path, piece_records=piece_records) as writer:
         writer.commit(values)
         for piece in writer.pieces():
             writer.add_index(*columns_of(writer, values, piece))
@@ -599,10 +593,9 @@ def damage_of(path):
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-def test_a_store_in_pieces_reads_as_one_in_one_piece(tmp_path, sizes, monkeypatch):
+def test_a_store_in_pieces_reads_as_one_in_one_piece(tmp_path, sizes):
     values = values_of(SIZES[sizes])
-    whole = open_store(make_store_in_pieces(tmp_path / "whole.lmdb", values))
-    monkeypatch.setattr(layout, "PIECE_RECORDS", 7)
+    whole = open_store(make_store_in_pieces(tmp_path / "whole.lmdb", values, piece_records=layout.PIECE_RECORDS))
     path = make_store_in_pieces(tmp_path / "pieces.lmdb", values)
     raw = path.read_bytes()
     store = open_store(path)
@@ -626,10 +619,10 @@ def test_a_store_in_pieces_reads_as_one_in_one_piece(tmp_path, sizes, monkeypatc
 
 
 @pytest.mark.parametrize("count", [17, 20, 32, 40])
-def test_offsets_of_small_records_are_right_where_names_lie_on_a_page_behind(short_pieces, tmp_path, count):
+def test_offsets_of_small_records_are_right_where_names_lie_on_a_page_behind(tmp_path, count):
     """The page of the last records is then not the last page, and is still copied for each piece of the index."""
     values = values_of([9] * count)
-    with StoreWriter(tmp_path / "x.lmdb") as writer:
+    with StoreWriter(tmp_path / "x.lmdb", piece_records=7) as writer:
         writer.commit(values)
         for piece in writer.pieces():
             columns, names = columns_of(writer, values, piece)
@@ -640,7 +633,7 @@ def test_offsets_of_small_records_are_right_where_names_lie_on_a_page_behind(sho
     assert all(offset in (0, at) for offset, at in zip(written.tolist(), found.tolist(), strict=True))
 
 
-def test_there_is_no_record_before_or_after_those_of_a_store_in_pieces(short_pieces, tmp_path):
+def test_there_is_no_record_before_or_after_those_of_a_store_in_pieces(tmp_path):
     store = open_store(make_store_in_pieces(tmp_path / "x.lmdb", [b"x"] * 20))
     for record in (-1, 20, 21):
         with pytest.raises(IndexError, match=str(record)):
@@ -664,7 +657,7 @@ def stream_of(columns, options=None):
     return sink.getvalue().to_pybytes()
 
 
-def test_an_index_that_is_not_in_the_file_as_it_is_is_refused(short_pieces, tmp_path):
+def test_an_index_that_is_not_in_the_file_as_it_is_is_refused(tmp_path):
     """Arrow puts a compressed one somewhere else in memory."""
     path = make_store_in_pieces(tmp_path / "x.lmdb", [b"x"] * 20)
     columns = {name: open_store(path).column(name)[7:14] for name in INDEX_DTYPES}
@@ -685,7 +678,7 @@ def open_store_meta(path):
 
 
 @pytest.mark.parametrize("damage", ["an offset outside", "not UTF-8"])
-def test_names_that_lead_outside_are_refused_even_with_their_checksum(short_pieces, tmp_path, damage):
+def test_names_that_lead_outside_are_refused_even_with_their_checksum(tmp_path, damage):
     path = make_store_in_pieces(tmp_path / "x.lmdb", [b"x"] * 20)
     names = pa.array([f"name {i}" for i in range(7)], pa.large_string())
     raw = names_to_ipc(names).to_pybytes()
@@ -705,7 +698,7 @@ def test_names_that_lead_outside_are_refused_even_with_their_checksum(short_piec
     assert any("__names__ is not readable" in line for line in verify(path).damage)
 
 
-def test_a_compacted_copy_of_a_store_in_pieces_reads_right(short_pieces, tmp_path):
+def test_a_compacted_copy_of_a_store_in_pieces_reads_right(tmp_path):
     values = values_of(SIZES["mixed"])
     make_store_in_pieces(tmp_path / "one.lmdb", values)
     with (
@@ -720,7 +713,7 @@ def test_a_compacted_copy_of_a_store_in_pieces_reads_right(short_pieces, tmp_pat
 
 @pytest.mark.parametrize("key", [b"__index__/00000001", b"__names__/00000002"])
 @pytest.mark.parametrize("how", ["missing", "a bit flipped", "another piece"])
-def test_a_damaged_piece_is_refused_and_named(short_pieces, tmp_path, key, how):
+def test_a_damaged_piece_is_refused_and_named(tmp_path, key, how):
     path = make_store_in_pieces(tmp_path / "x.lmdb", [b"x"] * 20)
     with lmdb.open(str(path), subdir=False, lock=False) as env, env.begin(write=True) as transaction:
         before = transaction.get(key)
@@ -736,17 +729,17 @@ def test_a_damaged_piece_is_refused_and_named(short_pieces, tmp_path, key, how):
     assert any(key[:9].decode() in line for line in verify(path).damage)
 
 
-def test_an_interrupted_index_is_made_anew(short_pieces, tmp_path):
+def test_an_interrupted_index_is_made_anew(tmp_path):
     values = values_of([10, 3_000, 9_000, 10] * 10)
     path = tmp_path / "x.lmdb"
-    with StoreWriter(path) as writer:
+    with StoreWriter(path, piece_records=7) as writer:
         writer.commit(values)
     for num_pieces in (0, 1, 3, 6, 2):
-        with StoreWriter(path) as writer:
+        with StoreWriter(path, piece_records=7) as writer:
             assert (writer.num_records, writer.finished) == (40, False)
             for piece in writer.pieces()[:num_pieces]:
                 writer.add_index(*columns_of(writer, values, piece))
-    with StoreWriter(path) as writer:
+    with StoreWriter(path, piece_records=7) as writer:
         for piece in writer.pieces():
             writer.add_index(*columns_of(writer, values, piece))
         writer.finish(classes=["even", "odd"], made={})

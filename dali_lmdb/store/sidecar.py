@@ -35,14 +35,15 @@ Columns = dict[str, npt.NDArray[Any]]
 
 
 class Stamp(NamedTuple):
-    """Identifies the contents of a database."""
+    """Identifies the contents of a database and how its columns are computed."""
 
     size: int
     mtime_ns: int
     num_records: int
+    version: int = _VERSION
 
     def to_bytes(self) -> bytes:
-        return json.dumps({"version": _VERSION, **self._asdict()}, sort_keys=True).encode()
+        return json.dumps(self._asdict(), sort_keys=True).encode()
 
 
 def sidecar_path(database: Path) -> Path:

@@ -28,14 +28,13 @@ __all__ = ["StoreWriter"]
 # it; setting a new size remaps the file, so that they do not add up in RSS (0.2 GB per GB written).
 _MAP_STEP_BYTES = 128 << 20
 _PAGE_BYTES = 4096
-# A transaction's pages are on the heap until it ends. The heap reuses this size for the next transaction; more
-# is returned to the kernel and faulted in again page by page, which is slower (1 GB: 0.7 s, 1.7 s with 64 MB).
-_TRANSACTION_BYTES = 2 << 20
-# Start a flush to disk after this much, while images are read; the last one then takes 0.02 s, not 0.3 s.
-_FLUSH_BYTES = 64 << 20
 _META_BYTES = 1 << 20  # limit for the metadata without class names
 _CHARACTER_BYTES = 12  # most bytes in JSON for a character of a class name
 _VALUE_BYTES = 128  # overhead counted for each value, so that tiny ones fill a transaction too
+# A transaction's pages are on the heap until it ends. The heap reuses this size for the next transaction; more
+# is returned to the kernel and faulted in again page by page, which is slower (1 GB: 0.7 s, 1.7 s with 64 MB).
+_TRANSACTION_BYTES = 2 << 20
+_FLUSH_BYTES = 64 << 20  # the last flush then takes 0.02 s; without those before it, 0.3 s
 
 
 class StoreWriter:
@@ -46,6 +45,9 @@ class StoreWriter:
 
     Args:
         path: the partial file; created if absent, continued if present.
+        piece_records: number of records in a piece of index and names.
+        transaction_bytes: approximate size of a transaction, which is on the heap until it ends.
+        flush_bytes: start a flush to disk after writing this much.
 
     Attributes:
         num_records: records committed so far.
@@ -55,8 +57,17 @@ class StoreWriter:
         ConversionError: not a file that this class wrote, or it cannot be written.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        piece_records: int = layout.PIECE_RECORDS,
+        transaction_bytes: int = _TRANSACTION_BYTES,
+        flush_bytes: int = _FLUSH_BYTES,
+    ) -> None:
         self.path = Path(path)
+        self._piece_records = piece_records
+        self._transaction_bytes, self._flush_bytes = transaction_bytes, flush_bytes
         self.num_records, self.finished = _what_is_there(self.path)
         try:
             # The converter holds its own lock; LMDB's would leave a second file behind.
@@ -87,7 +98,7 @@ class StoreWriter:
         self._names_crc32: list[int] = []
 
     def commit(self, values: list[bytes]) -> None:
-        """Write values as the next records, in transactions of about ``_TRANSACTION_BYTES``.
+        """Write values as the next records, in transactions of about ``transaction_bytes``.
 
         Raises:
             ConversionError: disk full, or another disk error; earlier commits remain.
@@ -97,7 +108,7 @@ class StoreWriter:
         while done < len(values):
             index, num_bytes = self.num_records, 0
             with self._writing() as transaction:
-                while done < len(values) and num_bytes < _TRANSACTION_BYTES:
+                while done < len(values) and num_bytes < self._transaction_bytes:
                     transaction.put(layout.record_key(index), values[done], append=True)
                     num_bytes += len(values[done]) + _VALUE_BYTES
                     index, done = index + 1, done + 1
@@ -151,7 +162,7 @@ class StoreWriter:
 
     def pieces(self) -> list[range]:
         """The records of each piece of index and names, for ``add_index``."""
-        return layout.pieces_of(self.num_records, layout.PIECE_RECORDS)
+        return layout.pieces_of(self.num_records, self._piece_records)
 
     def add_index(self, columns: dict[str, npt.NDArray[Any]], names: pa.Array) -> None:
         """Add index and names of the next piece, after all records; those of an interrupted writer are replaced.
@@ -192,7 +203,7 @@ class StoreWriter:
                 classes=classes,
                 fingerprint=self._fingerprint.hexdigest(),
                 txnid=transaction.id(),
-                piece_records=layout.PIECE_RECORDS,
+                piece_records=self._piece_records,
                 index_crc32=self._index_crc32,
                 names_crc32=self._names_crc32,
                 made=made,
@@ -211,7 +222,7 @@ class StoreWriter:
 
     def _flush_sometimes(self, num_bytes: int) -> None:
         self._unflushed_bytes += num_bytes
-        if self._unflushed_bytes < _FLUSH_BYTES or (self._flush is not None and not self._flush.done()):
+        if self._unflushed_bytes < self._flush_bytes or (self._flush is not None and not self._flush.done()):
             return
         try:
             if self._flush is not None:
