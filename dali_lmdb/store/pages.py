@@ -22,7 +22,9 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+from bisect import bisect_left
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -136,21 +138,13 @@ class PageFile:
         Raises:
             StoreDamagedError: a page on the path to the key is damaged.
         """
-        if self._root == _NO_PAGE:
-            return None
-        page = self._root
-        for _ in range(_MAX_DEPTH):
-            base, flags, pointers = self._page(page)
-            if flags == _P_LEAF:
-                position = self._bisect(base, pointers, key, first=0)
-                if position == len(pointers) or self._key(base, pointers[position]) != key:
-                    return None
-                pointer = pointers[position]
-                return None if self._is_database(base, pointer) else self._value(base, pointer)
-            if not pointers:
-                raise self._damaged(page, "an empty branch page")
-            page = self._child(base, pointers[self._child_position(base, pointers, key)])
-        raise self._damaged(page, "a tree deeper than LMDB makes")
+        for _, base, pointers in self._leaves(key):
+            position = self._bisect(base, pointers, key)
+            if position == len(pointers) or self._key(base, pointers[position]) != key:
+                break
+            pointer = pointers[position]
+            return None if self._is_database(base, pointer) else self._value(base, pointer)
+        return None
 
     def record_extents(self, start: int, stop: int) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint32]]:
         """Locate the values of the 8-byte big-endian keys start .. stop - 1.
@@ -171,7 +165,7 @@ class PageFile:
             if done == stop - start:
                 break
             if done == 0:
-                pointers = pointers[self._bisect(base, pointers, first, first=0) :]
+                pointers = pointers[self._bisect(base, pointers, first) :]
             done += self._leaf_extents(page, base, pointers, start + done, offsets[done:], lengths[done:])
         if done != stop - start:
             raise StoreDamagedError(
@@ -283,16 +277,9 @@ class PageFile:
             raise self._damaged(base // self.page_size, "a key outside the page")
         return bytes(self._view[base + start : base + start + key_bytes])
 
-    def _bisect(self, base: int, pointers: tuple[int, ...], key: bytes, first: int) -> int:
+    def _bisect(self, base: int, pointers: tuple[int, ...], key: bytes, first: int = 0) -> int:
         """Position of the first node, from ``first`` on, whose key is not less than ``key``."""
-        low, high = first, len(pointers)
-        while low < high:
-            middle = (low + high) // 2
-            if self._key(base, pointers[middle]) < key:
-                low = middle + 1
-            else:
-                high = middle
-        return low
+        return bisect_left(pointers, key, lo=first, key=partial(self._key, base))
 
     def _child(self, base: int, pointer: int) -> int:
         low: int
@@ -336,14 +323,14 @@ class PageFile:
 
     def _leaves(self, first: bytes = b"") -> Iterator[tuple[int, int, tuple[int, ...]]]:
         """(page number, first byte, node offsets) of each leaf page in key order, from the one of ``first`` on."""
-        # The pages still to visit on each level of the tree, the next one last.
-        levels = [[] if self._root == _NO_PAGE else [self._root]]
+        # The pages still to visit on each level of the tree.
+        levels: list[Iterator[int]] = [iter(() if self._root == _NO_PAGE else (self._root,))]
         num_pages = num_leaves = 0
         while levels:
-            if not levels[-1]:
+            page = next(levels[-1], None)
+            if page is None:
                 levels.pop()
                 continue
-            page = levels[-1].pop()
             base, kind, pointers = self._page(page)
             num_pages += 1
             if num_pages > self.last_page + 1:
@@ -360,7 +347,7 @@ class PageFile:
                 raise self._damaged(page, "an empty branch page")
             # Only on the path to the first leaf; the pages to its right hold greater keys.
             position = self._child_position(base, pointers, first) if num_leaves == 0 else 0
-            levels.append([self._child(base, pointer) for pointer in reversed(pointers[position:])])
+            levels.append(map(partial(self._child, base), pointers[position:]))
 
     def _child_position(self, base: int, pointers: tuple[int, ...], key: bytes) -> int:
         """Position of the child of a branch page that may hold a key: left of the first greater key."""
@@ -381,44 +368,24 @@ class PageFile:
     ) -> int:
         """Fill offsets and lengths from one leaf page, ``record`` first; return its number of records."""
         nodes = np.asarray(pointers[: len(offsets)], dtype=np.int64)
-        if len(nodes) == 0 or nodes.max() + 24 > self.page_size:
-            # A node of ours is at least 8 + 8 bytes; 24 is needed to read an overflow page's number.
-            return self._leaf_extents_one_by_one(base, pointers, record, offsets, lengths)
+        # Node header, key and 8 bytes of value; at the page's end less is there, and less is needed.
         body = self.data[base : base + self.page_size]
-        head = body[nodes[:, None] + np.arange(24)]  # node header, key, and 8 bytes of value
+        head = body[np.minimum(nodes[:, None] + np.arange(24), self.page_size - 1)]
         fields = head[:, :8].view("<u2").astype(np.uint64)
-        keys = np.ascontiguousarray(head[:, 8:16]).view(">u8")[:, 0].astype(np.uint64)
+        keys, first = head[:, 8:].copy().view(">u8")[:, 0], head[:, 16:].copy().view("<u8")[:, 0]
         expected = np.arange(record, record + len(nodes), dtype=np.uint64)
-        good = (fields[:, 3] == 8) & (keys == expected)
+        good = (fields[:, 3] == 8) & (nodes + 16 <= self.page_size) & (keys == expected)
         count = int(len(nodes) if good.all() else np.argmin(good))
+        nodes, fields, first = nodes[:count], fields[:count], first[:count]
         size = fields[:, 0] | fields[:, 1] << np.uint64(16)
         big = fields[:, 2] == _F_BIGDATA
-        first = np.ascontiguousarray(head[:, 16:24]).view("<u8")[:, 0].astype(np.uint64)
-        inline = (base + nodes + 16).astype(np.uint64)
-        if (first[:count][big[:count]] > self.last_page).any() or (fields[:count, 2] > _F_BIGDATA).any():
+        inline = (nodes + 16).astype(np.uint64)
+        if (fields[:, 2] > _F_BIGDATA).any() or (inline + np.where(big, 8, size) > self.page_size).any():
+            raise self._damaged(page, "a value outside the page")
+        where = np.where(big, first * self.page_size + _PAGE_HEADER_BYTES, base + inline)
+        if (first[big] > self.last_page).any() or (where + size > len(self._view)).any():
             raise self._damaged(page, "a value outside the file")
-        where = np.where(big, first * np.uint64(self.page_size) + np.uint64(_PAGE_HEADER_BYTES), inline)
-        limit = np.where(big, len(self._view), base + self.page_size).astype(np.uint64)
-        if (where[:count] + size[:count] > limit[:count]).any():
-            raise self._damaged(page, "a value outside the file")
-        offsets[:count] = where[:count]
-        lengths[:count] = size[:count]
-        return count
-
-    def _leaf_extents_one_by_one(
-        self,
-        base: int,
-        pointers: tuple[int, ...],
-        record: int,
-        offsets: npt.NDArray[np.uint64],
-        lengths: npt.NDArray[np.uint32],
-    ) -> int:
-        count = 0
-        for pointer in pointers[: len(offsets)]:
-            if self._key(base, pointer) != (record + count).to_bytes(8, "big"):
-                break
-            offsets[count], lengths[count] = self._value(base, pointer)
-            count += 1
+        offsets[:count], lengths[:count] = where, size
         return count
 
     def _damaged(self, page: int, what: str) -> StoreDamagedError:
