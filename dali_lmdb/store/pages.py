@@ -173,8 +173,10 @@ class PageFile:
             )
         return offsets, lengths
 
-    def items(self) -> Iterator[tuple[bytes, Extent]]:
+    def items(self, first: bytes = b"") -> Iterator[tuple[bytes, Extent]]:
         """Yield every key that is not a named database's, in order, with the extent of its value.
+
+        They begin with the leaf page that contains or would contain ``first``, by default with the first one.
 
         Reads only the tree's pages, never the values: extents are inside the file, but the headers of overflow
         pages are not validated.
@@ -182,7 +184,7 @@ class PageFile:
         Raises:
             StoreDamagedError: a page is damaged.
         """
-        for _, base, pointers in self._leaves():
+        for _, base, pointers in self._leaves(first):
             for pointer in pointers:
                 if not self._is_database(base, pointer):
                     yield self._key(base, pointer), self._value(base, pointer, look=False)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -257,36 +259,20 @@ class StoreWriter:
             return ConversionError(refusal(self.path, "cannot be written", cause, then=then))
         return ConversionError(f"{self.path}: cannot be written: {error}; use --restart")
 
-    def _writing(self) -> _Transaction:
-        return _Transaction(self)
+    @contextmanager
+    def _writing(self) -> Iterator[lmdb.Transaction]:
+        """Open a write transaction; it fails, also at commit, with ``ConversionError``."""
+        try:
+            with self._env.begin(write=True) as transaction:
+                yield transaction
+        except (lmdb.Error, OSError) as error:
+            raise self._refused(error) from error
 
     def __enter__(self) -> StoreWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-class _Transaction:
-    """A write transaction that fails, also at commit, with ``ConversionError``."""
-
-    def __init__(self, writer: StoreWriter) -> None:
-        self._writer = writer
-        try:
-            self._transaction = writer._env.begin(write=True)
-        except lmdb.Error as error:
-            raise writer._refused(error) from error
-
-    def __enter__(self) -> lmdb.Transaction:
-        return self._transaction.__enter__()
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        try:
-            self._transaction.__exit__(kind, error, trace)
-        except (lmdb.Error, OSError) as cause:
-            error = cause
-        if isinstance(error, (lmdb.Error, OSError)):
-            raise self._writer._refused(error) from error
 
 
 def _what_is_there(path: Path) -> tuple[int, bool]:
@@ -298,7 +284,8 @@ def _what_is_there(path: Path) -> tuple[int, bool]:
         return 0, False
     try:
         pages = PageFile(path)
-        num_records = pages.entries - _num_reserved(pages)
+        num_reserved = sum(key >= layout.RESERVED_KEY for key, _ in pages.items(layout.RESERVED_KEY))
+        num_records = pages.entries - num_reserved
         for piece in layout.pieces_of(num_records, layout.PIECE_RECORDS):
             pages.record_extents(piece.start, piece.stop)
         return num_records, pages.find(layout.META_KEY) is not None
@@ -306,14 +293,3 @@ def _what_is_there(path: Path) -> tuple[int, bool]:
         raise ConversionError(f"{path}: the interrupted conversion is damaged ({error}); use --restart") from error
     except StoreError as error:
         raise ConversionError(f"{error}, then run the same command again to resume") from error
-
-
-def _num_reserved(pages: PageFile) -> int:
-    """Number of keys that are not a record's."""
-    found = int(pages.find(layout.META_KEY) is not None)
-    for key in (layout.index_key, layout.names_key):
-        piece = 0
-        while pages.find(key(piece)) is not None:
-            piece += 1
-        found += piece
-    return found
