@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -20,16 +20,11 @@ from dali_lmdb.errors import ConversionError, RecordError
 from dali_lmdb.images.names import is_image_name
 from dali_lmdb.inspect.paths import extension_of, record_paths, tells_case_apart
 from dali_lmdb.inspect.records import (
-    Part,
     Progress,
     in_order,
-    names_of,
-    parts_of,
     runs,
-    values_of,
 )
 from dali_lmdb.store import Store, open_store
-from dali_lmdb.store.checksum import crc32
 from dali_lmdb.threads import threads_to_read
 
 __all__ = ["SHARD_SIZE_BYTES", "ExportSummary", "export"]
@@ -38,10 +33,12 @@ SHARD_SIZE_BYTES = 1_000_000_000
 """Default size of a tar shard: WebDataset's documentation recommends 1 GB or more."""
 
 _EXTENSION = re.compile(r"\.[a-z0-9]{1,8}")
-_TAR_BLOCK_BYTES = 512
+_TAR_END_BYTES = 2 * tarfile.BLOCKSIZE  # two empty blocks
 _CLASSES_FILE = "classes.txt"
 
 _Show = Callable[[Progress], None]
+_Written = Generator[tuple[int, int], None, None]
+"""(records, bytes) of each run of records that is written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +98,7 @@ def export(
             _check_class_lines(store)
         with _publishing(target) as partial:
             if tar:
-                writer: _FolderWriter | _TarWriter = _TarWriter(
+                runs_written = _write_tars(
                     store,
                     partial,
                     name=target.name,
@@ -109,15 +106,17 @@ def export(
                     per_shard=per_shard,
                 )
             else:
-                writer = _FolderWriter(store, partial, num_threads=num_threads or threads_to_read())
-            writer.run(progress)
-            return ExportSummary(
-                folder=str(folder),
-                records=len(store),
-                num_bytes=writer.num_bytes,
-                classes=len(store.classes),
-                tars=writer.tars,
-            )
+                runs_written = _write_files(store, partial, num_threads=num_threads or threads_to_read())
+            done = num_bytes = 0
+            with contextlib.closing(runs_written):  # threads end before an error removes the folder
+                for run_records, run_bytes in runs_written:
+                    done, num_bytes = done + run_records, num_bytes + run_bytes
+                    if progress is not None:
+                        progress(Progress(f"writing {'tars' if tar else 'files'}", done, len(store), num_bytes))
+            num_tars = len(list(partial.glob("*.tar"))) if tar else 0
+        return ExportSummary(
+            folder=str(folder), records=done, num_bytes=num_bytes, classes=len(store.classes), tars=num_tars
+        )
 
 
 @contextlib.contextmanager
@@ -174,130 +173,74 @@ def _sync_file_system(folder: Path) -> None:
         os.close(descriptor)
 
 
-class _FolderWriter:
-    """Writes each record to ``class/file``."""
+def _write_files(store: Store, folder: Path, *, num_threads: int) -> _Written:
+    """Write each record to ``class/file`` in threads."""
+    paths = record_paths(
+        store, fold_case=not tells_case_apart(folder), max_name_bytes=os.pathconf(folder, "PC_NAME_MAX")
+    )
+    folders = set(store.classes)  # even without records, so that labels stay the same
+    for chunk in paths.chunks:
+        folders |= {path.rpartition("/")[0] for path in chunk.to_pylist()}
+    for name in sorted(folders):
+        (folder / name).mkdir(parents=True, exist_ok=True)
 
-    tars = 0
-
-    def __init__(self, store: Store, folder: Path, *, num_threads: int) -> None:
-        self.store, self.folder, self.num_threads = store, folder, num_threads
-        self.num_bytes = 0
-
-    def run(self, progress: _Show | None) -> None:
-        """Create all folders, then write all files in threads."""
-        self.paths = record_paths(
-            self.store,
-            fold_case=not tells_case_apart(self.folder),
-            max_name_bytes=os.pathconf(self.folder, "PC_NAME_MAX"),
-        )
-        folders = set(self.store.classes)  # even without records, so that labels stay the same
-        for chunk in self.paths.chunks:
-            folders |= {path.rpartition("/")[0] for path in chunk.to_pylist()}
-        for folder in sorted(folders):
-            (self.folder / folder).mkdir(parents=True, exist_ok=True)
-        done, total = 0, len(self.store)
-        tasks = ((part, run) for part in parts_of(self.store) for run in runs(len(part.store)))
-        for records, num_bytes in in_order(self._write_run, tasks, num_threads=self.num_threads):
-            done, self.num_bytes = done + records, self.num_bytes + num_bytes
-            if progress is not None:
-                progress(Progress("writing files", done, total, self.num_bytes))
-
-    def _write_run(self, task: tuple[Part, range]) -> tuple[int, int]:
-        part, run = task
+    def write(run: range) -> tuple[int, int]:
         num_bytes = 0
-        for record, data in _values(part, run):
+        for record, data in zip(run, store.checked_copies(run), strict=True):
             num_bytes += len(data)
             # "x" neither overwrites a file nor follows a link.
-            with open(self.folder / self.paths[part.first + record].as_py(), "xb") as file:
+            with open(folder / paths[record].as_py(), "xb") as file:
                 file.write(data)
         return len(run), num_bytes
 
-
-class _TarWriter:
-    """Writes records in order to consecutive tars."""
-
-    def __init__(
-        self, store: Store, folder: Path, *, name: str, shard_size_bytes: int, per_shard: int | None
-    ) -> None:
-        self.store, self.folder, self.name = store, folder, name
-        self.shard_size_bytes, self.per_shard = shard_size_bytes, per_shard
-        self.num_bytes = self.tars = 0
-        self._tar: tarfile.TarFile | None = None
-        self._in_tar = 0
-
-    def run(self, progress: _Show | None) -> None:
-        """Write classes.txt and the shards."""
-        names, kinds = names_of(self.store), self.store.column("kind")
-        lines = "".join(f"{name}\n" for name in self.store.classes)
-        (self.folder / _CLASSES_FILE).write_text(lines, encoding="utf-8", newline="")
-        done, total = 0, len(self.store)
-        try:
-            for part in parts_of(self.store):
-                for run in runs(len(part.store)):
-                    for record, data in _values(part, run):
-                        index = part.first + record
-                        extension = _extension(names[index].as_py(), int(kinds[index]))
-                        self._add(f"{index:09d}", extension, data, int(part.store.labels[record]))
-                        self.num_bytes += len(data)
-                    done += len(run)
-                    if progress is not None:
-                        progress(Progress("writing tars", done, total, self.num_bytes))
-        finally:
-            if self._tar is not None:
-                self._tar.close()
-
-    def _add(self, key: str, extension: str, data: bytes, label: int) -> None:
-        members = [(key + extension, data), (key + ".cls", str(label).encode())]
-        need = sum(
-            _TAR_BLOCK_BYTES + -(-len(value) // _TAR_BLOCK_BYTES) * _TAR_BLOCK_BYTES for _, value in members
-        )
-        tar = self._tar
-        if tar is None or self._in_tar == self.per_shard or _tar_bytes(tar.offset + need) > self.shard_size_bytes:
-            if tar is not None:
-                tar.close()
-            # USTAR: no field that depends on time or machine. A record is at most 4 GiB, which it supports.
-            tar = tarfile.open(  # noqa: SIM115  closed by run()
-                self.folder / f"{self.name}-{self.tars:06d}.tar", "x", format=tarfile.USTAR_FORMAT
-            )
-            self._tar, self._in_tar, self.tars = tar, 0, self.tars + 1
-        for name, value in members:
-            member = tarfile.TarInfo(name)  # mode 644, owner root, time 0
-            member.size = len(value)
-            tar.addfile(member, io.BytesIO(value))
-        tar.members = []  # type: ignore[attr-defined]  # otherwise it keeps all of them
-        self._in_tar += 1
+    yield from in_order(write, runs(len(store)), num_threads=num_threads)
 
 
-def _tar_bytes(content_bytes: int) -> int:
-    """Size of a tar with its end: two empty blocks, then padding to whole records."""
-    return -(-(content_bytes + 2 * _TAR_BLOCK_BYTES) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
+def _write_tars(
+    store: Store, folder: Path, *, name: str, shard_size_bytes: int, per_shard: int | None
+) -> _Written:
+    """Write classes.txt, then the records in order to consecutive tars."""
+    names, kinds, labels = store.names(), store.column("kind"), store.labels
+    lines = "".join(f"{name}\n" for name in store.classes)
+    (folder / _CLASSES_FILE).write_text(lines, encoding="utf-8", newline="")
+    tar: tarfile.TarFile | None = None
+    num_tars = in_tar = 0
+    with contextlib.ExitStack() as opened:
+        for run in runs(len(store)):
+            num_bytes = 0
+            for record, data in zip(run, store.checked_copies(run), strict=True):
+                key, extension = f"{record:09d}", _extension(names[record].as_py(), int(kinds[record]))
+                members = [(key + extension, data), (key + ".cls", str(labels[record]).encode())]
+                need = sum(tarfile.BLOCKSIZE + _padded(len(value), tarfile.BLOCKSIZE) for _, value in members)
+                if (
+                    tar is None
+                    or in_tar == per_shard
+                    or _padded(tar.offset + need + _TAR_END_BYTES, tarfile.RECORDSIZE) > shard_size_bytes
+                ):
+                    opened.close()
+                    # USTAR: no field depends on time or machine. A record is at most 4 GiB, which it supports.
+                    path = folder / f"{name}-{num_tars:06d}.tar"
+                    tar = opened.enter_context(tarfile.open(path, "x", format=tarfile.USTAR_FORMAT))
+                    num_tars, in_tar = num_tars + 1, 0
+                for member_name, value in members:
+                    member = tarfile.TarInfo(member_name)  # mode 644, owner root, time 0
+                    member.size = len(value)
+                    tar.addfile(member, io.BytesIO(value))
+                tar.members = []  # type: ignore[attr-defined]  # otherwise it keeps all of them
+                in_tar, num_bytes = in_tar + 1, num_bytes + len(data)
+            yield len(run), num_bytes
 
 
-def _values(part: Part, run: range) -> Iterator[tuple[int, bytes]]:
-    """Yield (record, value) of consecutive records of one file, after validating their checksums.
-
-    Raises:
-        RecordError: a record's checksum is wrong or it cannot be read.
-    """
-    store = part.store
-    checksums = store.gather("crc32", np.arange(run.start, run.stop)).tolist()
-    try:
-        for record, checksum, data in zip(run, checksums, values_of(store, run), strict=True):
-            if crc32(data) != checksum:
-                raise RecordError(
-                    f"{store.where(record)}: wrong checksum; see what else is damaged with: "
-                    f"dali-lmdb verify {store.path}"
-                )
-            yield record, data
-    except OSError as error:
-        raise RecordError(f"{store.path}: cannot be read: {error.strerror}; check the disk") from error
+def _padded(num_bytes: int, block_bytes: int) -> int:
+    return -(-num_bytes // block_bytes) * block_bytes
 
 
 def _check_labels(store: Store) -> None:
     labels = store.labels
-    for record in np.flatnonzero((labels < 0) | (labels >= len(store.classes))):
+    wrong = np.flatnonzero((labels < 0) | (labels >= len(store.classes)))
+    if len(wrong):
         raise RecordError(
-            f"{store.where(int(record))}: label {labels[record]}, expected 0 to {len(store.classes) - 1}; "
+            f"{store.where(int(wrong[0]))}: label {labels[wrong[0]]}, expected 0 to {len(store.classes) - 1}; "
             f"see what else is damaged with: dali-lmdb verify {store.path}"
         )
 

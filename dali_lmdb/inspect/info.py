@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,8 @@ from dali_lmdb.errors import DaliLmdbError
 from dali_lmdb.images.agreement import DALI_AGREES, dali_agrees
 from dali_lmdb.images.kinds import Decoders, Kind
 from dali_lmdb.images.reencoding import Change
-from dali_lmdb.inspect.records import parts_of, runs
-from dali_lmdb.store import FileStore, Store, open_store
+from dali_lmdb.inspect.records import runs
+from dali_lmdb.store import FileStore, ShardedStore, Store, open_store
 from dali_lmdb.store.classic import database_file
 
 __all__ = ["Shard", "Spread", "StoreInfo", "info"]
@@ -84,14 +85,14 @@ def info(path: str | os.PathLike[str]) -> StoreInfo:
         StoreNotFoundError, StoreFormatError, StoreDamagedError: see ``dali_lmdb.errors``.
     """
     with open_store(path) as store:
-        parts = [part.store for part in parts_of(store)]
+        parts: Sequence[Store] = store.shards if isinstance(store, ShardedStore) else [store]
         heights, widths = store.column("height"), store.column("width")
         kinds = store.column("kind")
         changes = store.column("change")
         num_bytes = store.column("num_bytes")
         unseen = (kinds == Kind.UNKNOWN) & (heights == 0) & (widths == 0)
         class_records = _class_records(store)
-        first = parts[0] if parts else None
+        first = parts[0]
         return StoreInfo(
             store=str(path),
             format=first.meta.format if isinstance(first, FileStore) else None,

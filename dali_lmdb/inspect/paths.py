@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from dali_lmdb.errors import ConversionError, RecordError
 from dali_lmdb.images.kinds import Kind
 from dali_lmdb.images.names import is_image_name
-from dali_lmdb.inspect.records import names_of, repeated
+from dali_lmdb.inspect.records import repeated
 from dali_lmdb.store import Store
 
 __all__ = ["extension_of", "record_paths", "tells_case_apart"]
@@ -59,7 +59,7 @@ def record_paths(store: Store, *, fold_case: bool, max_name_bytes: int = 255) ->
             raise ConversionError(
                 f"{store.path}: class {_shortened(name)} cannot be a folder's name: it {problem}; {_USE_TAR}"
             )
-    names, chunks = names_of(store), []
+    names, chunks = store.names(), []
     for start in range(0, len(store), _AT_ONCE):
         run = range(start, min(start + _AT_ONCE, len(store)))
         paths = []
@@ -118,13 +118,16 @@ def _check_different(store: Store, paths: pa.ChunkedArray, *, fold_case: bool) -
                     f"{store.path}: folders {other!r} and {folder!r} are the same on this file system; {_USE_TAR}"
                 )
         folders, paths = set(folded), pc.utf8_lower(paths)
-    for record, earlier in repeated(paths):
+    again = repeated(paths)
+    if again:
+        record, earlier = again[0]
         raise RecordError(
             f"{store.path}: record {record}: its name {paths[record].as_py()!r} is also that of record {earlier}; "
             f"{_USE_TAR}"
         )
     is_folder = pc.is_in(paths, value_set=pa.array(sorted(folders), pa.large_string())).to_numpy()
-    for record in np.flatnonzero(is_folder).tolist():
+    if is_folder.any():
+        record = int(is_folder.argmax())
         raise RecordError(
             f"{store.path}: record {record}: its name {paths[record].as_py()!r} is also a folder; {_USE_TAR}"
         )

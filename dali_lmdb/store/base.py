@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
@@ -11,9 +10,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from dali_lmdb.errors import RecordError, StoreDamagedError, StoreError, one_line
 from dali_lmdb.store.checksum import crc32
+from dali_lmdb.store.values import read_values
 
 __all__ = ["Store"]
 
@@ -72,6 +73,14 @@ class Store(ABC):
             IndexError: no such record.
         """
 
+    def names(self) -> pa.ChunkedArray:
+        """Names of all records, strings.
+
+        Raises:
+            StoreDamagedError: the names were altered.
+        """
+        return pa.chunked_array([[self.name(index) for index in range(len(self))]], pa.large_string())
+
     def byte_ranges(
         self, records: npt.NDArray[np.int64]
     ) -> list[tuple[Path, npt.NDArray[np.uint64], npt.NDArray[np.uint32]]]:
@@ -100,21 +109,47 @@ class Store(ABC):
         return self.arrays(np.array([self._checked(index)]))[0].data
 
     def copy(self, index: int) -> bytes:
-        """The bytes of one record, read from its file and not through a map, whose pages would count as RSS.
+        """The bytes of one record, see ``copies``.
 
         Args:
             index: in [0, len).
 
         Raises:
             IndexError: no such record.
-            StoreDamagedError: the file is not what its index says, or cannot be read.
         """
-        ((path, (offset,), (length,)),) = self.byte_ranges(np.array([self._checked(index)]))
-        try:
-            with open(path, "rb", buffering=0) as file:
-                return os.pread(file.fileno(), int(length), int(offset))
-        except OSError as error:
-            raise StoreDamagedError(f"{self.where(index)}: cannot be read: {error.strerror}") from error
+        return next(self.copies(range(self._checked(index), index + 1)))
+
+    def copies(self, records: range) -> Iterator[bytes]:
+        """Yield the bytes of consecutive records, read from the file and not through a map.
+
+        Raises:
+            StoreDamagedError: the file is not what its index says, or cannot be read.
+            RecordError: in a classic database, a value is not ``(image, label)``.
+        """
+        record = records.start
+        for path, offsets, lengths in self.byte_ranges(np.arange(records.start, records.stop)):
+            for value in read_values(path, offsets, lengths):
+                if isinstance(value, OSError):
+                    raise StoreDamagedError(
+                        f"{self.where(record)}: cannot be read: {value.strerror}; check the disk"
+                    ) from value
+                yield value
+                record += 1
+
+    def checked_copies(self, records: range) -> Iterator[bytes]:
+        """``copies``, each compared with its checksum.
+
+        Raises:
+            RecordError: the bytes differ from those that were written.
+        """
+        checksums = self.gather("crc32", np.arange(records.start, records.stop)).tolist()
+        for record, checksum, data in zip(records, checksums, self.copies(records), strict=True):
+            if crc32(data) != checksum:
+                raise RecordError(
+                    f"{self.where(record)}: wrong checksum; see what else is damaged with: "
+                    f"dali-lmdb verify {self.path}"
+                )
+            yield data
 
     def where(self, index: int) -> str:
         """``STORE: record 41 (n01440764/x.JPEG)``, the start of an error message."""
@@ -127,10 +162,10 @@ class Store(ABC):
         """Compare one record with its checksum.
 
         Raises:
+            IndexError: no such record.
             RecordError: the bytes differ from those that were written.
         """
-        if crc32(self.read(index)) != int(self.gather("crc32", np.array([index]))[0]):
-            raise RecordError(f"{self.where(index)}: wrong checksum; the file was damaged, convert it again")
+        next(self.checked_copies(range(self._checked(index), index + 1)))
 
     def _checked(self, index: int) -> int:
         if not 0 <= index < len(self):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +31,7 @@ from dali_lmdb.store.payload import (
     decode_length,
     locate_payload,
 )
+from dali_lmdb.store.values import read_values
 from dali_lmdb.threads import threads_to_read
 
 __all__ = ["ClassicStore", "database_file", "is_classic"]
@@ -159,18 +161,10 @@ class ClassicStore(Store):
         matches = (extension for magic, extension in _EXTENSIONS if re.match(magic, start, re.DOTALL))
         return label, f"{label}/{self._key(index).decode('utf-8', 'backslashreplace')}{next(matches, '.jpg')}"
 
-    def copy(self, index: int) -> bytes:
-        """The bytes of one record, read with ``pread`` and not through the map.
-
-        Mapped pages add to RSS, which a pass over all records should keep low.
-
-        Raises:
-            IndexError: no such record.
-            RecordError: its value is not ``(image, label)``.
-            StoreDamagedError: the file changed or a page is damaged.
-        """
-        value = self._copy_value(self._checked(index), self._extent(index))
-        return bytes(self._bytes_at(index, memoryview(value), self._locate(index, memoryview(value))))
+    def copies(self, records: range) -> Iterator[bytes]:
+        for index in records:
+            value = memoryview(self._copy_value(index, self._extent(index)))
+            yield bytes(self._bytes_at(index, value, self._locate(index, value)))
 
     def let_go(self) -> None:
         self._pages.let_go()
@@ -280,11 +274,11 @@ class ClassicStore(Store):
         return np.frombuffer(image, dtype=np.uint8)
 
     def _copy_value(self, index: int, extent: Extent) -> bytes:
-        try:
-            with open(self.file, "rb", buffering=0) as file:
-                value = os.pread(file.fileno(), extent.length, extent.offset)
-        except OSError as error:
-            raise StoreDamagedError(f"{self.where(index)}: cannot be read: {error.strerror}") from error
+        (value,) = read_values(self.file, np.array([extent.offset]), np.array([extent.length]))
+        if isinstance(value, OSError):
+            raise StoreDamagedError(
+                f"{self.where(index)}: cannot be read: {value.strerror}; check the disk"
+            ) from value
         if len(value) != extent.length:
             raise StoreDamagedError(f"{self.where(index)}: the file was truncated; copy it again")
         return value
@@ -367,8 +361,9 @@ class ClassicStore(Store):
             index = _number(key) if listed is None else listed.get(key)
             if index is not None and index < len(self):
                 offsets[index], lengths[index] = extent
-        for missing in np.flatnonzero(offsets == 0):  # offset 0 is a meta page, so no value starts there
-            raise self._missing(int(missing))
+        missing = np.flatnonzero(offsets == 0)  # offset 0 is a meta page, so no value starts there
+        if len(missing):
+            raise self._missing(int(missing[0]))
         return offsets, lengths
 
 

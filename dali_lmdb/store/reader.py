@@ -108,11 +108,6 @@ class FileStore(Store):
         return self._names.one(self._checked(index))
 
     def names(self) -> pa.ChunkedArray:
-        """All names, as strings in the memory map.
-
-        Raises:
-            StoreDamagedError: the names were altered.
-        """
         return self._names.all()
 
     def let_go(self) -> None:

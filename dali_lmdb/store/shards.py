@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from dali_lmdb.disk import lack_of_descriptors, refusal
 from dali_lmdb.errors import StoreError, StoreFormatError, StoreNotFoundError
@@ -199,6 +200,10 @@ class ShardedStore(Store):
         self, records: npt.NDArray[np.int64]
     ) -> list[tuple[Path, npt.NDArray[np.uint64], npt.NDArray[np.uint32]]]:
         return [part for shard, _, inside in self.split(records) for part in shard.byte_ranges(inside)]
+
+    def names(self) -> pa.ChunkedArray:
+        chunks = [chunk for shard in self.shards for chunk in shard.names().chunks]
+        return pa.chunked_array(chunks, pa.large_string())
 
     def let_go(self) -> None:
         for shard in self.shards:

@@ -23,6 +23,7 @@ from dali_lmdb.store.encoding import index_to_ipc, names_to_ipc
 from dali_lmdb.store.fingerprint import Fingerprint
 from dali_lmdb.store.meta import Meta
 from dali_lmdb.store.pages import PageFile
+from dali_lmdb.store.values import read_values
 
 __all__ = ["StoreWriter"]
 
@@ -154,13 +155,8 @@ class StoreWriter:
         """
         first, offsets, lengths = self._extents
         run = slice(start - first, stop - first)
-        # pread, not the map: mapped pages add to RSS.
-        with open(self.path, "rb", buffering=0) as file:
-            values = (
-                os.pread(file.fileno(), length, offset)
-                for offset, length in zip(offsets[run].tolist(), lengths[run].tolist(), strict=True)
-            )
-            return np.array([crc32(value) for value in values], dtype=np.uint32)
+        values = read_values(self.path, offsets[run], lengths[run])
+        return np.array([_checksum(value) for value in values], dtype=np.uint32)
 
     def pieces(self) -> list[range]:
         """The records of each piece of index and names, for ``add_index``."""
@@ -273,6 +269,12 @@ class StoreWriter:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _checksum(value: bytes | OSError) -> int:
+    if isinstance(value, OSError):
+        raise value
+    return crc32(value)
 
 
 def _what_is_there(path: Path) -> tuple[int, bool]:

@@ -13,7 +13,6 @@ import numpy.typing as npt
 from dali_lmdb.convert.sources.base import Item, Source, no_stamp
 from dali_lmdb.errors import RecordError, SourceError, StoreDamagedError, StoreError
 from dali_lmdb.store import Store, open_store
-from dali_lmdb.store.checksum import crc32
 
 __all__ = ["StoreSource", "class_names"]
 
@@ -103,12 +102,9 @@ class StoreSource(Source):
 
     def _read(self, index: int) -> bytes:
         try:
-            data = self._store.copy(index)
-            if crc32(data) != int(self._store.gather("crc32", np.array([index]))[0]):
-                raise RecordError(f"{self._store.where(index)}: wrong checksum; the file was damaged")
+            return next(self._store.checked_copies(range(index, index + 1)))
         except (StoreError, RecordError) as error:
             raise SourceError(str(error)) from error
-        return data
 
 
 def class_names(given: Iterable[str], there: Iterable[str]) -> list[str]:
