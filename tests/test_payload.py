@@ -10,9 +10,9 @@ from classic_databases import PA_ERAS, PACKINGS, RunsACommand, pa_serialize
 
 from dali_lmdb.store.payload import (
     PayloadError,
+    bytes_at,
     decode_keys,
     decode_length,
-    decode_payload,
     locate_payload,
 )
 
@@ -21,6 +21,12 @@ LABEL = 731
 
 packings = pytest.mark.parametrize("pack", PACKINGS.values(), ids=PACKINGS)
 eras = pytest.mark.parametrize("era", PA_ERAS)
+
+
+def decode_payload(view):
+    """Image bytes and label of a record's value."""
+    image, label = locate_payload(view)
+    return bytes_at(view, image), label
 
 
 @packings

@@ -19,7 +19,7 @@ from dali_lmdb.errors import RecordError, StoreDamagedError, StoreError, StoreFo
 from dali_lmdb.images.kinds import Kind
 from dali_lmdb.inspect import verify
 from dali_lmdb.store import layout, open_store
-from dali_lmdb.store.encoding import names_to_ipc
+from dali_lmdb.store.encoding import to_ipc
 from dali_lmdb.store.fingerprint import fingerprint
 from dali_lmdb.store.layout import INDEX_DTYPES, INDEX_SCHEMA
 from dali_lmdb.store.pages import PageFile
@@ -681,7 +681,7 @@ def open_store_meta(path):
 def test_names_that_lead_outside_are_refused_even_with_their_checksum(tmp_path, damage):
     path = make_store_in_pieces(tmp_path / "x.lmdb", [b"x"] * 20)
     names = pa.array([f"name {i}" for i in range(7)], pa.large_string())
-    raw = names_to_ipc(names).to_pybytes()
+    raw = to_ipc({"name": names}, layout.NAMES_SCHEMA).to_pybytes()
     if damage == "not UTF-8":
         damaged = raw.replace(b"name 3", b"name \xff")
     else:

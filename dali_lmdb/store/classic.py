@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -45,6 +46,7 @@ _MAX_PIXELS = 2 * MAX_PIXELS  # no limit was chosen, so Pillow's for its error, 
 _RECORDS_AT_ONCE = 64  # per task of a thread when the index is built
 _WORTH_A_WARNING_BYTES = 1 << 30  # building the index then takes a while, so tell the user why
 _MIN_NODE_BYTES = 8  # NODESIZE in mdb.c
+_Decoded = TypeVar("_Decoded")
 _log = logging.getLogger(__name__)
 
 _EXTENSIONS = (
@@ -181,22 +183,16 @@ class ClassicStore(Store):
 
     def _length(self) -> int:
         """Number of records, from ``__len__``, otherwise ``__keys__``."""
-        length = self._pages.find(LENGTH_KEY)
-        if length is None and self._pages.find(KEYS_KEY) is None:
-            raise StoreFormatError(
-                f"{self.path}: not a classic database, with {self._pages.describe()}; expected "
-                f"{LENGTH_KEY.decode()} or {KEYS_KEY.decode()}; if it is not a store either, unpack its images "
-                "into class folders and convert those"
-            )
-        if length is None:
-            count = len(self._listed_keys())
-        else:
-            try:
-                count = decode_length(self._pages.view(length))
-            except PayloadError as error:
+        count = self._unpacked(LENGTH_KEY, decode_length)
+        if count is None:
+            keys = self._unpacked(KEYS_KEY, decode_keys)
+            if keys is None:
                 raise StoreFormatError(
-                    f"{self.path}: {LENGTH_KEY.decode()}: {error}; rebuild the database"
-                ) from error
+                    f"{self.path}: not a classic database, with {self._pages.describe()}; expected "
+                    f"{LENGTH_KEY.decode()} or {KEYS_KEY.decode()}; if it is not a store either, unpack its "
+                    "images into class folders and convert those"
+                )
+            count = len(keys)
         if count > min(self._pages.entries, len(self._pages.data) // _MIN_NODE_BYTES):
             raise StoreDamagedError(
                 f"{self.path}: damaged: {count} records by {LENGTH_KEY.decode()}, {self._pages.entries} keys; "
@@ -204,19 +200,20 @@ class ClassicStore(Store):
             )
         return count
 
-    def _listed_keys(self) -> list[bytes]:
-        extent = self._pages.find(KEYS_KEY)
-        if extent is None:
-            return [b"%d" % index for index in range(self._num_records)]
+    def _unpacked(self, key: bytes, decode: Callable[[memoryview], _Decoded]) -> _Decoded | None:
+        """The value of a key that is not a record's; None if there is none."""
+        extent = self._pages.find(key)
         try:
-            return decode_keys(self._pages.view(extent))
+            return None if extent is None else decode(self._pages.view(extent))
         except PayloadError as error:
-            raise StoreFormatError(f"{self.path}: {KEYS_KEY.decode()}: {error}; rebuild the database") from error
+            raise StoreFormatError(f"{self.path}: {key.decode()}: {error}; rebuild the database") from error
 
     @cached_property
     def _keys(self) -> list[bytes] | None:
         """Keys in record order; None if they are the usual ``b"0"``, ``b"1"``, ..."""
-        keys = self._listed_keys()
+        keys = self._unpacked(KEYS_KEY, decode_keys)
+        if keys is None:
+            return None
         if len(keys) != self._num_records or len(set(keys)) != len(keys):
             raise StoreDamagedError(
                 f"{self.path}: damaged: {KEYS_KEY.decode()} lists {len(set(keys))} keys, "
@@ -320,12 +317,8 @@ class ClassicStore(Store):
                     columns[name][index] = value
 
         with ThreadPoolExecutor(threads_to_read()) as pool:
-            try:
-                for _ in pool.map(look_at, range(0, len(self), _RECORDS_AT_ONCE)):
-                    pass
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+            # After an error, map cancels what has not begun.
+            deque(pool.map(look_at, range(0, len(self), _RECORDS_AT_ONCE)), maxlen=0)
         for column in columns.values():
             column.flags.writeable = False
         return columns

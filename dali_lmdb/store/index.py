@@ -12,7 +12,7 @@ import pyarrow as pa
 from dali_lmdb.errors import StoreDamagedError
 from dali_lmdb.store import layout
 from dali_lmdb.store.checksum import crc32
-from dali_lmdb.store.encoding import index_from_ipc, names_from_ipc
+from dali_lmdb.store.encoding import columns_of, from_ipc
 from dali_lmdb.store.meta import Meta
 from dali_lmdb.store.pages import PageFile
 
@@ -44,8 +44,9 @@ class Index:
             raise StoreDamagedError(f"{pages.path}: damaged: __index__ has a wrong checksum; convert it again")
         self._pieces = []
         for view, records in zip(views, ranges, strict=True):
-            piece = index_from_ipc(view, num_records=len(records))
-            if piece is None or not all(_lies_in(pages.data, column) for column in piece.values()):
+            batch = from_ipc(view, layout.INDEX_SCHEMA, num_records=len(records))
+            piece = {} if batch is None else columns_of(batch)
+            if not piece or not all(_lies_in(pages.data, column) for column in piece.values()):
                 raise StoreDamagedError(f"{pages.path}: damaged: __index__ is not readable; convert it again")
             self._pieces.append(piece)
         pages.let_go()
@@ -122,14 +123,14 @@ class Names:
     def _piece(self, piece: int) -> pa.Array:
         if piece not in self._pieces:
             view = _view(self._pages, layout.names_key(piece))
-            names = None
+            batch = None
             if crc32(view) == self._meta.names_crc32[piece]:
-                names = names_from_ipc(view, num_records=len(self._ranges[piece]))
-            if names is None:
+                batch = from_ipc(view, layout.NAMES_SCHEMA, num_records=len(self._ranges[piece]))
+            if batch is None:
                 raise StoreDamagedError(
                     f"{self._pages.path}: damaged: __names__ is not readable; convert it again"
                 )
-            self._pieces[piece] = names
+            self._pieces[piece] = batch.column(0)
         return self._pieces[piece]
 
 

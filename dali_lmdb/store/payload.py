@@ -13,7 +13,6 @@ __all__ = [
     "bytes_at",
     "decode_keys",
     "decode_length",
-    "decode_payload",
     "locate_payload",
 ]
 
@@ -57,16 +56,6 @@ def bytes_at(view: memoryview, span: Span) -> memoryview:
         return memoryview(str(raw, "utf-8").encode("latin-1"))
     except UnicodeError:
         raise PayloadError("damaged pickle: text that does not represent bytes") from None
-
-
-def decode_payload(view: memoryview) -> tuple[memoryview, int]:
-    """Image bytes and label of a record's value; the bytes are a slice of ``view`` where possible.
-
-    Raises:
-        PayloadError: not ``(image, label)``, or it is refused.
-    """
-    located = locate_payload(view)
-    return bytes_at(view, located.image), located.label
 
 
 def decode_length(view: memoryview) -> int:

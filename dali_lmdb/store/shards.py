@@ -166,12 +166,8 @@ class ShardedStore(Store):
     def classes(self) -> list[str]:
         return self.shards[0].classes
 
-    @property
-    def fingerprint(self) -> str:
-        return self._fingerprint
-
     @cached_property
-    def _fingerprint(self) -> str:
+    def fingerprint(self) -> str:
         # The same as for one file with these records: a run may be resumed with a set split differently.
         return fingerprint(zip(self.column_parts("label"), self.column_parts("crc32"), strict=True))
 
@@ -247,18 +243,17 @@ def _name_of_set(file: Path) -> str:
 
 def _check_set(path: Path, shards: Sequence[FileStore]) -> None:
     """Reject a set with a shard that is missing, renamed or of another conversion."""
-    alone = next((shard for shard in shards if shard.meta.shard is None), None)
-    if alone is not None:
-        raise StoreFormatError(f"{path}: {alone.path} is a store of its own, not a shard; name that file")
-    sets = [(shard.meta.shard or {}).get("set") for shard in shards]
-    odd = next((shard for shard, name in zip(shards, sets, strict=True) if name != sets[0]), None)
-    if odd is not None or any(shard.classes != shards[0].classes for shard in shards):
-        raise StoreFormatError(
-            f"{path}: {(odd or shards[-1]).path.name} belongs to another conversion than {shards[0].path.name}; "
-            "keep only the shards of one conversion there"
-        )
-    indices = [(shard.meta.shard or {}).get("index") for shard in shards]
-    count = (shards[0].meta.shard or {}).get("count")
+    infos = [shard.meta.shard or {} for shard in shards]
+    if {} in infos:
+        alone = shards[infos.index({})].path
+        raise StoreFormatError(f"{path}: {alone} is a store of its own, not a shard; name that file")
+    for shard, info in zip(shards, infos, strict=True):
+        if info.get("set") != infos[0].get("set") or shard.classes != shards[0].classes:
+            raise StoreFormatError(
+                f"{path}: {shard.path.name} belongs to another conversion than {shards[0].path.name}; "
+                "keep only the shards of one conversion there"
+            )
+    indices, count = [info.get("index") for info in infos], infos[0].get("count")
     if indices != list(range(len(shards))) or count != len(shards):
         missing = sorted(set(range(count if isinstance(count, int) else 0)) - set(indices))
         what = f"missing: {missing[:_MOST_SHOWN]}" if missing else "their names do not match their contents"

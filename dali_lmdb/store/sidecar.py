@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy.typing as npt
-import pyarrow as pa
 
 from dali_lmdb.errors import StoreFormatError
 from dali_lmdb.store.checksum import crc32
+from dali_lmdb.store.encoding import columns_of, from_ipc, write_ipc
 from dali_lmdb.store.layout import INDEX_SCHEMA
 from dali_lmdb.store.regular import check_regular
 
@@ -57,32 +57,27 @@ def load(database: Path, stamp: Stamp) -> Columns | None:
         check_regular(sidecar_path(database), error=StoreFormatError)
         with open(sidecar_path(database), "rb") as file:
             map_ = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        batch = pa.ipc.open_stream(pa.py_buffer(map_)).read_next_batch()
-        batch.validate(full=True)
     except FileNotFoundError:
         return None
-    except (pa.ArrowException, StopIteration, EOFError, OSError, ValueError, StoreFormatError) as error:
+    except (OSError, ValueError, StoreFormatError) as error:  # ValueError: an empty file
         _log.info("%s is ignored: %s", sidecar_path(database), error)
         return None
-    metadata = batch.schema.metadata or {}
-    if not batch.schema.equals(INDEX_SCHEMA, check_metadata=False) or batch.num_rows != stamp.num_records:
+    batch = from_ipc(map_, INDEX_SCHEMA, num_records=stamp.num_records)
+    metadata = {} if batch is None else batch.schema.metadata or {}
+    if batch is None or metadata.get(_STAMP_KEY) != stamp.to_bytes():
         return None
-    if metadata.get(_STAMP_KEY) != stamp.to_bytes() or any(column.null_count for column in batch.columns):
-        return None
-    columns = {name: batch.column(name).to_numpy(zero_copy_only=True) for name in batch.schema.names}
+    columns = columns_of(batch)
     return columns if metadata.get(_CRC_KEY) == _checksum(columns) else None
 
 
 def save(database: Path, stamp: Stamp, columns: Columns) -> bool:
     """Save columns beside a database; return False if they cannot be written."""
     metadata = {_STAMP_KEY: stamp.to_bytes(), _CRC_KEY: _checksum(columns)}
-    schema = INDEX_SCHEMA.with_metadata(metadata)
-    arrays = [pa.array(columns[field.name], type=field.type) for field in schema]
     path = sidecar_path(database)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        with open(partial, "wb") as file, pa.ipc.new_stream(file, schema) as stream:
-            stream.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
+        with open(partial, "wb") as file:
+            write_ipc(file, columns, INDEX_SCHEMA.with_metadata(metadata))
         os.replace(partial, path)
     except OSError as error:
         _log.info("%s cannot be written: %s", path, error.strerror)

@@ -19,7 +19,7 @@ from dali_lmdb.disk import refusal
 from dali_lmdb.errors import ConversionError, StoreDamagedError, StoreError, StoreFormatError
 from dali_lmdb.store import layout
 from dali_lmdb.store.checksum import crc32
-from dali_lmdb.store.encoding import index_to_ipc, names_to_ipc
+from dali_lmdb.store.encoding import to_ipc
 from dali_lmdb.store.fingerprint import Fingerprint
 from dali_lmdb.store.meta import Meta
 from dali_lmdb.store.pages import PageFile
@@ -172,7 +172,8 @@ class StoreWriter:
         Raises:
             ConversionError: the file cannot be written.
         """
-        index, name_stream = index_to_ipc(columns), names_to_ipc(names)
+        index = to_ipc(columns, layout.INDEX_SCHEMA)
+        name_stream = to_ipc({"name": names}, layout.NAMES_SCHEMA)
         piece = len(self._index_crc32)
         self._reserve(index.size + name_stream.size + 16 * _PAGE_BYTES)
         with self._writing() as transaction:
