@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import struct
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from typing import Any
 
 # Importing a plugin registers its kind in Image.OPEN.
 from PIL import (  # noqa: F401
+    AvifImagePlugin,
     BmpImagePlugin,
     GifImagePlugin,
     Image,
@@ -27,9 +27,6 @@ from PIL import (  # noqa: F401
     TiffImagePlugin,
     WebPImagePlugin,
 )
-
-with contextlib.suppress(ImportError):  # new in Pillow 11.3
-    from PIL import AvifImagePlugin  # noqa: F401
 
 __all__ = ["BadImageError", "check_pixels", "crop", "open_image", "pixel_limit", "to_rgb"]
 

@@ -90,10 +90,7 @@ class FileCheck(_Check):
         """Check everything that can be checked; without metadata and index, that is only the structure."""
         num_before = self.findings.num_damage
         self._report_progress("checking the structure", 0, 0)
-        problems = check_structure(self.path)
-        if problems is None:
-            self.findings.notes.append(f"{self.path}: structure not checked; that needs py-lmdb 3 or newer")
-        self.findings.add(*(f"{self.path}: {problem}" for problem in problems or ()))
+        self.findings.add(*(f"{self.path}: {problem}" for problem in check_structure(self.path)))
         try:
             self._open()
         except StoreDamagedError as error:

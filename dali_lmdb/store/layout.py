@@ -16,8 +16,6 @@ until it is written.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pyarrow as pa
 
@@ -58,8 +56,8 @@ INDEX_SCHEMA = pa.schema(
         pa.field("change", pa.uint8(), nullable=False),
     ]
 )
-INDEX_DTYPES: dict[str, np.dtype[Any]] = {field.name: np.dtype(str(field.type)) for field in INDEX_SCHEMA}
-"""The columns' numpy dtypes, by name; Arrow's own conversion of types needs pandas before pyarrow 19."""
+INDEX_DTYPES = {field.name: np.dtype(field.type.to_pandas_dtype()) for field in INDEX_SCHEMA}
+"""The columns' numpy dtypes, by name."""
 NAMES_SCHEMA = pa.schema([pa.field("name", pa.large_string(), nullable=False)])
 
 

@@ -51,8 +51,6 @@ _DB = struct.Struct("<IHHQQQQQ")  # pad, flags, depth, branch, leaf, overflow pa
 _NO_PAGE = (1 << 64) - 1
 _LEAVES_MAPPED = 1024
 _KEYS_SHOWN = 3
-_MADV_DONTNEED = getattr(mmap, "MADV_DONTNEED", None)
-_MADV_RANDOM = getattr(mmap, "MADV_RANDOM", None)
 
 
 class Extent(NamedTuple):
@@ -119,8 +117,7 @@ class PageFile:
             ) from None
         except OSError as error:
             raise StoreError(refusal(path, "cannot be read", error)) from error
-        if _MADV_RANDOM is not None:
-            map_.madvise(_MADV_RANDOM)  # random access: the kernel's readahead would be wasted
+        map_.madvise(mmap.MADV_RANDOM)  # random access: the kernel's readahead would be wasted
         self.data: npt.NDArray[np.uint8] = np.frombuffer(map_, dtype=np.uint8)
         self._map = map_
         self._view = memoryview(map_)
@@ -225,8 +222,7 @@ class PageFile:
     def let_go(self) -> None:
         """Unmap all pages until they are read again: each access also maps the pages around it, and all of
         them add to RSS."""
-        if _MADV_DONTNEED is not None:
-            self._map.madvise(_MADV_DONTNEED)
+        self._map.madvise(mmap.MADV_DONTNEED)
 
     def _newest_meta(self) -> _Meta:
         """The valid meta page with the greater transaction number, as mdb_env_pick_meta chooses it."""

@@ -26,8 +26,6 @@ __all__ = ["Readahead"]
 
 _STAY_COLD = 64
 """Number of consecutive batches that must be in the page cache before announcing stops."""
-# Linux only; elsewhere every record counts as cold, which is correct, only slower.
-_NOWAIT = getattr(os, "RWF_NOWAIT", None)
 _ANNOUNCERS = 4
 _RANGES_AT_ONCE = 16
 """Number of ranges announced by one task of a thread."""
@@ -113,10 +111,10 @@ class Readahead:
     def _in_memory(self, range_: Range) -> bool:
         """Return whether a range's last page is in the page cache: ranges are read completely and in order."""
         descriptor, offset, length = range_
-        if _NOWAIT is None or length == 0:
-            return length == 0
+        if length == 0:
+            return True
         try:
-            os.preadv(descriptor, self._probe, offset + length - 1, _NOWAIT)
+            os.preadv(descriptor, self._probe, offset + length - 1, os.RWF_NOWAIT)
         except OSError:  # EAGAIN: it is not; any other error recurs when it is read
             return False
         return True

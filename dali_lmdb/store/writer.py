@@ -244,7 +244,7 @@ class StoreWriter:
         then = "then run the same command again to resume"
         code = (error.errno if isinstance(error, OSError) else getattr(error, "code", 0)) or 0
         if code in (errno.EIO, errno.ENOSPC, 0):
-            # LMDB reports a short write, as on a full disk, as EIO; py-lmdb 1 has no codes.
+            # LMDB reports a short write, as on a full disk, as EIO.
             disk = os.statvfs(self.path.parent)
             free_mb = disk.f_bavail * disk.f_frsize / 1e6
             return ConversionError(
