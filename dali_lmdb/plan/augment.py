@@ -81,26 +81,24 @@ class Augmentation(NamedTuple):
 def _augmentation(
     anchors: Ints, shapes: Ints, roi_start: Reals, roi_end: Reals, size: int, **others: npt.NDArray[Any]
 ) -> Augmentation:
-    """An augmentation whose other fields change nothing."""
+    """An augmentation; fields that are not given change nothing."""
     n = len(anchors)
     ones, zeros, corners = np.ones(n, np.float32), np.zeros(n, np.float32), np.zeros((n, 2), np.float32)
-    nothing: dict[str, npt.NDArray[Any]] = {
-        "mirror": np.zeros(n, np.int32),
-        "hue": zeros,
-        "saturation": ones,
-        "brightness": ones,
-        "contrast": ones,
-        "erase_anchor": corners,
-        "erase_shape": corners,
-    }
-    return Augmentation(
+    plain = Augmentation(
         anchors=anchors,
         shapes=shapes,
         roi_start=roi_start,
         roi_end=roi_end,
+        mirror=np.zeros(n, np.int32),
         size=np.full((n, 2), size, np.float32),
-        **(nothing | others),
+        hue=zeros,
+        saturation=ones,
+        brightness=ones,
+        contrast=ones,
+        erase_anchor=corners,
+        erase_shape=corners,
     )
+    return plain._replace(**others)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -175,11 +175,9 @@ class StepPlan:
             int64 of shape (n,), 1 <= n <= batch_size; None if this rank has no step there: the epoch is over.
         """
         left = min(self.num_positions - start, self.global_batch_size)
-        if left == self.global_batch_size:
-            first, count = start + self.rank * self.batch_size, self.batch_size
-        elif left <= 0 or self.last_batch == "drop":
+        if left <= 0 or (left < self.global_batch_size and self.last_batch == "drop"):
             return None
-        elif self.last_batch == "pad":
+        if left == self.global_batch_size or self.last_batch == "pad":
             first, count = start + self.rank * self.batch_size, self.batch_size
         else:
             first = start + left * self.rank // self.world_size
