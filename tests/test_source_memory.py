@@ -4,13 +4,12 @@ import os
 import resource
 import shutil
 import tempfile
+import tracemalloc
 
-import numpy as np
 import pytest
 
-from dali_lmdb.convert.sources import _digest as digest
-from dali_lmdb.convert.sources import _members as members
-from dali_lmdb.convert.sources import _scratch as scratch
+from dali_lmdb.convert.sources._digest import digest_of, digest_of_distinct
+from dali_lmdb.convert.sources._scratch import MemberTable, Spool
 from dali_lmdb.convert.sources.folder import FolderSource
 from dali_lmdb.errors import SourceError
 
@@ -41,47 +40,45 @@ def open_files_in(folder):
 
 
 @pytest.mark.parametrize("kept", [1, 7, 25, 49, 50, 51])
-def test_names_beyond_what_memory_keeps_have_the_same_digest(kept, monkeypatch, temporary_folder):
-    expected = digest.digest_of(lambda: NAMES)
+def test_names_beyond_what_memory_keeps_have_the_same_digest(kept, temporary_folder):
+    expected = digest_of(lambda: NAMES, kept_bytes=8 * 1000)
     assert (expected.num_names, expected.repeated) == (50, None)
-    monkeypatch.setattr(digest, "_KEPT_HASHES", kept)
-    assert digest.digest_of(lambda: NAMES) == expected
-    assert digest.digest_of(lambda: NAMES[::-1]).hexdigest != expected.hexdigest
+    assert digest_of(lambda: NAMES, kept_bytes=8 * kept) == expected
+    assert digest_of(lambda: NAMES[::-1], kept_bytes=8 * kept).hexdigest != expected.hexdigest
 
 
 @pytest.mark.parametrize("kept", [1, 7, 25, 50, 53, 54, 1000])
-def test_the_first_name_to_come_again_is_found_wherever_it_is(kept, monkeypatch, temporary_folder):
-    monkeypatch.setattr(digest, "_KEPT_HASHES", kept)
+def test_the_first_name_to_come_again_is_found_wherever_it_is(kept, temporary_folder):
     for first in (0, 24, 49):
         names = [*NAMES, "last.jpg", NAMES[first], "last.jpg", NAMES[3]]
-        assert digest.digest_of(lambda names=names: names).repeated == NAMES[first]
+        assert digest_of(lambda names=names: names, kept_bytes=8 * kept).repeated == NAMES[first]
         with pytest.raises(SourceError, match=f"HERE: two images are named '{NAMES[first]}'; leave one"):
-            digest.digest_of_distinct(lambda names=names: names, where="HERE")
+            digest_of_distinct(lambda names=names: names, kept_bytes=8 * kept, where="HERE")
 
 
 @pytest.mark.parametrize("kept", [3, 1000])
-def test_different_names_of_the_same_hash_are_not_a_repetition(kept, monkeypatch, temporary_folder):
-    monkeypatch.setattr(digest, "_KEPT_HASHES", kept)
-    monkeypatch.setattr(digest, "_hash", len)
-    assert digest.digest_of(lambda: NAMES).repeated is None
-    assert digest.digest_of(lambda: [*NAMES, NAMES[7], NAMES[2]]).repeated == NAMES[7]
+def test_different_names_of_the_same_hash_are_not_a_repetition(kept, temporary_folder):
+    def repeated_of(names):
+        return digest_of(
+            lambda: names, kept_bytes=8 * kept, hash_of=lambda raw: len(raw).to_bytes(8, "little")
+        ).repeated
+
+    assert repeated_of(NAMES) is None
+    assert repeated_of([*NAMES, NAMES[7], NAMES[2]]) == NAMES[7]
 
 
-def test_when_very_many_names_repeat_one_of_them_is_named(monkeypatch, temporary_folder):
-    monkeypatch.setattr(digest, "_KEPT_HASHES", 16)
-    monkeypatch.setattr(digest, "_MAX_SUSPECTS", 3)
-    assert digest.digest_of(lambda: NAMES * 2).repeated in NAMES
+def test_when_very_many_names_repeat_one_of_them_is_named(temporary_folder):
+    assert digest_of(lambda: NAMES * 2, kept_bytes=8 * 16, max_suspects=3).repeated in NAMES
 
 
-def test_hashes_in_a_file_are_compared_a_part_at_a_time(monkeypatch, temporary_folder):
-    monkeypatch.setattr(digest, "_KEPT_HASHES", 10)
-    hashes = digest._Hashes()
-    values = [number * 0x9E3779B97F4A7C15 % 2**64 for number in range(1, 1001)]
-    for value in values:
-        hashes.add(value)
-    parts = [part.tolist() for part in hashes._parts()]
-    assert sorted(value for part in parts for value in part) == sorted(values)
-    assert max(map(len, parts)) < 20
+def test_hashes_in_a_file_take_little_memory_to_compare(temporary_folder):
+    tracemalloc.start()
+    try:
+        digest_of(lambda: map(str, range(30_000)), kept_bytes=1 << 14)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 200_000  # the hashes take 240,000
 
 
 # Members of archives.
@@ -91,11 +88,9 @@ ODD_NAMES = ["", "a", "two\nlines", "caf\udce9.jpg", "é" * 300, "1", " "]
 
 @pytest.mark.parametrize("kept", [0, 40, 1000, 10**9], ids=lambda kept: f"kept {kept}")
 @pytest.mark.parametrize("piece", [1, 2, 50, 10**9], ids=lambda piece: f"piece {piece}")
-def test_tables_that_share_a_spool_give_back_their_own_rows(kept, piece, monkeypatch, temporary_folder):
-    monkeypatch.setattr(scratch, "_KEPT_BYTES", kept)
-    monkeypatch.setattr(scratch, "_PIECE_BYTES", piece)
-    spool = scratch.Spool()
-    tables = [members.MemberTable(spool) for _ in range(5)]
+def test_tables_that_share_a_spool_give_back_their_own_rows(kept, piece, temporary_folder):
+    spool = Spool(kept, piece_bytes=piece)
+    tables = [MemberTable(spool) for _ in range(5)]
     expected = [[] for _ in tables]
     for number in range(60):
         at = number * number % 4  # two tables take no row
@@ -108,10 +103,9 @@ def test_tables_that_share_a_spool_give_back_their_own_rows(kept, piece, monkeyp
     assert open_files_in(temporary_folder) == (1 if kept < 10**9 else 0)
 
 
-def test_what_all_tables_together_hold_in_memory_is_limited(monkeypatch, temporary_folder):
-    monkeypatch.setattr(scratch, "_KEPT_BYTES", 500)
-    spool = scratch.Spool()
-    tables = [members.MemberTable(spool) for _ in range(100)]
+def test_what_all_tables_together_hold_in_memory_is_limited(temporary_folder):
+    spool = Spool(500)
+    tables = [MemberTable(spool) for _ in range(100)]
     held = []
     for number in range(1000):
         tables[number * 37 % 100].add(f"{number}.jpg", number, 1)
@@ -124,30 +118,21 @@ def test_what_all_tables_together_hold_in_memory_is_limited(monkeypatch, tempora
 # Temporary files.
 
 
-def test_a_scratch_file_gives_back_what_was_written(temporary_folder):
-    file = scratch.ScratchFile()
-    starts = [file.append(data) for data in (b"", b"one", bytearray(b"two"), np.arange(3, dtype="<u2"))]
-    assert [file.read(start, size) for start, size in zip(starts, (0, 3, 3, 6), strict=True)] == [
-        b"",
-        b"one",
-        b"two",
-        bytes([0, 0, 1, 0, 2, 0]),
-    ]
-
-
-def test_a_scratch_file_has_no_name_and_is_closed_with_its_owner(temporary_folder):
-    file = scratch.ScratchFile()
+def test_a_temporary_file_has_no_name_and_is_closed_with_its_owner(temporary_folder):
+    spool = Spool(3)
+    assert spool.new(b"one") == 0
     assert open_files_in(temporary_folder) == 0
-    file.append(b"data")
+    spool.append(0, b"two")
     assert open_files_in(temporary_folder) == 1
     assert list(temporary_folder.iterdir()) == []
-    del file
+    assert spool.whole(0) == b"onetwo"
+    del spool
     assert open_files_in(temporary_folder) == 0
 
 
 def test_few_names_need_no_temporary_file(monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nothing"))
-    assert digest.digest_of(lambda: NAMES).num_names == 50
+    assert digest_of(lambda: NAMES, kept_bytes=8 * 50).num_names == 50
 
 
 def refused(work):
@@ -158,12 +143,11 @@ def refused(work):
     return str(caught.value)
 
 
-def test_a_full_temporary_folder_is_named_with_what_to_do(monkeypatch, temporary_folder):
-    monkeypatch.setattr(digest, "_KEPT_HASHES", 20)
+def test_a_full_temporary_folder_is_named_with_what_to_do(temporary_folder):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200, hard))  # bytes; a run takes 160
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, hard))  # bytes; the hashes take 400
     try:
-        message = refused(lambda: digest.digest_of(lambda: NAMES[:40]))
+        message = refused(lambda: digest_of(lambda: NAMES, kept_bytes=8 * 20))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert message.startswith(f"{temporary_folder}: the list of images, 200 bytes so far, cannot be written: ")
@@ -171,28 +155,27 @@ def test_a_full_temporary_folder_is_named_with_what_to_do(monkeypatch, temporary
 
 
 def test_a_missing_temporary_folder_is_named(monkeypatch, tmp_path):
-    monkeypatch.setattr(digest, "_KEPT_HASHES", 20)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nothing"))
-    message = refused(lambda: digest.digest_of(lambda: NAMES))
+    message = refused(lambda: digest_of(lambda: NAMES, kept_bytes=8 * 20))
     assert message.startswith(
         f"{tmp_path / 'nothing'}: the list of images, 0 bytes so far, cannot be written: No such"
     )
 
 
 def test_names_of_class_folders_go_to_a_temporary_file_beyond_what_memory_keeps(
-    monkeypatch, temporary_folder, image_folder, tmp_path
+    temporary_folder, image_folder, tmp_path
 ):
     folder = shutil.copytree(image_folder, tmp_path / "copy")
     (folder / "bee" / "notes.txt").write_text("no image")
 
-    def listing():
+    def listing(kept_bytes):
         source = FolderSource(folder)
+        source.kept_bytes = kept_bytes
         rows = [(item.name, item.label) for item in source.items()]
         return source.count(), source.identity(), rows, list(source.left_out()), source
 
-    expected = listing()[:-1]
-    monkeypatch.setattr(scratch, "_KEPT_BYTES", 20)
-    *found, source = listing()
+    expected = listing(10_000)[:-1]
+    *found, source = listing(20)
     assert tuple(found) == expected
     assert open_files_in(temporary_folder) == 1
     (folder / "bee" / "more.jpg").write_bytes(b"")

@@ -11,9 +11,7 @@ from packing import image_paths, items_of, pack, pack_folder, records_of, write_
 from dali_lmdb.convert import _job as job
 from dali_lmdb.convert import convert
 from dali_lmdb.convert.sources import KINDS, FolderSource, open_source
-from dali_lmdb.convert.sources import _digest as digest
 from dali_lmdb.convert.sources import _files as files
-from dali_lmdb.convert.sources import _scratch as scratch
 from dali_lmdb.errors import ConversionError, SourceError
 
 CLASSES = ["ant", "bee", "cat"]
@@ -130,37 +128,34 @@ def test_reading_in_any_order_from_threads_gives_each_record_its_own_bytes(kind,
     assert [data for _, data in sorted(read)] == [row[2] for row in expected[1]]
 
 
-@pytest.fixture
-def little_memory(monkeypatch):
-    """Sources write most of their lists to temporary files, as they do for millions of images."""
-    monkeypatch.setattr(digest, "_KEPT_HASHES", 3)
-    monkeypatch.setattr(scratch, "_KEPT_BYTES", 50)
-    monkeypatch.setattr(scratch, "_PIECE_BYTES", 20)
+def open_in_little_memory(path, **options):
+    """A source that writes most of its lists to temporary files, as it does for millions of images."""
+    source = open_source(path, **options)
+    source.kept_bytes = 50
+    return source
 
 
 @pytest.mark.parametrize("kind", [*CLASS_FOLDER_KINDS, "manifest"])
-def test_a_source_too_large_for_memory_has_the_same_records(kind, images, tmp_path, little_memory, monkeypatch):
+def test_a_source_too_large_for_memory_has_the_same_records(kind, images, tmp_path):
     path, options = packed(kind, images, tmp_path / "packed")
-    source = open_source(path, **options)
+    source = open_in_little_memory(path, **options)
     assert source.kind == kind
     found, identity = items_of(source), source.identity()
     with ThreadPoolExecutor(4) as pool:
         items = list(source.items())
         assert list(pool.map(lambda item: item.read(), items)) == [row[2] for row in found[1]]
-    monkeypatch.undo()
     source = open_source(path, **options)
     assert found == items_of(source)
     assert identity == source.identity()
 
 
 @pytest.mark.parametrize("kind", ["tar", "imagenet-tar", "webdataset", "parquet", "manifest", "flat"])
-def test_a_source_too_large_for_memory_needs_a_temporary_folder(
-    kind, images, tmp_path, little_memory, monkeypatch
-):
+def test_a_source_too_large_for_memory_needs_a_temporary_folder(kind, images, tmp_path, monkeypatch):
     path, options = packed(kind, images, tmp_path / "packed")
+    source = open_in_little_memory(path, **options)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nothing"))
     with pytest.raises(SourceError, match="set TMPDIR to a folder on another disk") as caught:
-        items_of(open_source(path, **options))
+        items_of(source)
     assert str(caught.value).startswith(f"{tmp_path / 'nothing'}: the list of images, 0 bytes so far")
 
 

@@ -11,67 +11,30 @@ import tempfile
 import weakref
 from array import array
 from collections.abc import Iterator
-from typing import IO, Any
+from typing import IO
 
 from dali_lmdb.errors import SourceError
 
-__all__ = ["ScratchFile", "Spool"]
-
-_KEPT_BYTES = 64 << 20  # 1.28 million members of ImageNet's training tar take 55 MB
-_PIECE_BYTES = 64 << 10  # read back at a time; as objects of Python they take ten times as much
-
-
-class ScratchFile:
-    """An unnamed file in the temporary folder, created on the first write.
-
-    It vanishes with this object, or with the process, however that ends.
-
-    Reading and writing raise:
-        SourceError: the temporary folder is missing, full or broken.
-    """
-
-    def __init__(self) -> None:
-        self._file: IO[bytes] | None = None
-        self._num_bytes = 0
-
-    def append(self, data: Any) -> int:
-        """Append a bytes-like object; returns its offset."""
-        start = self._num_bytes
-        view = memoryview(data).cast("B")
-        try:
-            if self._file is None:
-                self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  it stays open
-                weakref.finalize(self, self._file.close)
-            while len(view):
-                num_written = self._file.write(view)
-                self._num_bytes += num_written
-                view = view[num_written:]
-        except OSError as error:
-            raise self._refused("written", error) from error
-        return start
-
-    def read(self, start: int, num_bytes: int) -> bytes:
-        """Read back ``num_bytes`` from offset ``start``."""
-        assert self._file is not None
-        try:
-            data = os.pread(self._file.fileno(), num_bytes, start)
-        except OSError as error:
-            raise self._refused("read", error) from error
-        assert len(data) == num_bytes
-        return data
-
-    def _refused(self, what: str, error: OSError) -> SourceError:
-        return SourceError(
-            f"{tempfile.tempdir or 'no temporary folder'}: the list of images, {self._num_bytes:,} bytes so far, "
-            f"cannot be {what}: {error.strerror}; make room there, or set TMPDIR to a folder on another disk"
-        )
+__all__ = ["MemberTable", "Spool"]
 
 
 class Spool:
-    """Byte strings that grow alternately; beyond ``_KEPT_BYTES`` in all, they move to a file."""
+    """Byte strings that grow alternately: in memory, then in an unnamed file in the temporary folder.
 
-    def __init__(self) -> None:
-        self._file = ScratchFile()
+    The file vanishes with this object, or with the process, however that ends.
+
+    Args:
+        kept_bytes: most bytes of all strings in memory.
+        piece_bytes: read back at a time; as objects of Python they take ten times as much.
+
+    Appending and reading raise:
+        SourceError: the temporary folder is missing, full or broken.
+    """
+
+    def __init__(self, kept_bytes: int, *, piece_bytes: int = 64 << 10) -> None:
+        self._kept_bytes, self._piece_bytes = kept_bytes, piece_bytes
+        self._file: IO[bytes] | None = None
+        self._num_written = 0
         self._written: list[array[int]] = []
         """For each string, offset and length of its pieces in the file, one after the other."""
         self._kept: list[bytearray] = []
@@ -89,26 +52,84 @@ class Spool:
         """Append to a string."""
         self._kept[number] += data
         self._num_kept += len(data)
-        if self._num_kept > _KEPT_BYTES:
+        if self._num_kept > self._kept_bytes:
             self._write()
 
     def pieces(self, number: int) -> Iterator[bytes]:
         """Yield a string in pieces, cut anywhere; no string may grow meanwhile."""
         written = iter(self._written[number])
         for start, length in zip(written, written, strict=True):
-            for at in range(start, start + length, _PIECE_BYTES):
-                yield self._file.read(at, min(_PIECE_BYTES, start + length - at))
+            for at in range(start, start + length, self._piece_bytes):
+                yield self._read(at, min(self._piece_bytes, start + length - at))
         kept = self._kept[number]
-        for at in range(0, len(kept), _PIECE_BYTES):
-            yield bytes(kept[at : at + _PIECE_BYTES])
+        for at in range(0, len(kept), self._piece_bytes):
+            yield bytes(kept[at : at + self._piece_bytes])
 
     def whole(self, number: int) -> bytes:
         """Read a string."""
         return b"".join(self.pieces(number))
 
     def _write(self) -> None:
-        for number, kept in enumerate(self._kept):
-            if kept:
-                self._written[number].extend((self._file.append(kept), len(kept)))
-                self._kept[number] = bytearray()
+        try:
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  it stays open
+                weakref.finalize(self, self._file.close)
+            for number, kept in enumerate(self._kept):
+                if kept:
+                    self._written[number].extend((self._num_written, len(kept)))
+                    rest = memoryview(kept)
+                    while rest:  # a write may be short
+                        num_bytes = self._file.write(rest)
+                        self._num_written += num_bytes
+                        rest = rest[num_bytes:]
+                    self._kept[number] = bytearray()
+        except OSError as error:
+            raise self._refused("written", error) from error
         self._num_kept = 0
+
+    def _read(self, start: int, num_bytes: int) -> bytes:
+        assert self._file is not None
+        try:
+            data = os.pread(self._file.fileno(), num_bytes, start)
+        except OSError as error:
+            raise self._refused("read", error) from error
+        assert len(data) == num_bytes
+        return data
+
+    def _refused(self, what: str, error: OSError) -> SourceError:
+        where = tempfile.tempdir or "no temporary folder"
+        return SourceError(
+            f"{where}: the list of images, {self._num_written:,} bytes so far, cannot be {what}: "
+            f"{error.strerror}; make room there, or set TMPDIR to a folder on another disk"
+        )
+
+
+class MemberTable:
+    """Names and positions of an archive's members; tables that share a spool may grow alternately."""
+
+    def __init__(self, spool: Spool) -> None:
+        self._spool, self._number = spool, spool.new()
+        self._num_rows = 0
+
+    def add(self, name: str, offset: int, size: int, label: int = 0) -> None:
+        """Append a member; its name has no NUL."""
+        row = f"{name}\0{offset}\0{size}\0{label}\0"
+        self._spool.append(self._number, row.encode(errors="surrogateescape"))
+        self._num_rows += 1
+
+    def __len__(self) -> int:
+        return self._num_rows
+
+    def rows(self) -> Iterator[tuple[str, int, int, int]]:
+        """Yield (name, offset, size, label) of each member, in the order they were added."""
+        fields = self._fields()
+        numbers = map(int, fields)
+        return zip(fields, numbers, numbers, numbers, strict=True)  # which take from ``fields`` in turn
+
+    def _fields(self) -> Iterator[str]:
+        rest = b""
+        for piece in self._spool.pieces(self._number):
+            piece = rest + piece
+            end = piece.rfind(b"\0") + 1
+            rest = piece[end:]
+            yield from piece[:end].decode(errors="surrogateescape").split("\0")[:-1]

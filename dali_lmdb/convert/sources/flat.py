@@ -94,7 +94,9 @@ class FlatSource(Source):
 
     @cached_property
     def _names(self) -> NameDigest:
-        return digest_of_distinct(lambda: (item.name for item in self.items()), where=self.path)
+        return digest_of_distinct(
+            lambda: (item.name for item in self.items()), kept_bytes=self.kept_bytes // 4, where=self.path
+        )
 
     @cached_property
     def _labelled(self) -> tuple[list[str], list[int], list[Member]]:

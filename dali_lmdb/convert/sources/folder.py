@@ -107,7 +107,7 @@ class FolderSource(Source):
 
     @cached_property
     def _listing(self) -> _Listing:
-        num_images, digest, spool = 0, hashlib.sha256(), Spool()
+        num_images, digest, spool = 0, hashlib.sha256(), Spool(self.kept_bytes)
         classes = []
         for folder in self._folders:
             found = self._list(folder)

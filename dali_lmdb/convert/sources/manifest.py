@@ -83,8 +83,12 @@ class ManifestSource(Source):
 
     @cached_property
     def _names(self) -> NameDigest:
-        digest_of_distinct(lambda: (printable(row.path) for row in self._rows()), where=self.path)
-        return digest_of_distinct(lambda: (item.name for item in self.items()), where=self.path)
+        digest_of_distinct(
+            lambda: (printable(row.path) for row in self._rows()), kept_bytes=self.kept_bytes // 4, where=self.path
+        )
+        return digest_of_distinct(
+            lambda: (item.name for item in self.items()), kept_bytes=self.kept_bytes // 4, where=self.path
+        )
 
     def _rows(self) -> Iterator[_Row]:
         try:

@@ -150,7 +150,10 @@ class ParquetSource(Source):
 
     @cached_property
     def _names(self) -> NameDigest:
-        return digest_of(lambda: (_name(row, self._classes[row.label], by_row=False) for row in self._rows()))
+        return digest_of(
+            lambda: (_name(row, self._classes[row.label], by_row=False) for row in self._rows()),
+            kept_bytes=self.kept_bytes // 4,
+        )
 
     def _rows(self) -> Iterator[_Row]:
         for file, stem in zip(self._files, self._stems, strict=True):

@@ -13,10 +13,9 @@ from typing import Any, NamedTuple
 from dali_lmdb.convert.sources._archive import Archive
 from dali_lmdb.convert.sources._digest import NameDigest, digest_of_distinct
 from dali_lmdb.convert.sources._files import identity_of_files
-from dali_lmdb.convert.sources._members import MemberTable
 from dali_lmdb.convert.sources._names import check_classes, printable
 from dali_lmdb.convert.sources._patterns import files_of
-from dali_lmdb.convert.sources._scratch import Spool
+from dali_lmdb.convert.sources._scratch import MemberTable, Spool
 from dali_lmdb.convert.sources.base import Item, Source, no_stamp
 from dali_lmdb.errors import SourceError
 from dali_lmdb.images.names import is_image_name
@@ -85,7 +84,9 @@ class _ClassFolders(Source):
 
     @cached_property
     def _names(self) -> NameDigest:
-        return digest_of_distinct(lambda: (item.name for item in self.items()), where=self._path)
+        return digest_of_distinct(
+            lambda: (item.name for item in self.items()), kept_bytes=self.kept_bytes // 4, where=self._path
+        )
 
 
 class TarSource(_ClassFolders):
@@ -105,7 +106,7 @@ class TarSource(_ClassFolders):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__(path, [Archive(path)])
-        self._loose = MemberTable(Spool())
+        self._loose = MemberTable(Spool(self.kept_bytes))
 
     def left_out(self) -> Iterator[tuple[str, str]]:
         if self._folders:  # which lists the archive
@@ -114,7 +115,7 @@ class TarSource(_ClassFolders):
 
     def _find(self) -> dict[str, list[_Folder]]:
         (archive,) = self._archives
-        spool = Spool()
+        spool = Spool(self.kept_bytes)
         tables = defaultdict[str, MemberTable](lambda: MemberTable(spool))
         for member in archive.members(is_image_name):
             folder, _, name = member.path.rpartition("/")
@@ -174,7 +175,7 @@ class ImageNetTarSource(_ClassFolders):
 
     def _find(self) -> dict[str, list[_Folder]]:
         classes: dict[str, list[_Folder]] = {}
-        spool = Spool()
+        spool = Spool(self.kept_bytes)
         if self._unpacked:
             for archive in self._archives:
                 class_name = class_of_tar(str(archive.path))

@@ -13,7 +13,6 @@ import numpy as np
 from dali_lmdb.convert.sources._archive import Archive, Member
 from dali_lmdb.convert.sources._digest import NameDigest, digest_of, digest_of_distinct
 from dali_lmdb.convert.sources._files import identity_of_files
-from dali_lmdb.convert.sources._members import MemberTable
 from dali_lmdb.convert.sources._names import (
     check_classes,
     numbered_classes,
@@ -21,7 +20,7 @@ from dali_lmdb.convert.sources._names import (
     record_name,
 )
 from dali_lmdb.convert.sources._patterns import files_of, stems_of
-from dali_lmdb.convert.sources._scratch import Spool
+from dali_lmdb.convert.sources._scratch import MemberTable, Spool
 from dali_lmdb.convert.sources.base import Item, Source, no_stamp
 from dali_lmdb.errors import SourceError
 from dali_lmdb.images.names import IMAGE_EXTENSIONS
@@ -87,7 +86,7 @@ class WebDatasetSource(Source):
 
     @cached_property
     def _shards(self) -> list[_Shard]:
-        shards, spool = [], Spool()
+        shards, spool = [], Spool(self.kept_bytes)
         for archive in self._archives:
             _log.info("%s: listing the archive", archive.path)
             shards.append(_read_shard(archive, spool))
@@ -113,12 +112,17 @@ class WebDatasetSource(Source):
 
     @cached_property
     def _names(self) -> NameDigest:
-        return digest_of_distinct(lambda: (item.name for item in self.items()), where=self._path)
+        return digest_of_distinct(
+            lambda: (item.name for item in self.items()), kept_bytes=self.kept_bytes // 4, where=self._path
+        )
 
     @cached_property
     def _repeats(self) -> bool:
         """Whether shards have members of the same name."""
-        digest = digest_of(lambda: (name for shard in self._shards for name, *_ in shard.images.rows()))
+        digest = digest_of(
+            lambda: (name for shard in self._shards for name, *_ in shard.images.rows()),
+            kept_bytes=self.kept_bytes // 4,
+        )
         return digest.repeated is not None
 
 
