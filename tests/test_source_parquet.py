@@ -9,7 +9,6 @@ from packing import items_of, write_parquet
 
 from dali_lmdb.convert import ConvertSettings, convert
 from dali_lmdb.convert.sources import open_source
-from dali_lmdb.convert.sources import parquet as parquet_module
 from dali_lmdb.convert.sources.parquet import ParquetSource
 from dali_lmdb.errors import SourceError
 
@@ -37,44 +36,44 @@ def test_rows_keep_their_order_over_files_and_row_groups(tmp_path):
     assert items_of(open_source(tmp_path / "a.parquet")) == (NAMES, expected[:11])
 
 
-def test_row_groups_are_read_a_few_images_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(parquet_module, "_BATCH_BYTES", 30)
-    path = write_parquet(tmp_path / "a.parquet", rows_of(200), names=NAMES, row_group_size=100)
+def test_images_are_read_in_any_order_long_after_others_of_their_row_group(tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", rows_of(400), names=NAMES, row_group_size=200)
     items = list(open_source(path).items())
-    assert [item.read() for item in items] == [data for _, data, _ in rows_of(200)]
-    # Long after its batch was dropped, and backwards.
-    assert [item.read() for item in reversed(items[::20])] == [data for _, data, _ in rows_of(200)[::20][::-1]]
+    assert [item.read() for item in items] == [data for _, data, _ in rows_of(400)]
+    assert [item.read() for item in reversed(items[::20])] == [data for _, data, _ in rows_of(400)[::20][::-1]]
 
 
-def test_a_row_group_is_read_once_however_many_threads_ask(tmp_path, monkeypatch):
-    monkeypatch.setattr(parquet_module, "_BATCH_ROWS", 2)
+def count_reading(monkeypatch):
+    """A list that grows by (row group, column, rows at a time) of each reading that begins."""
     begun = []
-    original = parquet_module._batches
+    original = pq.ParquetFile.iter_batches
 
-    def batches(group, columns, num_rows):
-        begun.append((group.number, columns))
-        return original(group, columns, num_rows)
+    def iter_batches(self, num_rows, *, row_groups, columns, **options):
+        begun.append((*row_groups, *columns[:1], num_rows))
+        return original(self, num_rows, row_groups=row_groups, columns=columns, **options)
 
-    monkeypatch.setattr(parquet_module, "_batches", batches)
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", iter_batches)
+    return begun
+
+
+def test_a_row_group_is_read_once_however_many_threads_convert_it(tmp_path, monkeypatch):
+    begun = count_reading(monkeypatch)
     path = write_parquet(tmp_path / "a.parquet", rows_of(1200), names=NAMES, row_group_size=600)
     convert(path, tmp_path / "a.lmdb", settings=ConvertSettings(check="none"), num_threads=16)
-    assert begun.count((0, ["image.bytes"])) == begun.count((1, ["image.bytes"])) == 1
+    assert [group for group, column, _ in begun if column == "image.bytes"] == [0, 1]
 
 
-def test_rows_that_a_resumed_conversion_skips_do_not_fill_the_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(parquet_module, "_BATCH_ROWS", 10)
-    path = write_parquet(tmp_path / "a.parquet", rows_of(300), names=NAMES, row_group_size=300)
-    items = list(open_source(path).items())[250:]
-    group = items[0].read.func.__self__._group
-
-    def num_held():
-        return sum(len(run.images) for run in group._runs.values())
-
-    read = [items[0].read()]
-    assert num_held() == 10
-    read += [item.read() for item in items[1:]]
-    assert read == [data for _, data, _ in rows_of(300)[250:]]
-    assert num_held() == 0
+def test_images_are_decoded_a_few_megabytes_at_a_time_and_those_skipped_are_not_held(tmp_path, monkeypatch):
+    rows = [(f"{i}.jpg", os.urandom(200_000), i % 2) for i in range(200)]
+    path = write_parquet(tmp_path / "a.parquet", rows, names=NAMES, row_group_size=200)
+    items = list(open_source(path).items())[150:]  # as a resumed conversion skips
+    before, begun = pa.total_allocated_bytes(), count_reading(monkeypatch)
+    assert items[0].read() == rows[150][1]
+    assert pa.total_allocated_bytes() > before
+    assert [item.read() for item in items[1:]] == [data for _, data, _ in rows[151:]]
+    assert pa.total_allocated_bytes() <= before
+    ((_, _, num_rows),) = begun
+    assert 30 < num_rows < 43  # 8 MiB
 
 
 def test_what_files_say_of_their_row_groups_is_not_held_for_all_of_them(tmp_path):

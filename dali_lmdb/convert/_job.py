@@ -238,7 +238,8 @@ class Job:
         with ThreadPoolExecutor(1) as committer:  # so that images are read while a commit waits for the disk
             last: Future[None] | None = None
             try:
-                for image in read_images(items, self.settings, num_threads=self.num_threads):
+                in_order = self.source.reads_in_order
+                for image in read_images(items, self.settings, num_threads=self.num_threads, in_order=in_order):
                     pending.add(image)
                     if pending.full():
                         if last is not None:

@@ -35,9 +35,15 @@ class ReadImage(NamedTuple):
     row: Row
 
 
-def read_images(items: Iterable[Item], settings: ConvertSettings, *, num_threads: int) -> Iterator[ReadImage]:
-    """Yield images in order, read and validated by threads that are a bounded number of images ahead."""
-    items = iter(items)
+def read_images(
+    items: Iterable[Item], settings: ConvertSettings, *, num_threads: int, in_order: bool
+) -> Iterator[ReadImage]:
+    """Yield images in order, read and validated by threads that are a bounded number of images ahead.
+
+    Args:
+        in_order: read in the calling thread, and only validate in the others.
+    """
+    items = map(_read_now, items) if in_order else iter(items)
     most_blocks = num_threads + _SPARE_BLOCKS
     most_items = max(1, min(_BLOCK_ITEMS, _AHEAD_ITEMS // most_blocks))
     most_bytes = min(_BLOCK_BYTES, _AHEAD_BYTES // most_blocks)
@@ -65,6 +71,11 @@ def read_images(items: Iterable[Item], settings: ConvertSettings, *, num_threads
         finally:
             for future, _ in queue:
                 future.cancel()
+
+
+def _read_now(item: Item) -> Item:
+    data = item.read()
+    return item._replace(read=lambda: data)
 
 
 def _read_block(items: list[Item], settings: ConvertSettings, most_bytes: int) -> list[ReadImage]:

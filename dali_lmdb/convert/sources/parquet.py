@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
-from weakref import WeakValueDictionary
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -98,6 +97,7 @@ class ParquetSource(Source):
     """
 
     kind = "parquet"
+    reads_in_order = True
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = path
@@ -117,15 +117,11 @@ class ParquetSource(Source):
     def items(self) -> Iterator[Item]:
         by_row = self._names.repeated is not None
         images: _Images | None = None
-        run: _Run | None = None
         for row in self._rows():
             if images is None or images.group is not row.group:
                 images = _Images(row.group)
-                run = None
-            if run is None or row.row_in_group not in run.rows:
-                run = images.run_from(row.row_in_group)
             name = _name(row, self._classes[row.label], by_row=by_row)
-            yield Item(name, row.label, partial(run.read, row.row_in_group, row.row), no_stamp)
+            yield Item(name, row.label, partial(images.read, row.row_in_group, row.row), no_stamp)
 
     def count(self) -> int:
         return sum(file.num_rows for file in self._files)
@@ -283,55 +279,16 @@ def _labels_and_paths(group: _Group, first: int) -> Iterator[tuple[int, str | No
 
 
 class _Images:
-    """The images of one row group, read front to back and shared by threads."""
+    """The images of one row group, decoded some at a time; each is decoded once if they are read in order."""
 
     def __init__(self, group: _Group) -> None:
         self.group = group
         found = group.metadata.row_group(group.number)
         mean_bytes = found.total_byte_size // max(1, found.num_rows)
-        self._num_rows = found.num_rows
         self._batch_rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, mean_bytes)))
-        self._runs = WeakValueDictionary[int, _Run]()  # of the items that are alive, by their first row
         self._batches: Iterator[pa.RecordBatch] = iter(())
-        self._next = self._num_rows  # row at which the next batch starts
-        self.lock = threading.Lock()
-
-    def run_from(self, row: int) -> _Run:
-        """Make the run of ``_batch_rows`` rows that has ``row``."""
-        start = row - row % self._batch_rows
-        run = self._runs[start] = _Run(self, range(start, start + self._batch_rows))
-        return run
-
-    def read_through(self, row: int) -> None:
-        """Read up to a row that its run does not hold; images of rows without an item are dropped."""
-        if row < self._next:
-            columns = [f"{self.group.file.columns.image}.bytes"]
-            self._batches, self._next = _batches(self.group, columns, self._batch_rows), 0
-            for run in list(self._runs.values()):
-                run.images.clear()
-        while self._next <= row:
-            batch = next(self._batches, None)
-            if batch is None:
-                where = f"{self.group.file.path}: row group {self.group.number}"
-                raise SourceError(f"{where} is cut off; download the file again")
-            for image in batch.column(0).field("bytes"):
-                waiting = self._runs.get(self._next - self._next % self._batch_rows)
-                if waiting is not None:
-                    waiting.images.append(image)
-                self._next += 1
-            if self._next == self._num_rows:
-                self._batches = iter(())  # the reader holds a page, which may be as large as the group
-            # Else Arrow keeps what is freed for a while: 300 MB with pages of 100 MB and 16 threads.
-            pa.default_memory_pool().release_unused()
-
-
-class _Run:
-    """Consecutive rows of a group; their images are held from when they are read until the last one is taken."""
-
-    def __init__(self, group: _Images, rows: range) -> None:
-        self.rows = rows
-        self.images: list[pa.Scalar] = []
-        self._group, self._num_left = group, len(rows)
+        self._rows, self._decoded = range(0), pa.nulls(0)  # rows in the group, and their images
+        self._lock = threading.Lock()
 
     def read(self, row_in_group: int, row: int) -> bytes:
         """The bytes of one image; may be called in any thread.
@@ -339,19 +296,33 @@ class _Run:
         Raises:
             SourceError: they are null or cannot be read.
         """
-        position = row_in_group - self.rows.start
-        with self._group.lock:
-            if position >= len(self.images):
-                self._group.read_through(row_in_group)
-            image = self.images[position]
-            self._num_left -= 1
-            if self._num_left == 0:
-                self.images.clear()
-        data: bytes | None = image.as_py()
+        with self._lock:
+            while row_in_group not in self._rows:
+                self._decode(row_in_group)
+            data: bytes | None = self._decoded[row_in_group - self._rows.start].as_py()
+            if row_in_group == self.group.num_rows - 1:
+                self._rows, self._decoded = range(0), pa.nulls(0)  # items may outlive the group
         if data is None:
-            where = f"{self._group.group.file.path}: row {row}"
+            where = f"{self.group.file.path}: row {row}"
             raise SourceError(f"{where}: no image bytes, perhaps only a path; embed the images in the file")
         return data
+
+    def _decode(self, row_in_group: int) -> None:
+        """Decode the next rows, from the start if the wanted one is before them."""
+        start = self._rows.stop
+        if row_in_group < start or start == 0:
+            columns = [f"{self.group.file.columns.image}.bytes"]
+            start, self._batches = 0, _batches(self.group, columns, self._batch_rows)
+        self._decoded = pa.nulls(0)  # before others are decoded
+        batch = next(self._batches, None)
+        if batch is None:
+            where = f"{self.group.file.path}: row group {self.group.number}"
+            raise SourceError(f"{where} is cut off; download the file again")
+        self._rows, self._decoded = range(start, start + batch.num_rows), batch.column(0).field("bytes")
+        if self._rows.stop == self.group.num_rows:
+            self._batches = iter(())  # the reader holds a page, which may be as large as the group
+        # Else Arrow keeps what is freed for a while: 300 MB with pages of 100 MB and 16 threads.
+        pa.default_memory_pool().release_unused()
 
 
 def _one_line(error: Exception) -> str:
