@@ -8,7 +8,6 @@ import pytest
 from conversions import write_with
 from image_sets import make_image_folder, save_noise
 
-from dali_lmdb.convert import _job as job
 from dali_lmdb.convert import convert
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,9 +79,8 @@ def target(tmp_path):
 
 
 @pytest.fixture
-def small_commits(monkeypatch):
-    """Commits of five images and an index in pieces of seven, so that a small conversion has several."""
-    monkeypatch.setattr(job, "_COMMIT_RECORDS", 5)
+def small_pieces(monkeypatch):
+    """An index in pieces of seven records, so that a small store has several."""
     write_with(monkeypatch, piece_records=7)
 
 

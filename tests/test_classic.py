@@ -17,7 +17,6 @@ from classic_databases import PACKINGS, RunsACommand, make_classic
 from image_sets import make_image_folder
 
 from dali_lmdb.convert import convert
-from dali_lmdb.convert.sources import store as store_source
 from dali_lmdb.convert.sources.classic import ClassicSource
 from dali_lmdb.convert.sources.store import StoreSource
 from dali_lmdb.errors import (
@@ -451,17 +450,16 @@ def test_the_first_of_each_class_are_taken_where_classes_are_mixed(records, tmp_
     assert [(item.read(), item.label) for item in source.items()] == mixed[:6]
 
 
-def test_the_same_records_are_taken_however_many_are_looked_at_together(store_path, monkeypatch):
-    def all_taken():
+def test_the_same_records_are_taken_however_many_are_looked_at_together(store_path):
+    def all_taken(**how):
         for options in ({}, {"classes": ["cat", "ant"]}, {"per_class": 3}, {"classes": ["bee"], "per_class": 5}):
-            source = StoreSource(store_path, **options)
+            source = StoreSource(store_path, **options, **how)
             yield [(item.name, item.label) for item in source.items()], source.count(), source.identity()
 
     expected = list(all_taken())
     assert [count for _, count, _ in expected] == [24, 16, 9, 5]
     for at_a_time in (1, 2, 7, 24):
-        monkeypatch.setattr(store_source, "_AT_A_TIME", at_a_time)
-        assert list(all_taken()) == expected
+        assert list(all_taken(records_at_a_time=at_a_time)) == expected
 
 
 def test_more_of_a_class_than_there_are_means_all(store_path):

@@ -403,8 +403,8 @@ def test_the_script_of_the_checkout_is_the_command():
     assert "SOURCE STORE" in done.stdout
 
 
-def test_a_store_converted_in_many_transactions_reads_as_one_of_few(small_commits, images, target, store_path):
-    convert(images, target, num_threads=3)
+def test_a_store_converted_in_many_transactions_reads_as_one_of_few(small_pieces, images, target, store_path):
+    convert(images, target, num_threads=3, commit_records=5)
     assert content(target) == content(store_path)
     with open_store(target) as store:
         raw = target.read_bytes()
@@ -420,9 +420,9 @@ def test_the_order_does_not_depend_on_the_threads(images, tmp_path):
     assert content(stores[0]) == content(stores[1]) == content(stores[2])
 
 
-def test_progress_ends_at_all_images(small_commits, images, target):
+def test_progress_ends_at_all_images(small_pieces, images, target):
     seen = []
-    convert(images, target, progress=seen.append)
+    convert(images, target, progress=seen.append, commit_records=5)
     for phase in ("writing", "verifying"):
         done = [progress.done for progress in seen if progress.phase == phase]
         assert done == sorted(done)

@@ -3,6 +3,7 @@ import errno
 import os
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from threading import Thread
 
 import pytest
@@ -10,7 +11,6 @@ from conversions import CountedSource, content, die, in_child, left_beside, reco
 from image_sets import save_grey
 
 from dali_lmdb.convert import ConvertSettings, convert
-from dali_lmdb.convert import _job as job
 from dali_lmdb.convert.__main__ import main
 from dali_lmdb.convert._journal import Journal
 from dali_lmdb.convert.sources import FolderSource
@@ -66,10 +66,10 @@ KILLS = range(0, 140, 4)
 
 
 @pytest.mark.parametrize("at", KILLS)
-def test_killed_at_any_instant_the_same_call_goes_on(small_commits, image_folder, store_path, target, at):
+def test_killed_at_any_instant_the_same_call_goes_on(small_pieces, image_folder, store_path, target, at):
     def work():
         Killer(at).arm()
-        convert(image_folder, target, num_threads=1)
+        convert(image_folder, target, num_threads=1, commit_records=5)
 
     status = in_child(work)
     killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
@@ -90,19 +90,19 @@ def test_killed_at_any_instant_the_same_call_goes_on(small_commits, image_folder
     assert left_beside(target) == ["x.lmdb"]
 
 
-def test_the_kills_above_cover_a_whole_conversion(small_commits, image_folder, target):
+def test_the_kills_above_cover_a_whole_conversion(small_pieces, image_folder, target):
     killer = Killer(10**9)
 
     def work():
         killer.arm()
-        convert(image_folder, target, num_threads=1)
+        convert(image_folder, target, num_threads=1, commit_records=5)
         os._exit(min(255, 10**9 - killer.left))
 
     instants = os.waitstatus_to_exitcode(in_child(work))
     assert 60 < instants < KILLS[-1] + 30
 
 
-def test_killed_twice_it_goes_on_from_the_later_place(small_commits, image_folder, store_path, target):
+def test_killed_twice_it_goes_on_from_the_later_place(small_pieces, image_folder, store_path, target):
     for commits in (2, 3):
 
         def work(commits=commits):
@@ -114,7 +114,7 @@ def test_killed_twice_it_goes_on_from_the_later_place(small_commits, image_folde
                     die()
 
             StoreWriter.commit = commit
-            convert(image_folder, target)
+            convert(image_folder, target, commit_records=5)
 
         assert os.WIFSIGNALED(in_child(work))
         assert records_in(target.with_name("x.lmdb.partial")) == 5 * commits
@@ -154,10 +154,10 @@ def test_killed_while_it_goes_on_from_the_middle_of_a_commit_it_goes_on_again(
 
 
 def test_an_interrupt_while_a_commit_is_handed_over_writes_nothing_twice(
-    small_commits, image_folder, store_path, target
+    small_pieces, image_folder, store_path, target
 ):
     def work():
-        original = job.ThreadPoolExecutor.submit
+        original = ThreadPoolExecutor.submit
 
         def submit(self, function, *arguments):
             future = original(self, function, *arguments)
@@ -165,10 +165,10 @@ def test_an_interrupt_while_a_commit_is_handed_over_writes_nothing_twice(
                 signal.raise_signal(signal.SIGINT)
             return future
 
-        job.ThreadPoolExecutor.submit = submit
+        ThreadPoolExecutor.submit = submit
         signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
-            convert(image_folder, target)
+            convert(image_folder, target, commit_records=5)
         except KeyboardInterrupt:
             os._exit(7)
 
@@ -196,7 +196,7 @@ def test_an_error_of_the_disk_that_is_told_once_is_not_missed(monkeypatch, image
 
 
 @pytest.fixture
-def interrupted(small_commits, images, target):
+def interrupted(small_pieces, images, target):
     """A conversion of ``images`` to ``target`` that was killed after ten records."""
 
     def work():
@@ -208,7 +208,7 @@ def interrupted(small_commits, images, target):
                 die()
 
         StoreWriter.commit = commit
-        convert(images, target)
+        convert(images, target, commit_records=5)
 
     assert os.WIFSIGNALED(in_child(work))
     assert records_in(target.with_name("x.lmdb.partial")) == 10
@@ -390,14 +390,14 @@ def test_an_image_written_to_while_it_is_read_stops_the_conversion(images, targe
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_the_command_with_a_sentence_and_it_can_go_on(
-    small_commits, images, target, store_path, tmp_path, number
+    small_pieces, images, target, store_path, tmp_path, number
 ):
     def work():
         original = StoreWriter.commit
 
         def commit(self, values):
             original(self, values)
-            if self.num_records == 10:
+            if self.num_records == 24:
                 os.kill(os.getpid(), number)
 
         StoreWriter.commit = commit
@@ -418,7 +418,7 @@ def test_a_signal_stops_the_command_with_a_sentence_and_it_can_go_on(
 
 
 def test_killed_between_transactions_of_a_journalled_run_it_goes_on_from_the_last(
-    small_commits, monkeypatch, images, store_path, target
+    small_pieces, monkeypatch, images, store_path, target
 ):
     write_with(monkeypatch, transaction_bytes=1)
     (images / "ant" / "0035.jpg").write_bytes(b"no image")
@@ -433,7 +433,7 @@ def test_killed_between_transactions_of_a_journalled_run_it_goes_on_from_the_las
                 die()
 
         StoreWriter._flush_sometimes = after_transaction
-        convert(images, target, settings=settings)
+        convert(images, target, settings=settings, commit_records=5)
 
     assert os.WIFSIGNALED(in_child(work))
     assert records_in(target.with_name("x.lmdb.partial")) == 7

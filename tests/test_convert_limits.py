@@ -10,7 +10,6 @@ import pytest
 from conversions import add_bad, content, in_child, left_beside, refusal, write_with
 
 from dali_lmdb.convert import ConvertSettings, convert
-from dali_lmdb.convert import _job as job
 from dali_lmdb.convert.sources import FolderSource, Item, Source
 from dali_lmdb.errors import ConversionError
 from dali_lmdb.store.writer import StoreWriter
@@ -18,13 +17,13 @@ from dali_lmdb.store.writer import StoreWriter
 
 @pytest.mark.parametrize("limit", [1, 5_000, 9_000, 20_000, 40_000, 45_000])
 def test_a_disk_that_refuses_more_bytes_stops_the_conversion_and_it_can_go_on(
-    small_commits, image_folder, store_path, target, limit, tmp_path
+    small_pieces, image_folder, store_path, target, limit, tmp_path
 ):
     def work():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         try:
-            convert(image_folder, target)
+            convert(image_folder, target, commit_records=5)
         except ConversionError as error:
             os._exit(7 if "\n" not in str(error) else 8)
 
@@ -50,12 +49,12 @@ def small_disk(tmp_path):
 
 @pytest.mark.parametrize("free", [0, 4096, 16_384, 40_000])
 def test_a_full_disk_stops_the_conversion_and_it_can_go_on_with_room(
-    small_commits, image_folder, store_path, small_disk, free
+    small_pieces, image_folder, store_path, small_disk, free
 ):
     filler = small_disk / "filler"
     filler.write_bytes(b"\1" * (256 * 1024 - free - 4096))
     target = small_disk / "x.lmdb"
-    message = refusal(image_folder, target)
+    message = refusal(image_folder, target, commit_records=5)
     assert "make room" in message
     assert not target.exists()
     filler.unlink()
@@ -69,15 +68,15 @@ def test_a_report_that_does_not_fit_on_the_disk_is_one_line(images, small_disk):
     target = small_disk / "x.lmdb"
 
     def work():
-        original = job.write_report
+        original = StoreWriter.sync
 
-        def write_report(*arguments, **options):
+        def sync(self):
+            original(self)
             with open(small_disk / "filler", "wb", buffering=0) as file, contextlib.suppress(OSError):
                 while True:
                     file.write(b"\1" * 1024)
-            return original(*arguments, **options)
 
-        job.write_report = write_report
+        StoreWriter.sync = sync
         try:
             convert(images, target)
         except ConversionError as error:

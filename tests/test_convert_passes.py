@@ -8,7 +8,7 @@ from dali_lmdb.convert._journal import ROW_SCHEMA, Journal, Row
 from dali_lmdb.convert.sources import FolderSource
 
 
-def test_the_journal_is_read_once_by_an_uninterrupted_conversion(small_commits, monkeypatch, image_folder, target):
+def test_the_journal_is_read_once_by_an_uninterrupted_conversion(small_pieces, monkeypatch, image_folder, target):
     original, read = Journal.rows, []
 
     def rows(self):
@@ -17,7 +17,7 @@ def test_the_journal_is_read_once_by_an_uninterrupted_conversion(small_commits, 
             yield batch
 
     monkeypatch.setattr(Journal, "rows", rows)
-    convert(image_folder, target)
+    convert(image_folder, target, commit_records=5)
     assert read == [5, 5, 5, 5, 4]  # to make the index
 
 

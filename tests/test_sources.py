@@ -8,7 +8,6 @@ import pytest
 from image_sets import make_image_folder, save_grey
 from packing import image_paths, items_of, pack, pack_folder, records_of, write_parquet
 
-from dali_lmdb.convert import _job as job
 from dali_lmdb.convert import convert
 from dali_lmdb.convert.sources import KINDS, FolderSource, open_source
 from dali_lmdb.convert.sources import _files as files
@@ -169,13 +168,12 @@ def interrupted(source, target):
         raise StopHereError
 
     with pytest.raises(StopHereError):
-        convert(source, target, progress=stop)
+        convert(source, target, progress=stop, commit_records=5)
     assert not target.exists()
 
 
 @pytest.mark.parametrize("kind", [*CLASS_FOLDER_KINDS, "manifest"])
-def test_an_interrupted_conversion_goes_on(kind, images, expected, tmp_path, monkeypatch):
-    monkeypatch.setattr(job, "_COMMIT_RECORDS", 5)
+def test_an_interrupted_conversion_goes_on(kind, images, expected, tmp_path):
     path, options = packed(kind, images, tmp_path / "packed")
     interrupted(open_source(path, **options), tmp_path / "images.lmdb")
     convert(open_source(path, **options), tmp_path / "images.lmdb")

@@ -52,6 +52,7 @@ def convert(
     ranks: Ranks | None = None,
     restart: bool = False,
     num_threads: int | None = None,
+    commit_records: int = 20_000,
     progress: Callable[[ConvertProgress], None] | None = None,
 ) -> Summary:
     """Convert a source of images to a store, or resume an interrupted conversion of the same source.
@@ -65,6 +66,8 @@ def convert(
         ranks: processes that share the shards; by default this process alone.
         restart: discard an interrupted conversion instead of resuming it.
         num_threads: threads that read and validate images; by default the cores this process may use, at least 2.
+        commit_records: most images that are written to the journal together, then to the store; an interrupted
+            conversion reads at most these again.
         progress: called after every commit and while verifying.
 
     Raises:
@@ -95,6 +98,7 @@ def convert(
         is_set=shards is not None,
         restart=restart,
         num_threads=num_threads or threads_to_convert(),
+        commit_records=commit_records,
         progress=progress,
     )
     with os_errors(target, _ANY_FAILURE, ConversionError):
@@ -124,6 +128,7 @@ class _Task:
     is_set: bool
     restart: bool
     num_threads: int
+    commit_records: int
     progress: Callable[[ConvertProgress], None] | None
 
     @property
@@ -163,12 +168,13 @@ def _jobs(task: _Task, journals: contextlib.ExitStack) -> list[Job]:
         journal = Journal(files.journal)
         journals.callback(journal.close)
         job = Job(
-            task.source,
-            shares[index],
-            task.settings,
+            source=task.source,
+            share=shares[index],
+            settings=task.settings,
             files=files,
             journal=journal,
             num_threads=task.num_threads,
+            commit_records=task.commit_records,
             progress=task.progress,
         )
         jobs.append(job)

@@ -28,9 +28,7 @@ from dali_lmdb.store.writer import StoreWriter
 
 __all__ = ["Job", "Share", "Written"]
 
-# Images that are journalled together, then written.
-_COMMIT_BYTES = 16 << 20
-_COMMIT_RECORDS = 20_000
+_COMMIT_BYTES = 16 << 20  # of images that are written to the journal together, then to the file
 _VERIFY_RECORDS = 256  # read back by one thread at a time
 
 
@@ -72,53 +70,25 @@ class _Pending:
             self.values.append(image.data)
             self.num_bytes += len(image.data)
 
-    def full(self) -> bool:
-        return self.num_bytes >= _COMMIT_BYTES or len(self.rows) >= _COMMIT_RECORDS
 
-
-class _Tally:
-    """Running totals of the journal's rows, so that it need not be read again for them."""
-
-    def __init__(self) -> None:
-        self.num_rows = self.num_bad = 0
-        self._fingerprint = Fingerprint()
-
-    def add(self, batch: pa.RecordBatch) -> None:
-        stored = _stored(batch)
-        self._fingerprint.add(stored.column("label").to_numpy(), stored.column("crc32").to_numpy())
-        self.num_rows += batch.num_rows
-        self.num_bad += batch.num_rows - stored.num_rows
-
-    def fingerprint(self) -> str:
-        return self._fingerprint.hexdigest()
-
-
+@dataclass(kw_only=True)
 class Job:
-    """Makes one file complete under its partial name.
+    """Makes one file complete under its partial name."""
 
-    Args:
-        source, share, settings: what to convert and how.
-        files: where.
-        journal: open on ``_files.journal``.
-        num_threads: threads that read and validate images.
-        progress: called from time to time.
-    """
+    source: Source
+    share: Share
+    settings: ConvertSettings
+    files: Files
+    journal: Journal
+    """Open on ``files.journal``."""
+    num_threads: int
+    """Threads that read and validate images."""
+    commit_records: int
+    progress: Callable[[ConvertProgress], None] | None
 
-    def __init__(
-        self,
-        source: Source,
-        share: Share,
-        settings: ConvertSettings,
-        *,
-        files: Files,
-        journal: Journal,
-        num_threads: int,
-        progress: Callable[[ConvertProgress], None] | None,
-    ) -> None:
-        self.source, self.share, self.settings, self.files = source, share, settings, files
-        self.journal = journal
-        self.num_threads, self.progress = num_threads, progress
-        self._tally = _Tally()
+    def __post_init__(self) -> None:
+        self._num_rows = self._num_bad = 0  # totals of the journal, so that it need not be read again for them
+        self._fingerprint = Fingerprint()
         self._num_bytes = self._num_left_out = 0
 
     def write(self, items: Iterator[Item], *, restart: bool) -> Written:
@@ -143,7 +113,7 @@ class Job:
                 self._write(items)
                 self.writer.sync()
         self._report()
-        return self._written(self._tally.num_rows - self._tally.num_bad, self._tally.fingerprint())
+        return self._written(self._num_rows - self._num_bad, self._fingerprint.hexdigest())
 
     def skip(self, items: Iterator[Item]) -> Written:
         """Leave a file alone that was published already, if the source is still what it was made from.
@@ -181,7 +151,7 @@ class Job:
 
     def _written(self, num_records: int, fingerprint: str) -> Written:
         report = str(self.files.report) if self.files.report.exists() else None
-        return Written(num_records, self._tally.num_bad, fingerprint, report)
+        return Written(num_records, self._num_bad, fingerprint, report)
 
     def _header(self) -> dict[str, Any]:
         return {
@@ -222,7 +192,7 @@ class Job:
         """Compare the images that are already written with the source, without reading them; and tally them."""
         with ThreadPoolExecutor(self.num_threads) as pool:
             for batch in self.journal.rows():
-                self._tally.add(batch)
+                self._add_to_totals(batch)
                 found = pool.map(lambda item: (item.name, item.stamp()), list(islice(items, batch.num_rows)))
                 for name, stamp in zip(
                     batch.column("name").to_pylist(), batch.column("stamp").to_pylist(), strict=True
@@ -241,7 +211,7 @@ class Job:
                 in_order = self.source.reads_in_order
                 for image in read_images(items, self.settings, num_threads=self.num_threads, in_order=in_order):
                     pending.add(image)
-                    if pending.full():
+                    if pending.num_bytes >= _COMMIT_BYTES or len(pending.rows) >= self.commit_records:
                         if last is not None:
                             last.result()
                         # In this order: an interrupt in between may lose images, but not commit them twice.
@@ -258,15 +228,21 @@ class Job:
         batch = batch_of(pending.rows)
         self.journal.append(batch)
         self.writer.commit(pending.values)
-        self._tally.add(batch)
+        self._add_to_totals(batch)
         self._num_bytes += pending.num_bytes
-        self._report_progress("writing", self._tally.num_rows)
+        self._report_progress("writing", self._num_rows)
+
+    def _add_to_totals(self, batch: pa.RecordBatch) -> None:
+        stored = _stored(batch)
+        self._fingerprint.add(stored.column("label").to_numpy(), stored.column("crc32").to_numpy())
+        self._num_rows += batch.num_rows
+        self._num_bad += batch.num_rows - stored.num_rows
 
     def _report(self) -> None:
         """List bad images, then the files that were left out."""
 
         def not_stored() -> Iterator[tuple[str, str]]:
-            for batch in self.journal.rows() if self._tally.num_bad else ():
+            for batch in self.journal.rows() if self._num_bad else ():
                 bad = batch.filter(batch.column("reason").is_valid())
                 yield from zip(bad.column("name").to_pylist(), bad.column("reason").to_pylist(), strict=True)
             for name, reason in self.source.left_out() if self.share.is_last else ():
@@ -288,7 +264,7 @@ class Job:
             "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "source": {"kind": self.source.kind, **self.source.identity()},
             "settings": self.settings.identity(),
-            "skipped": self._tally.num_bad,
+            "skipped": self._num_bad,
             "left_out": self._num_left_out,
         }
         self.writer.finish(classes=self.source.classes, made=made, shard=shard)

@@ -16,8 +16,6 @@ from dali_lmdb.store import Store, open_store
 
 __all__ = ["StoreSource", "class_names"]
 
-_AT_A_TIME = 1 << 16  # records whose labels are read together
-
 
 class StoreSource(Source):
     """Records of a store, in its order, with its names; those to take are found again on every pass, not held.
@@ -26,6 +24,7 @@ class StoreSource(Source):
         store: a store or its path.
         classes: take only these classes, by name; they keep the store's order and are renumbered.
         per_class: number of records to take of each class, the first ones.
+        records_at_a_time: records whose labels are read together.
 
     Raises:
         StoreError: the store cannot be opened.
@@ -41,11 +40,12 @@ class StoreSource(Source):
         *,
         classes: Sequence[str] | None = None,
         per_class: int | None = None,
+        records_at_a_time: int = 1 << 16,
     ) -> None:
         if per_class is not None and per_class < 1:
             raise ValueError(f"per_class is {per_class}, expected at least 1")
         self._store = store if isinstance(store, Store) else open_store(store)
-        self._per_class = per_class
+        self._per_class, self._records_at_a_time = per_class, records_at_a_time
         there = self._store.classes
         wanted = set(there if classes is None else classes)
         unknown = sorted(wanted - set(there))
@@ -87,8 +87,8 @@ class StoreSource(Source):
         """Yield (indices, new labels) of the records to take, ascending, some at a time."""
         num_classes = len(self._new_labels)
         num_before = np.zeros(num_classes, dtype=np.int64)  # records of each class in earlier runs
-        for start in range(0, len(self._store), _AT_A_TIME):
-            records = np.arange(start, min(start + _AT_A_TIME, len(self._store)))
+        for start in range(0, len(self._store), self._records_at_a_time):
+            records = np.arange(start, min(start + self._records_at_a_time, len(self._store)))
             labels = self._store.gather("label", records)
             if not 0 <= labels.min() <= labels.max() < num_classes:
                 raise StoreDamagedError(f"{self._store.path}: damaged: a label without a class; convert it again")
