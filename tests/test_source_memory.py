@@ -8,7 +8,7 @@ import tracemalloc
 
 import pytest
 
-from dali_lmdb.convert.sources._digest import digest_of, digest_of_distinct
+from dali_lmdb.convert.sources._digest import digest_of
 from dali_lmdb.convert.sources._scratch import MemberTable, Spool
 from dali_lmdb.convert.sources.folder import FolderSource
 from dali_lmdb.errors import SourceError
@@ -52,8 +52,6 @@ def test_the_first_name_to_come_again_is_found_wherever_it_is(kept, temporary_fo
     for first in (0, 24, 49):
         names = [*NAMES, "last.jpg", NAMES[first], "last.jpg", NAMES[3]]
         assert digest_of(lambda names=names: names, kept_bytes=8 * kept).repeated == NAMES[first]
-        with pytest.raises(SourceError, match=f"HERE: two images are named '{NAMES[first]}'; leave one"):
-            digest_of_distinct(lambda names=names: names, kept_bytes=8 * kept, where="HERE")
 
 
 @pytest.mark.parametrize("kept", [3, 1000])

@@ -93,7 +93,7 @@ def resident_bytes():
 def test_class_names_are_held_once_however_many_files_name_them(tmp_path):
     for number in range(3):
         write_parquet(tmp_path / f"{number}.parquet", [(f"{number}.jpg", b"x", 0)], names=NAMES)
-    assert len({id(file.columns.classes) for file in ParquetSource(tmp_path)._files}) == 1
+    assert len({id(file.columns.classes) for file in ParquetSource(tmp_path)._tables}) == 1
 
 
 def test_without_metadata_classes_are_called_by_their_number(tmp_path):

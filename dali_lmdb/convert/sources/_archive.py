@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from dali_lmdb.convert.sources._files import check_size
 from dali_lmdb.convert.sources._names import printable, safe_path
+from dali_lmdb.convert.sources._whole_files import FileState
 from dali_lmdb.errors import SourceError
-from dali_lmdb.store.regular import check_regular
 
 __all__ = ["COMPRESSED", "Archive", "Member"]
 
@@ -49,14 +49,12 @@ class Archive:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path, self.state = Path(path), FileState.of(path)
         try:
-            found = check_regular(path, error=SourceError)
             with open(path, "rb") as stream:
                 magic = stream.read(8)
         except OSError as error:
             raise SourceError(f"{path}: cannot be read: {error.strerror}") from error
-        self.size, self.mtime_ns = found.st_size, found.st_mtime_ns
         for start, command in COMPRESSED.items():
             if magic.startswith(start):
                 raise SourceError(
@@ -78,7 +76,7 @@ class Archive:
         where = f"{self.path}: {name}" if name else str(self.path)
         before = "its start"
         with open(self.path, "rb") as stream:
-            window = _Window(stream.fileno(), offset, self.size - offset if size is None else size)
+            window = _Window(stream.fileno(), offset, self.state.size - offset if size is None else size)
             try:
                 tar = tarfile.TarFile(fileobj=window, mode="r", encoding="utf-8", errors="surrogateescape")
                 while (info := tar.next()) is not None:
@@ -116,7 +114,7 @@ class Archive:
                 os.close(descriptor)
         except OSError as error:
             raise SourceError(f"{self.path}: {name}: cannot be read: {error.strerror}") from error
-        if (found.st_size, found.st_mtime_ns) != (self.size, self.mtime_ns) or len(data) != size:
+        if FileState.seen(self.path, found) != self.state or len(data) != size:
             raise SourceError(
                 f"{self.path}: {name}: the archive changed while it was read; convert again when nothing "
                 "writes to it"

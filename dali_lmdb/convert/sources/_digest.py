@@ -10,9 +10,8 @@ import numpy as np
 
 from dali_lmdb.convert.sources._names import repeated_name
 from dali_lmdb.convert.sources._scratch import Spool
-from dali_lmdb.errors import SourceError
 
-__all__ = ["NameDigest", "digest_of", "digest_of_distinct"]
+__all__ = ["NameDigest", "digest_of"]
 
 
 @dataclass(frozen=True)
@@ -69,15 +68,3 @@ def digest_of(
             name for name in names() if hash_of(name.encode(errors="surrogateescape")) in suspects
         )
     return NameDigest(num_names, total.hexdigest()[:32], repeated)
-
-
-def digest_of_distinct(names: Callable[[], Iterable[str]], *, kept_bytes: int, where: object) -> NameDigest:
-    """``digest_of`` names of records, which must differ.
-
-    Raises:
-        SourceError: a name comes twice; or as ``digest_of``.
-    """
-    digest = digest_of(names, kept_bytes=kept_bytes)
-    if digest.repeated is not None:
-        raise SourceError(f"{where}: two images are named {digest.repeated!r}; leave one of them out")
-    return digest

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from dali_lmdb.errors import SourceError
 from dali_lmdb.images.names import is_image_name
@@ -20,7 +19,6 @@ __all__ = [
     "ImageFile",
     "check_inside",
     "check_size",
-    "identity_of_files",
     "is_as_listed",
     "lines_of",
     "list_folder",
@@ -223,22 +221,3 @@ def check_size(num_bytes: int, *, where: object) -> None:
     """
     if num_bytes > MAX_RECORD_BYTES:
         raise SourceError(f"{where}: {num_bytes:,} bytes, a record holds {MAX_RECORD_BYTES:,} at most; remove it")
-
-
-def identity_of_files(path: object, files: list[tuple[Path, int, int]]) -> dict[str, Any]:
-    """``Source.identity`` of a source made of whole files.
-
-    Args:
-        path: as the user gave it.
-        files: path, size and time of last change of each, in order.
-    """
-    digest = hashlib.sha256()
-    for file, size, mtime_ns in files:
-        digest.update(os.fsencode(f"{os.path.abspath(file)}\0{size}\0{mtime_ns}\n"))
-    return {
-        "path": os.path.abspath(str(path)),
-        "files": len(files),
-        "bytes": sum(size for _, size, _ in files),
-        "modified_ns": max(mtime_ns for _, _, mtime_ns in files),
-        "state": digest.hexdigest()[:32],
-    }

@@ -6,11 +6,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-__all__ = ["Item", "Source", "no_stamp"]
+__all__ = ["Item", "Source"]
 
 
-def no_stamp() -> int:
-    """``Item.stamp`` of sources whose ``identity`` notices every change."""
+def _no_stamp() -> int:
     return 0
 
 
@@ -26,7 +25,7 @@ class Item(NamedTuple):
     Raises:
         SourceError: it vanished, changed while it was read, or cannot be read.
     """
-    stamp: Callable[[], int]
+    stamp: Callable[[], int] = _no_stamp
     """A number that changes when the image does (a file's time of change in ns), compared on resuming; 0 where
     ``identity`` notices every change. After ``read``, that of the bytes read. Called in any thread."""
 

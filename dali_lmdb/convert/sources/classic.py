@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from dali_lmdb.convert.sources.base import Item, Source, no_stamp
+from dali_lmdb.convert.sources.base import Item, Source
 from dali_lmdb.errors import RecordError, SourceError, StoreError
 from dali_lmdb.store.classic import ClassicStore
 
@@ -41,7 +41,7 @@ class ClassicSource(Source):
     def items(self) -> Iterator[Item]:
         for index in range(len(self._store)):
             label, name = self._glance(index)
-            yield Item(name, label, partial(self._read, index), no_stamp)
+            yield Item(name, label, partial(self._read, index))
 
     def count(self) -> int:
         return len(self._store)

@@ -7,11 +7,9 @@ import re
 from collections.abc import Iterator
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 from dali_lmdb.convert.sources._archive import Archive, Member
-from dali_lmdb.convert.sources._digest import NameDigest, digest_of_distinct
-from dali_lmdb.convert.sources._files import ImageFile, identity_of_files, lines_of, list_images
+from dali_lmdb.convert.sources._files import ImageFile, lines_of, list_images
 from dali_lmdb.convert.sources._names import (
     classes_of,
     integer,
@@ -19,14 +17,15 @@ from dali_lmdb.convert.sources._names import (
     record_name,
     safe_path,
 )
-from dali_lmdb.convert.sources.base import Item, Source, no_stamp
+from dali_lmdb.convert.sources._whole_files import FileSource, FileState
+from dali_lmdb.convert.sources.base import Item
 from dali_lmdb.errors import SourceError
 from dali_lmdb.images.names import is_image_name
 
 __all__ = ["FlatSource"]
 
 
-class FlatSource(Source):
+class FlatSource(FileSource):
     """Images that do not lie in class folders.
 
     The labels file is one of:
@@ -65,9 +64,9 @@ class FlatSource(Source):
             raise SourceError(f"{path}: no such folder or tar")
         self._archive = None if os.path.isdir(path) else Archive(path)
         self._follow_links = follow_links
+        labels = FileState.of(val_labels)
         self._lines = _read_lines(self.labels_path)
-        watched = [self.labels_path, *([] if self._archive is None else [self.path])]
-        self._watched = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in watched]
+        super().__init__(path, [labels] if self._archive is None else [labels, self._archive.state])
 
     @property
     def classes(self) -> list[str]:
@@ -80,23 +79,10 @@ class FlatSource(Source):
             name = record_name(classes[label], path)
             if self._archive is not None:
                 read = partial(self._archive.read, name, image.offset, image.size)
-                yield Item(name, label, read, no_stamp)
+                yield Item(name, label, read)
             else:
                 file = ImageFile(os.path.join(self.path, image.path))
                 yield Item(name, label, file.read, file.stamp)
-
-    def count(self) -> int:
-        return self._names.num_names
-
-    def identity(self) -> dict[str, Any]:
-        listed = {"images": self._names.num_names, "names": self._names.hexdigest}
-        return {**identity_of_files(self.path, self._watched), **listed}
-
-    @cached_property
-    def _names(self) -> NameDigest:
-        return digest_of_distinct(
-            lambda: (item.name for item in self.items()), kept_bytes=self.kept_bytes // 4, where=self.path
-        )
 
     @cached_property
     def _labelled(self) -> tuple[list[str], list[int], list[Member]]:

@@ -7,14 +7,14 @@ import os
 from collections.abc import Iterator
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from dali_lmdb.convert.sources._digest import NameDigest, digest_of_distinct
-from dali_lmdb.convert.sources._files import ImageFile, check_inside, identity_of_files
+from dali_lmdb.convert.sources._digest import NameDigest
+from dali_lmdb.convert.sources._files import ImageFile, check_inside
 from dali_lmdb.convert.sources._names import classes_of, printable, record_name
-from dali_lmdb.convert.sources.base import Item, Source
+from dali_lmdb.convert.sources._whole_files import FileSource, FileState
+from dali_lmdb.convert.sources.base import Item
 from dali_lmdb.errors import SourceError
-from dali_lmdb.store.regular import check_regular
 
 __all__ = ["ManifestSource"]
 
@@ -26,7 +26,7 @@ class _Row(NamedTuple):
     label: str
 
 
-class ManifestSource(Source):
+class ManifestSource(FileSource):
     """Image files listed in a table whose header line has ``path`` and ``label``; other columns are ignored.
 
     Paths are relative to the manifest's folder and stay inside it. Labels are class names, and the classes
@@ -48,15 +48,11 @@ class ManifestSource(Source):
     kind = "manifest"
 
     def __init__(self, path: str | os.PathLike[str], *, follow_links: bool = False) -> None:
+        super().__init__(path, [FileState.of(path)])
         self.path = Path(path)
         self._follow_links = follow_links
         self._folder = os.path.dirname(os.path.abspath(path))
         self._root = os.path.realpath(self._folder)
-        try:
-            found = check_regular(path, error=SourceError)
-        except OSError as error:
-            raise SourceError(f"{path}: cannot be read: {error.strerror}") from error
-        self._size, self._mtime_ns = found.st_size, found.st_mtime_ns
         next(self._rows(), None)
 
     @property
@@ -70,32 +66,19 @@ class ManifestSource(Source):
             file = ImageFile(os.path.join(self._folder, row.path), check=check)
             yield Item(record_name(row.label, row.path), labels[row.label], file.read, file.stamp)
 
-    def count(self) -> int:
-        return self._names.num_names
-
-    def identity(self) -> dict[str, Any]:
-        files = identity_of_files(self.path, [(self.path, self._size, self._mtime_ns)])
-        return {**files, "images": self._names.num_names, "names": self._names.hexdigest}
-
     @cached_property
     def _classes(self) -> list[str]:
         return classes_of({row.label for row in self._rows()}, where=self.path)
 
     @cached_property
     def _names(self) -> NameDigest:
-        digest_of_distinct(
-            lambda: (printable(row.path) for row in self._rows()), kept_bytes=self.kept_bytes // 4, where=self.path
-        )
-        return digest_of_distinct(
-            lambda: (item.name for item in self.items()), kept_bytes=self.kept_bytes // 4, where=self.path
-        )
+        self._digest_of_distinct(lambda: (printable(row.path) for row in self._rows()))  # under any label
+        return super()._names
 
     def _rows(self) -> Iterator[_Row]:
         try:
             with open(self.path, encoding="utf-8-sig", newline="") as stream:
-                found = os.fstat(stream.fileno())
-                if (found.st_size, found.st_mtime_ns) != (self._size, self._mtime_ns):
-                    raise SourceError(f"{self.path}: changed meanwhile; convert again when nothing writes to it")
+                self._files[0].check(os.fstat(stream.fileno()))
                 header = stream.readline()
                 stream.seek(0)
                 separator = "\t" if self.path.suffix.lower() == ".tsv" or "\t" in header else ","

@@ -14,8 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from dali_lmdb.convert.sources._digest import NameDigest, digest_of
-from dali_lmdb.convert.sources._files import identity_of_files
+from dali_lmdb.convert.sources._digest import NameDigest
 from dali_lmdb.convert.sources._names import (
     check_classes,
     numbered_classes,
@@ -24,9 +23,9 @@ from dali_lmdb.convert.sources._names import (
     record_name,
 )
 from dali_lmdb.convert.sources._patterns import files_of, stems_of
-from dali_lmdb.convert.sources.base import Item, Source, no_stamp
+from dali_lmdb.convert.sources._whole_files import FileSource, FileState
+from dali_lmdb.convert.sources.base import Item
 from dali_lmdb.errors import SourceError
-from dali_lmdb.store.regular import check_regular
 
 __all__ = ["ParquetSource"]
 
@@ -46,11 +45,13 @@ class _Columns(NamedTuple):
 
 
 class _File(NamedTuple):
-    path: Path
-    size: int
-    mtime_ns: int
+    state: FileState
     num_rows: int
     columns: _Columns
+
+    @property
+    def path(self) -> Path:
+        return self.state.path
 
 
 class _Group(NamedTuple):
@@ -77,7 +78,7 @@ class _Row(NamedTuple):
     path: str | None
 
 
-class ParquetSource(Source):
+class ParquetSource(FileSource):
     """Rows of one or several Parquet files.
 
     The columns are those of type ``Image`` and ``ClassLabel`` in the schema's Hugging Face metadata, and the
@@ -100,15 +101,15 @@ class ParquetSource(Source):
     reads_in_order = True
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._path = path
         files = files_of(path, suffix=".parquet")
         self._stems = stems_of(files)
         first = _open(files[0])
-        self._files = [first]
+        self._tables = [first]
         for file in map(_open, files[1:]):
             if file.columns != first.columns:
                 raise SourceError(f"{file.path}: other columns or class names than {first.path}; convert it alone")
-            self._files.append(file._replace(columns=first.columns))  # the class names are held once
+            self._tables.append(file._replace(columns=first.columns))  # the class names are held once
+        super().__init__(path, [file.state for file in self._tables])
 
     @property
     def classes(self) -> list[str]:
@@ -121,19 +122,14 @@ class ParquetSource(Source):
             if images is None or images.group is not row.group:
                 images = _Images(row.group)
             name = _name(row, self._classes[row.label], by_row=by_row)
-            yield Item(name, row.label, partial(images.read, row.row_in_group, row.row), no_stamp)
+            yield Item(name, row.label, partial(images.read, row.row_in_group, row.row))
 
     def count(self) -> int:
-        return sum(file.num_rows for file in self._files)
-
-    def identity(self) -> dict[str, Any]:
-        files = [(file.path, file.size, file.mtime_ns) for file in self._files]
-        listed = {"images": self.count(), "names": self._names.hexdigest}
-        return {**identity_of_files(self._path, files), **listed}
+        return sum(file.num_rows for file in self._tables)
 
     @cached_property
     def _classes(self) -> list[str]:
-        named = self._files[0].columns.classes
+        named = self._tables[0].columns.classes
         if named is None:
             return numbered_classes((row.label for row in self._rows()), where=self._path)
         for row in self._rows():
@@ -146,13 +142,13 @@ class ParquetSource(Source):
 
     @cached_property
     def _names(self) -> NameDigest:
-        return digest_of(
-            lambda: (_name(row, self._classes[row.label], by_row=False) for row in self._rows()),
-            kept_bytes=self.kept_bytes // 4,
+        """Of the names as they are unless paths repeat."""
+        return self._digest_of(
+            lambda: (_name(row, self._classes[row.label], by_row=False) for row in self._rows())
         )
 
     def _rows(self) -> Iterator[_Row]:
-        for file, stem in zip(self._files, self._stems, strict=True):
+        for file, stem in zip(self._tables, self._stems, strict=True):
             first, metadata = 0, _metadata(file)
             for number in range(metadata.num_row_groups):
                 group = _Group(file, metadata, number)
@@ -169,14 +165,14 @@ def _name(row: _Row, class_name: str, *, by_row: bool) -> str:
 
 def _open(path: Path) -> _File:
     try:
-        found = check_regular(path, error=SourceError)
+        state = FileState.of(path)
         with pq.ParquetFile(path) as parquet:
             metadata, schema = parquet.metadata, parquet.schema_arrow
     except OSError as error:
         raise SourceError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (pa.ArrowException, ValueError) as error:
         raise SourceError(f"{path}: not a readable Parquet file: {_one_line(error)}") from error
-    return _File(path, found.st_size, found.st_mtime_ns, metadata.num_rows, _columns(schema, path))
+    return _File(state, metadata.num_rows, _columns(schema, path))
 
 
 def _columns(schema: pa.Schema, path: Path) -> _Columns:
@@ -236,23 +232,17 @@ def _value_type(kind: pa.DataType) -> pa.DataType:
 
 def _metadata(file: _File) -> pq.FileMetaData:
     try:
-        _check_unchanged(file)
+        file.state.check(os.stat(file.path))
         return pq.read_metadata(file.path)
     except (OSError, pa.ArrowException) as error:
         raise SourceError(f"{file.path}: cannot be read: {_one_line(error)}") from error
-
-
-def _check_unchanged(file: _File) -> None:
-    found = os.stat(file.path)
-    if (found.st_size, found.st_mtime_ns) != (file.size, file.mtime_ns):
-        raise SourceError(f"{file.path}: changed meanwhile; convert again when nothing writes to it")
 
 
 def _batches(group: _Group, columns: list[str], num_rows: int) -> Iterator[pa.RecordBatch]:
     """Yield some columns of a row group, ``num_rows`` rows at a time."""
     path, metadata, number = group.file.path, group.metadata, group.number
     try:
-        _check_unchanged(group.file)
+        group.file.state.check(os.stat(path))
         # By default a whole column chunk is read at once.
         with pq.ParquetFile(path, metadata=metadata, pre_buffer=False, buffer_size=1 << 20) as parquet:
             yield from parquet.iter_batches(num_rows, row_groups=[number], columns=columns, use_threads=False)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dali_lmdb.convert.sources.base import Item, Source, no_stamp
+from dali_lmdb.convert.sources.base import Item, Source
 from dali_lmdb.errors import RecordError, SourceError, StoreDamagedError, StoreError
 from dali_lmdb.store import Store, open_store
 
@@ -69,7 +69,7 @@ class StoreSource(Source):
     def items(self) -> Iterator[Item]:
         for records, labels in self._taken():
             for index, label in zip(records.tolist(), labels.tolist(), strict=True):
-                yield Item(self._store.name(index), label, partial(self._read, index), no_stamp)
+                yield Item(self._store.name(index), label, partial(self._read, index))
 
     def count(self) -> int:
         return self._count

@@ -8,15 +8,14 @@ from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from dali_lmdb.convert.sources._archive import Archive
-from dali_lmdb.convert.sources._digest import NameDigest, digest_of_distinct
-from dali_lmdb.convert.sources._files import identity_of_files
 from dali_lmdb.convert.sources._names import check_classes, printable
 from dali_lmdb.convert.sources._patterns import files_of
 from dali_lmdb.convert.sources._scratch import MemberTable, Spool
-from dali_lmdb.convert.sources.base import Item, Source, no_stamp
+from dali_lmdb.convert.sources._whole_files import FileSource
+from dali_lmdb.convert.sources.base import Item
 from dali_lmdb.errors import SourceError
 from dali_lmdb.images.names import is_image_name
 
@@ -35,14 +34,15 @@ class _Folder(NamedTuple):
     """Their names without the folder."""
 
 
-class _ClassFolders(Source):
+class _ClassFolders(FileSource):
     """The class folders that archives unpack to, in ``ImageFolder``'s order.
 
     The file names of one folder are held in memory at a time.
     """
 
     def __init__(self, path: str | os.PathLike[str], archives: list[Archive]) -> None:
-        self._path, self._archives = path, archives
+        super().__init__(path, [archive.state for archive in archives])
+        self._archives = archives
 
     @abstractmethod
     def _find(self) -> dict[str, list[_Folder]]:
@@ -72,21 +72,7 @@ class _ClassFolders(Source):
             for path, archive, images in folders:
                 for file, offset, size, _ in sorted(images.rows()):
                     name = printable(f"{path}/{file}")
-                    yield Item(name, label, partial(archive.read, name, offset, size), no_stamp)
-
-    def count(self) -> int:
-        return self._names.num_names
-
-    def identity(self) -> dict[str, Any]:
-        files = [(archive.path, archive.size, archive.mtime_ns) for archive in self._archives]
-        listed = {"images": self._names.num_names, "names": self._names.hexdigest}
-        return {**identity_of_files(self._path, files), **listed}
-
-    @cached_property
-    def _names(self) -> NameDigest:
-        return digest_of_distinct(
-            lambda: (item.name for item in self.items()), kept_bytes=self.kept_bytes // 4, where=self._path
-        )
+                    yield Item(name, label, partial(archive.read, name, offset, size))
 
 
 class TarSource(_ClassFolders):

@@ -6,13 +6,11 @@ import logging
 import os
 from collections.abc import Iterator
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from dali_lmdb.convert.sources._archive import Archive, Member
-from dali_lmdb.convert.sources._digest import NameDigest, digest_of, digest_of_distinct
-from dali_lmdb.convert.sources._files import identity_of_files
 from dali_lmdb.convert.sources._names import (
     check_classes,
     numbered_classes,
@@ -21,7 +19,8 @@ from dali_lmdb.convert.sources._names import (
 )
 from dali_lmdb.convert.sources._patterns import files_of, stems_of
 from dali_lmdb.convert.sources._scratch import MemberTable, Spool
-from dali_lmdb.convert.sources.base import Item, Source, no_stamp
+from dali_lmdb.convert.sources._whole_files import FileSource
+from dali_lmdb.convert.sources.base import Item
 from dali_lmdb.errors import SourceError
 from dali_lmdb.images.names import IMAGE_EXTENSIONS
 from dali_lmdb.store.regular import check_regular
@@ -40,7 +39,7 @@ class _Shard(NamedTuple):
     max_label: int
 
 
-class WebDatasetSource(Source):
+class WebDatasetSource(FileSource):
     """Records of an image (``.jpg``, ``.png`` ...) and a ``.cls``, a decimal label; other members are ignored.
 
     Extensions are case-insensitive.
@@ -61,8 +60,8 @@ class WebDatasetSource(Source):
     kind = "webdataset"
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._path = path
         self._archives = [Archive(file) for file in files_of(path, suffix=".tar")]
+        super().__init__(path, [archive.state for archive in self._archives])
         self._stems = stems_of([archive.path for archive in self._archives])
 
     @property
@@ -74,15 +73,7 @@ class WebDatasetSource(Source):
             prefix = f"{stem}/" if self._repeats else ""
             for file, offset, size, label in shard.images.rows():
                 name = record_name(self._classes[label], prefix + file)
-                yield Item(name, label, partial(shard.archive.read, name, offset, size), no_stamp)
-
-    def count(self) -> int:
-        return self._names.num_names
-
-    def identity(self) -> dict[str, Any]:
-        files = [(archive.path, archive.size, archive.mtime_ns) for archive in self._archives]
-        listed = {"images": self._names.num_names, "names": self._names.hexdigest}
-        return {**identity_of_files(self._path, files), **listed}
+                yield Item(name, label, partial(shard.archive.read, name, offset, size))
 
     @cached_property
     def _shards(self) -> list[_Shard]:
@@ -111,19 +102,10 @@ class WebDatasetSource(Source):
         return named
 
     @cached_property
-    def _names(self) -> NameDigest:
-        return digest_of_distinct(
-            lambda: (item.name for item in self.items()), kept_bytes=self.kept_bytes // 4, where=self._path
-        )
-
-    @cached_property
     def _repeats(self) -> bool:
         """Whether shards have members of the same name."""
-        digest = digest_of(
-            lambda: (name for shard in self._shards for name, *_ in shard.images.rows()),
-            kept_bytes=self.kept_bytes // 4,
-        )
-        return digest.repeated is not None
+        names = self._digest_of(lambda: (name for shard in self._shards for name, *_ in shard.images.rows()))
+        return names.repeated is not None
 
 
 def _read_shard(archive: Archive, spool: Spool) -> _Shard:

@@ -1,0 +1,94 @@
+"""Sources made of whole files, which must stay as they were when the source was opened."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dali_lmdb.convert.sources._digest import NameDigest, digest_of
+from dali_lmdb.convert.sources.base import Source
+from dali_lmdb.errors import SourceError
+from dali_lmdb.store.regular import check_regular
+
+__all__ = ["FileSource", "FileState"]
+
+
+class FileState(NamedTuple):
+    """What shows that a file changed."""
+
+    path: Path
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, path: str | os.PathLike[str]) -> FileState:
+        """The state of a file now.
+
+        Raises:
+            SourceError: it is missing, cannot be accessed, or is no regular file.
+        """
+        try:
+            found = check_regular(path, error=SourceError)
+        except OSError as error:
+            raise SourceError(f"{path}: cannot be read: {error.strerror}") from error
+        return cls.seen(Path(path), found)
+
+    @classmethod
+    def seen(cls, path: Path, found: os.stat_result) -> FileState:
+        """The state of a file whose status was found."""
+        return cls(path, found.st_size, found.st_mtime_ns)
+
+    def check(self, found: os.stat_result) -> None:
+        """Refuse a file that changed since, by its status now.
+
+        Raises:
+            SourceError: it did.
+        """
+        if self.seen(self.path, found) != self:
+            raise SourceError(f"{self.path}: changed meanwhile; convert again when nothing writes to it")
+
+
+class FileSource(Source):
+    """A source whose identity is that of its files and of its records' names, which must differ.
+
+    Args:
+        path: as the user gave it.
+        files: in order.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], files: Sequence[FileState]) -> None:
+        self._path, self._files = path, files
+
+    def count(self) -> int:
+        return self._names.num_names
+
+    def identity(self) -> dict[str, Any]:
+        digest = hashlib.sha256()
+        for path, size, mtime_ns in self._files:
+            digest.update(os.fsencode(f"{os.path.abspath(path)}\0{size}\0{mtime_ns}\n"))
+        return {
+            "path": os.path.abspath(str(self._path)),
+            "files": len(self._files),
+            "bytes": sum(file.size for file in self._files),
+            "modified_ns": max(file.mtime_ns for file in self._files),
+            "state": digest.hexdigest()[:32],
+            "images": self.count(),
+            "names": self._names.hexdigest,
+        }
+
+    @cached_property
+    def _names(self) -> NameDigest:
+        return self._digest_of_distinct(lambda: (item.name for item in self.items()))
+
+    def _digest_of(self, names: Callable[[], Iterable[str]]) -> NameDigest:
+        return digest_of(names, kept_bytes=self.kept_bytes // 4)
+
+    def _digest_of_distinct(self, names: Callable[[], Iterable[str]]) -> NameDigest:
+        digest = self._digest_of(names)
+        if digest.repeated is not None:
+            raise SourceError(f"{self._path}: two images are named {digest.repeated!r}; leave one of them out")
+        return digest
