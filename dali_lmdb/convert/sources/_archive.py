@@ -61,22 +61,21 @@ class Archive:
                     f"{path}: compressed; images are read in place, so decompress it first: {command} {path}"
                 )
 
-    def members(
-        self, wanted: Callable[[str], bool], *, offset: int = 0, size: int | None = None, name: str = ""
-    ) -> Iterator[Member]:
+    def members(self, wanted: Callable[[str], bool], *, inner: Member | None = None) -> Iterator[Member]:
         """Yield folders and files of wanted names, in the archive's order; only headers are read.
 
         Args:
-            offset, size, name: of a tar inside this one, to list that; by default this one.
+            inner: a tar inside this one, to list that; by default this one.
 
         Raises:
             SourceError: the archive is damaged or cut off, a member's name leaves the top, or a wanted name
                 belongs to a link, a device or a sparse file.
         """
-        where = f"{self.path}: {name}" if name else str(self.path)
+        where = str(self.path) if inner is None else f"{self.path}: {printable(inner.path)}"
+        _, offset, size = inner or Member("", 0, self.state.size)
         before = "its start"
         with open(self.path, "rb") as stream:
-            window = _Window(stream.fileno(), offset, self.state.size - offset if size is None else size)
+            window = _Window(stream.fileno(), offset, size)
             try:
                 tar = tarfile.TarFile(fileobj=window, mode="r", encoding="utf-8", errors="surrogateescape")
                 while (info := tar.next()) is not None:
@@ -146,12 +145,6 @@ class _Window(io.RawIOBase):
 
     def tell(self) -> int:
         return self._position
-
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
 
 
 def _member(info: tarfile.TarInfo, wanted: Callable[[str], bool], offset: int, where: str) -> Member | None:

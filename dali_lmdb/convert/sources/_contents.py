@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from dali_lmdb.convert.sources._archive import Archive, Member
-from dali_lmdb.convert.sources._names import printable
 from dali_lmdb.convert.sources.tar import is_tar_name
 from dali_lmdb.convert.sources.webdataset import LABEL_EXTENSION, key_and_extension
 from dali_lmdb.images.names import IMAGE_EXTENSIONS, is_image_name
@@ -39,10 +38,7 @@ class TarContents:
         self.tars: list[Member] = []
         self.folders: Counter[str] = Counter()
         self._before = _Name("", "", "")
-        part: dict[str, Any] = {}
-        if inner is not None:
-            part = {"offset": inner.offset, "size": inner.size, "name": printable(inner.path)}
-        for member in archive.members(self._note, **part):
+        for member in archive.members(self._note, inner=inner):
             if member.is_folder:
                 self.folders[member.path] += 0
             elif is_tar_name(member.path):

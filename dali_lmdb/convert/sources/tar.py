@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property, partial
 from typing import NamedTuple
 
-from dali_lmdb.convert.sources._archive import Archive
+from dali_lmdb.convert.sources._archive import Archive, Member
 from dali_lmdb.convert.sources._names import check_classes, printable
 from dali_lmdb.convert.sources._patterns import files_of
 from dali_lmdb.convert.sources._scratch import MemberTable, Spool
@@ -162,28 +162,31 @@ class ImageNetTarSource(_ClassFolders):
     def _find(self) -> dict[str, list[_Folder]]:
         classes: dict[str, list[_Folder]] = {}
         spool = Spool(self.kept_bytes)
-        if self._unpacked:
-            for archive in self._archives:
-                class_name = class_of_tar(str(archive.path))
-                if class_name in classes:
-                    raise SourceError(
-                        f"{archive.path}: a second tar of class {printable(class_name)!r}; leave one of them out"
-                    )
-                classes[class_name] = _class_tar(archive, class_name, spool)
-            return classes
-        (archive,) = self._archives
-        for member in archive.members(is_tar_name):
-            if member.is_folder:
-                continue
-            class_name = class_of_tar(member.path)
+        for archive, inner in self._class_tars():
+            class_name = class_of_tar(str(archive.path) if inner is None else inner.path)
             if class_name in classes:
-                raise SourceError(
-                    f"{archive.path}: {printable(class_name)}.tar is in it twice; pack it again with one"
-                )
-            classes[class_name] = _class_tar(
-                archive, class_name, spool, offset=member.offset, size=member.size, name=printable(member.path)
-            )
+                found = f"a second tar of class {printable(class_name)!r}; leave one of them out"
+                if inner is not None:
+                    found = f"{printable(class_name)}.tar is in it twice; pack it again with one"
+                raise SourceError(f"{archive.path}: {found}")
+            # A folder at its top that has the class's name is the class's folder.
+            tables = defaultdict[str, MemberTable](lambda: MemberTable(spool))
+            _ = tables[class_name]  # created, so that an empty class is noticed
+            for member in archive.members(is_image_name, inner=inner):
+                if not member.is_folder:
+                    path = f"{class_name}/{member.path.removeprefix(f'{class_name}/')}"
+                    folder, _, file = path.rpartition("/")
+                    tables[folder].add(file, member.offset, member.size)
+            classes[class_name] = [_Folder(path, archive, table) for path, table in tables.items()]
         return classes
+
+    def _class_tars(self) -> Iterator[tuple[Archive, Member | None]]:
+        """Yield the archives, or their only one with each tar in it."""
+        for archive in self._archives:
+            if self._unpacked:
+                yield archive, None
+            else:
+                yield from ((archive, member) for member in archive.members(is_tar_name) if not member.is_folder)
 
 
 def is_tar_name(name: str) -> bool:
@@ -195,19 +198,3 @@ def class_of_tar(path: str) -> str:
     """The class whose images a tar holds: its name without ``.tar``."""
     name = path.rpartition("/")[2]
     return name[: -len(".tar")] if is_tar_name(name) else name
-
-
-def _class_tar(
-    archive: Archive, class_name: str, spool: Spool, *, offset: int = 0, size: int | None = None, name: str = ""
-) -> list[_Folder]:
-    """The folders in one class's tar: an archive, or one in it (see ``Archive.members``).
-
-    A folder at its top that has the class's name is the class's folder.
-    """
-    tables = defaultdict[str, MemberTable](lambda: MemberTable(spool))
-    _ = tables[class_name]  # created, so that an empty class is noticed
-    for member in archive.members(is_image_name, offset=offset, size=size, name=name):
-        if not member.is_folder:
-            folder, _, file = f"{class_name}/{member.path.removeprefix(f'{class_name}/')}".rpartition("/")
-            tables[folder].add(file, member.offset, member.size)
-    return [_Folder(path, archive, table) for path, table in tables.items()]
