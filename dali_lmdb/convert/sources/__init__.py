@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from dali_lmdb.convert.sources._detect import kind_of, kind_of_several
 from dali_lmdb.convert.sources._names import listed
@@ -20,13 +18,11 @@ from dali_lmdb.convert.sources.store import StoreSource, class_names
 from dali_lmdb.convert.sources.tar import ImageNetTarSource, TarSource
 from dali_lmdb.convert.sources.webdataset import WebDatasetSource
 from dali_lmdb.errors import SourceError
-from dali_lmdb.store import open_store
+from dali_lmdb.store import Store, open_store
 from dali_lmdb.store.classic import ClassicStore
-from dali_lmdb.store.shards import shard_files
+from dali_lmdb.store.shards import shard_files, shard_name
 
 __all__ = ["KINDS", "FolderSource", "Item", "Source", "open_source"]
-
-_SHARD = re.compile(r"-\d{5}-of-\d{5}(\.[^./]*)?$")  # the end of a shard's name, see store/shards.py
 
 KINDS = (
     "folder",
@@ -73,15 +69,20 @@ def open_source(
         raise ValueError(f"kind is {kind!r}, expected one of {', '.join(KINDS)}")
     if val_labels is not None and kind not in (None, "flat"):
         raise ValueError(f"val_labels with kind {kind!r}, expected it with kind 'flat' only")
-    part = {"classes": classes, "per_class": per_class}
     found = _matched(path)
     if val_labels is not None:
         kind = "flat"
     elif kind is None:
         kind = kind_of(found[0]) if len(found) == 1 else kind_of_several(path, found)
     if kind in ("store", "lmdb"):
-        return _open_lmdb(path, found, kind, part)
-    _no_part(part)
+        store = _open_lmdb(path, found)
+        if kind == "store" or not isinstance(store, ClassicStore):
+            wanted = None if classes is None else class_names(classes, store.classes)
+            return StoreSource(store, classes=wanted, per_class=per_class)
+        kind = "classic"
+    for name, value in (("classes", classes), ("per_class", per_class)):
+        if value is not None:
+            raise ValueError(f"{name} is {value!r}, which goes with a store as the source only; convert first")
     if len(found) == 1:
         path = found[0]
     elif kind not in ("webdataset", "parquet", "imagenet-tar"):
@@ -118,28 +119,17 @@ def _matched(path: str) -> list[str]:
     return matches_of(path)
 
 
-def _no_part(part: dict[str, Any]) -> None:
-    for name, value in part.items():
-        if value is not None:
-            raise ValueError(f"{name} is {value!r}, which goes with a store as the source only; convert first")
-
-
-def _open_lmdb(path: str, found: list[str], kind: str, part: dict[str, Any]) -> Source:
-    """Open a classic database or a store; ``kind`` is "store", or "lmdb" to detect which.
+def _open_lmdb(path: str, found: list[str]) -> Store:
+    """Open a classic database or a store.
 
     Args:
         path: as the user gave it.
         found: the paths that it matches.
     """
-    is_set = all(_SHARD.search(file) for file in found) and shard_files(path) == [Path(file) for file in found]
+    is_set = all(map(shard_name, found)) and shard_files(path) == [Path(file) for file in found]
     if len(found) > 1 and not is_set:
         raise SourceError(
             f"{path}: {len(found)} files ({listed(found)}), expected one database or one set of shards; name "
             "one, or the set: NAME.lmdb or its folder"
         )
-    store = open_store(path if is_set else found[0])
-    if kind == "lmdb" and isinstance(store, ClassicStore):
-        _no_part(part)
-        return ClassicSource(found[0])
-    classes = None if part["classes"] is None else class_names(part["classes"], store.classes)
-    return StoreSource(store, classes=classes, per_class=part["per_class"])
+    return open_store(path if is_set else found[0])
