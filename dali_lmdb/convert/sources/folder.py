@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import zlib
 from collections.abc import Iterator
@@ -83,8 +84,8 @@ class FolderSource(Source):
             SourceError: as for the class; or a class has other images than when they were counted.
         """
         prefix = os.path.join(self.path, "")
-        for label in range(len(self._folders)):
-            for name in self._listed_names(label):
+        for label, folder in enumerate(self._folders):
+            for name in self._images(folder, self._listing.of_class(label)):
                 file = ImageFile(prefix + name)
                 yield Item(printable(name), label, file.read, file.stamp)
 
@@ -92,10 +93,10 @@ class FolderSource(Source):
         return self._listing.num_images
 
     def left_out(self) -> Iterator[tuple[str, str]]:
-        for listed in self._listing.classes:
-            for name in self._listing.read(listed.others):
+        for label in range(len(self._folders)):
+            for name in sorted(self._listing.of_class(label).others):
                 yield printable(name), "its name does not end as an image's"
-        for name in _unpacked(self._beside):
+        for name in json.loads(zlib.decompress(self._beside)):
             yield printable(name), "a hidden folder without images" if name.endswith("/") else "in no class folder"
 
     def identity(self) -> dict[str, Any]:
@@ -108,16 +109,12 @@ class FolderSource(Source):
     @cached_property
     def _listing(self) -> _Listing:
         num_images, digest, spool = 0, hashlib.sha256(), Spool(self.kept_bytes)
-        classes = []
         for folder in self._folders:
             found = self._list(folder)
             num_images += len(found.images)
-            images = _packed(found.images)
-            digest.update(images)
-            folders = [f"{changed_ns} {path}" for path, changed_ns in found.folders.items()]
-            parts = images, _packed(sorted(found.others)), _packed(folders)
-            classes.append(_ClassListing(*map(spool.new, parts)))
-        return _Listing(num_images, digest.hexdigest()[:32], spool, classes)
+            digest.update(os.fsencode("\0".join([*found.images, ""])))
+            spool.new(_packed(found))
+        return _Listing(num_images, digest.hexdigest()[:32], spool)
 
     def _list(self, folder: str) -> FolderListing:
         top = os.path.join(self.path, folder)
@@ -130,21 +127,15 @@ class FolderSource(Source):
         self._check_distinct(found.images)
         return found
 
-    def _listed_names(self, label: int) -> list[str]:
+    def _images(self, folder: str, listed: FolderListing) -> list[str]:
         """The images of a class as they were counted; a folder is only listed again if it changed since."""
-        listed = self._listing.classes[label]
-        names = self._listing.read(listed.images)
-        folders = (line.split(" ", 1) for line in self._listing.read(listed.folders))
-        if not all(is_as_listed(path, int(changed_ns)) for changed_ns, path in folders):
-            self._check_same(self._folders[label], names, self._list(self._folders[label]).images)
-        return names
+        if not all(is_as_listed(path, changed_ns) for path, changed_ns in listed.folders.items()):
+            self._check_same(folder, listed.images, self._list(folder).images)
+        return listed.images
 
     def _check_distinct(self, names: list[str]) -> None:
         """Refuse names that are not UTF-8 and, escaped, equal another name."""
-        repeated = None
-        if any(printable(name) != name for name in names):
-            repeated = repeated_name(map(printable, names))
-        if repeated is not None:
+        if any(printable(name) != name for name in names) and (repeated := repeated_name(map(printable, names))):
             raise SourceError(f"{self.path}: {repeated}: two names are spelt so in UTF-8; rename one")
 
     def _check_same(self, folder: str, before: list[str], now: list[str]) -> None:
@@ -158,15 +149,6 @@ class FolderSource(Source):
                 )
 
 
-class _ClassListing(NamedTuple):
-    """Numbers of a class's strings in the spool."""
-
-    images: int
-    others: int
-    folders: int
-    """``CHANGED_NS PATH`` of each."""
-
-
 class _Listing(NamedTuple):
     """The folder as it was when its images were counted."""
 
@@ -174,11 +156,10 @@ class _Listing(NamedTuple):
     digest: str
     """Of all names."""
     spool: Spool
-    """Holds names, compressed: ImageNet's 1.28 million take 4 MB."""
-    classes: list[_ClassListing]
+    """Holds each class's ``FolderListing``, compressed: ImageNet's 1.28 million images take 5 MB."""
 
-    def read(self, number: int) -> list[str]:
-        return _unpacked(self.spool.whole(number))
+    def of_class(self, label: int) -> FolderListing:
+        return FolderListing(*json.loads(zlib.decompress(self.spool.whole(label))))
 
 
 def advice_below(top: str | os.PathLike[str]) -> str | None:
@@ -209,10 +190,5 @@ def _folders_in(folder: str) -> list[os.DirEntry[str]]:
     return [entry for entry in list_folder(folder) if entry.is_dir() and not entry.name.startswith(".")]
 
 
-def _packed(names: list[str]) -> bytes:
-    return zlib.compress(os.fsencode("\0".join(names)), 1)
-
-
-def _unpacked(packed: bytes) -> list[str]:
-    names = os.fsdecode(zlib.decompress(packed))
-    return names.split("\0") if names else []
+def _packed(value: FolderListing | list[str]) -> bytes:
+    return zlib.compress(json.dumps(value).encode(), 1)
