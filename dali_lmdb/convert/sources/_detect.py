@@ -11,7 +11,7 @@ from typing import NamedTuple, NoReturn
 
 from dali_lmdb.convert.sources._archive import COMPRESSED, Archive
 from dali_lmdb.convert.sources._contents import TarContents
-from dali_lmdb.convert.sources._files import list_folder
+from dali_lmdb.convert.sources._files import list_folder, reading
 from dali_lmdb.convert.sources._names import listed
 from dali_lmdb.convert.sources._patterns import SPLITS
 from dali_lmdb.convert.sources.folder import advice_below, has_images
@@ -213,12 +213,10 @@ def _check_class_folders(where: str, classes: Mapping[str, _ClassFolder], *, bes
 
 def _kind_of_file(path: str) -> str:
     """Kind by first bytes or name; "tar" for every tar."""
-    try:
+    with reading(path):
         check_regular(path, error=SourceError)
         with open(path, "rb") as stream:
             head = stream.read(tarfile.BLOCKSIZE)
-    except OSError as error:
-        raise SourceError(f"{path}: cannot be read: {error.strerror}") from error
     if head[16:20] == _LMDB_MAGIC:
         return "lmdb"
     if head.startswith(b"PAR1"):

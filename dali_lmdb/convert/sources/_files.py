@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,9 +24,33 @@ __all__ = [
     "lines_of",
     "list_folder",
     "list_images",
+    "read_at",
+    "reading",
 ]
 
 _COARSEST_TIME_NS = 2_000_000_000  # FAT's; NFS, ext4 and others have finer ones
+
+
+@contextmanager
+def reading(where: object) -> Iterator[None]:
+    """Convert an ``OSError`` to ``WHERE: cannot be read: CAUSE``.
+
+    Raises:
+        SourceError: in place of it.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise SourceError(f"{where}: cannot be read: {error.strerror}") from error
+
+
+def read_at(descriptor: int, offset: int, num_bytes: int) -> bytes:
+    """Read from an open file; fewer bytes where it ends."""
+    data = os.pread(descriptor, num_bytes, offset)
+    # Linux reads 2 GB at most.
+    while 0 < len(data) < num_bytes and (more := os.pread(descriptor, num_bytes - len(data), offset + len(data))):
+        data += more
+    return data
 
 
 def list_folder(path: str) -> list[os.DirEntry[str]]:
@@ -143,10 +168,9 @@ def lines_of(path: Path, *, what: str) -> list[str]:
         SourceError: it cannot be read, is not UTF-8, or has no such line.
     """
     try:
-        check_regular(path, error=SourceError)
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise SourceError(f"{path}: cannot be read: {error.strerror}") from error
+        with reading(path):
+            check_regular(path, error=SourceError)
+            text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise SourceError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from error
     lines = [line for line in text.split("\n") if line.strip()]
@@ -178,7 +202,7 @@ class ImageFile:
         path = self._path
         if self._check is not None:
             self._check(path)
-        try:
+        with reading(path):
             # Without O_NONBLOCK, opening a named pipe would wait for a writer.
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             try:
@@ -186,14 +210,10 @@ class ImageFile:
                 if not stat.S_ISREG(before.st_mode):
                     raise SourceError(f"{path}: not a regular file, expected an image file; remove it")
                 check_size(before.st_size, where=path)
-                data = os.read(descriptor, before.st_size + 1)  # one more, to see that it ends there
-                while 0 < len(data) < before.st_size and (more := os.read(descriptor, before.st_size - len(data))):
-                    data += more
+                data = read_at(descriptor, 0, before.st_size + 1)  # one more, to see that it ends there
                 after = os.fstat(descriptor)
             finally:
                 os.close(descriptor)
-        except OSError as error:
-            raise SourceError(f"{path}: cannot be read: {error.strerror}") from error
         if not len(data) == before.st_size == after.st_size or before.st_mtime_ns != after.st_mtime_ns:
             raise SourceError(f"{path}: changed while it was read; convert again when nothing writes to it")
         self._mtime_ns = before.st_mtime_ns
@@ -207,10 +227,8 @@ class ImageFile:
         """
         if self._mtime_ns is not None:
             return self._mtime_ns
-        try:
+        with reading(self._path):
             return os.stat(self._path).st_mtime_ns
-        except OSError as error:
-            raise SourceError(f"{self._path}: cannot be read: {error.strerror}") from error
 
 
 def check_size(num_bytes: int, *, where: object) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dali_lmdb.convert.sources._digest import NameDigest, digest_of
+from dali_lmdb.convert.sources._files import reading
 from dali_lmdb.convert.sources.base import Source
 from dali_lmdb.errors import SourceError
 from dali_lmdb.store.regular import check_regular
@@ -31,11 +32,8 @@ class FileState(NamedTuple):
         Raises:
             SourceError: it is missing, cannot be accessed, or is no regular file.
         """
-        try:
-            found = check_regular(path, error=SourceError)
-        except OSError as error:
-            raise SourceError(f"{path}: cannot be read: {error.strerror}") from error
-        return cls.seen(Path(path), found)
+        with reading(path):
+            return cls.seen(Path(path), check_regular(path, error=SourceError))
 
     @classmethod
     def seen(cls, path: Path, found: os.stat_result) -> FileState:

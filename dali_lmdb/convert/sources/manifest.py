@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dali_lmdb.convert.sources._digest import NameDigest
-from dali_lmdb.convert.sources._files import ImageFile, check_inside
+from dali_lmdb.convert.sources._files import ImageFile, check_inside, reading
 from dali_lmdb.convert.sources._names import classes_of, printable, record_name
 from dali_lmdb.convert.sources._whole_files import FileSource, FileState
 from dali_lmdb.convert.sources.base import Item
@@ -77,7 +77,7 @@ class ManifestSource(FileSource):
 
     def _rows(self) -> Iterator[_Row]:
         try:
-            with open(self.path, encoding="utf-8-sig", newline="") as stream:
+            with reading(self.path), open(self.path, encoding="utf-8-sig", newline="") as stream:
                 self._files[0].check(os.fstat(stream.fileno()))
                 header = stream.readline()
                 stream.seek(0)
@@ -97,8 +97,6 @@ class ManifestSource(FileSource):
                             yield self._row(table.line_num, values, path_at, label_at)
                 except csv.Error as error:
                     raise SourceError(f"{self.path}: line {table.line_num}: {error}") from error
-        except OSError as error:
-            raise SourceError(f"{self.path}: cannot be read: {error.strerror}") from error
         except UnicodeDecodeError as error:
             raise SourceError(f"{self.path}: not UTF-8 text: {error.reason} at byte {error.start}") from error
 
