@@ -20,7 +20,7 @@ import numpy as np
 
 from dali_lmdb.convert._files import Files, check_name, check_target
 from dali_lmdb.convert._job import Job, Share, Written
-from dali_lmdb.convert._journal import Journal
+from dali_lmdb.convert._journal import RESUME, Journal
 from dali_lmdb.convert.ranks import Ranks
 from dali_lmdb.convert.settings import ConvertProgress, ConvertSettings, Summary
 from dali_lmdb.convert.sources import open_source
@@ -204,7 +204,7 @@ def _shares(task: _Task) -> list[Share]:
 
 def _check_published(job: Job, *, restart: bool, only_journals: bool) -> None:
     """Refuse a target that exists, unless this very conversion was killed while it published."""
-    is_ours = job.is_same() or (only_journals and job.journal.header is None)
+    is_ours = job.journal.header == job.header() or (only_journals and job.journal.header is None)
     if job.files.partial.exists() or not is_ours:
         raise ConversionError(f"{job.files.target}: already exists; choose another name")
     if restart:
@@ -265,8 +265,7 @@ def _publish(task: _Task) -> None:
     if task.ranks.rank != 0:
         return
     check_name(task.target, task.all_files)  # another conversion may have published meanwhile
-    then = "then run the same command again to resume"
-    with os_errors(task.all_files[0].target, "cannot be published", ConversionError, then=then):
+    with os_errors(task.all_files[0].target, "cannot be published", ConversionError, then=RESUME):
         for files in task.all_files:
             if files.partial.exists():
                 os.rename(files.partial, files.target)

@@ -4,7 +4,7 @@ For a target ``NAME.lmdb``, all beside it, so that publishing is one rename:
 
 * ``NAME.lmdb.partial``: the LMDB file while it grows;
 * ``NAME.lmdb.partial-journal``: what is done so far, see ``_journal.py``;
-* ``NAME.lmdb.bad.tsv``: refused images and files that were left out, with reasons, see ``_report.py``.
+* ``NAME.lmdb.bad.tsv``: refused images and files that were left out, with reasons.
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -16,12 +16,12 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from dali_lmdb.convert._files import Files
-from dali_lmdb.convert._journal import INDEX_ROW_COLUMNS, ROW_SCHEMA, Journal, Row, batch_of
+from dali_lmdb.convert._journal import INDEX_ROW_COLUMNS, RESUME, ROW_SCHEMA, Journal, batch_of
 from dali_lmdb.convert._reading import ReadImage, read_images
-from dali_lmdb.convert._report import write_report
 from dali_lmdb.convert.settings import ConvertProgress, ConvertSettings
 from dali_lmdb.convert.sources.base import Item, Source
-from dali_lmdb.errors import ConversionError
+from dali_lmdb.disk import os_errors
+from dali_lmdb.errors import ConversionError, one_line
 from dali_lmdb.store.fingerprint import Fingerprint
 from dali_lmdb.store.reader import FileStore
 from dali_lmdb.store.writer import StoreWriter
@@ -54,21 +54,6 @@ class Written(NamedTuple):
     """``Fingerprint`` of the records."""
     report: str | None
     """Path of the list of what is not stored, if there is one."""
-
-
-@dataclass
-class _Pending:
-    """Images that were read but not yet committed."""
-
-    values: list[bytes] = field(default_factory=list)
-    rows: list[Row] = field(default_factory=list)
-    num_bytes: int = 0
-
-    def add(self, image: ReadImage) -> None:
-        self.rows.append(image.row)
-        if image.row.reason is None:
-            self.values.append(image.data)
-            self.num_bytes += len(image.data)
 
 
 @dataclass(kw_only=True)
@@ -145,15 +130,12 @@ class Job:
             advice = "choose another name" if finished == self.files.target else "use --restart"
             raise ConversionError(f"{finished}: a shard of another conversion; {advice}")
 
-    def is_same(self) -> bool:
-        """Whether the journal is of this conversion."""
-        return self.journal.header == self._header()
-
     def _written(self, num_records: int, fingerprint: str) -> Written:
         report = str(self.files.report) if self.files.report.exists() else None
         return Written(num_records, self._num_bad, fingerprint, report)
 
-    def _header(self) -> dict[str, Any]:
+    def header(self) -> dict[str, Any]:
+        """What identifies this conversion, for the journal."""
         return {
             "kind": self.source.kind,
             "settings": self.settings.identity(),
@@ -162,13 +144,13 @@ class Job:
         }
 
     def _claim(self, *, restart: bool) -> None:
-        now = self._header()
+        now = self.header()
         before = self.journal.header
         if restart or before is None:
             self.files.partial.unlink(missing_ok=True)
             self.journal.start(now)
             return
-        if self.journal.empty():  # killed while the partial file was being made
+        if next(self.journal.rows(), None) is None:  # killed while the partial file was being made
             self.files.partial.unlink(missing_ok=True)
         for name in now:
             if before.get(name) != now[name]:
@@ -204,32 +186,35 @@ class Job:
                         )
 
     def _write(self, items: Iterator[Item]) -> None:
-        pending = _Pending()
+        pending: list[ReadImage] = []
+        num_bytes = 0
         with ThreadPoolExecutor(1) as committer:  # so that images are read while a commit waits for the disk
             last: Future[None] | None = None
             try:
                 in_order = self.source.reads_in_order
                 for image in read_images(items, self.settings, num_threads=self.num_threads, in_order=in_order):
-                    pending.add(image)
-                    if pending.num_bytes >= _COMMIT_BYTES or len(pending.rows) >= self.commit_records:
+                    pending.append(image)
+                    num_bytes += len(image.data)
+                    if num_bytes >= _COMMIT_BYTES or len(pending) >= self.commit_records:
                         if last is not None:
                             last.result()
                         # In this order: an interrupt in between may lose images, but not commit them twice.
-                        full, pending = pending, _Pending()
+                        full, pending, num_bytes = pending, [], 0
                         last = committer.submit(self._commit, full)
             finally:
                 # On an error or an interrupt too: what was read need not be read again.
                 if last is not None:
                     last.result()
-                if pending.rows:
+                if pending:
                     committer.submit(self._commit, pending).result()
 
-    def _commit(self, pending: _Pending) -> None:
-        batch = batch_of(pending.rows)
+    def _commit(self, images: Sequence[ReadImage]) -> None:
+        batch = batch_of([image.row for image in images])
+        values = [image.data for image in images if image.row.reason is None]
         self.journal.append(batch)
-        self.writer.commit(pending.values)
+        self.writer.commit(values)
         self._add_to_totals(batch)
-        self._num_bytes += pending.num_bytes
+        self._num_bytes += sum(map(len, values))
         self._report_progress("writing", self._num_rows)
 
     def _add_to_totals(self, batch: pa.RecordBatch) -> None:
@@ -239,17 +224,29 @@ class Job:
         self._num_bad += batch.num_rows - stored.num_rows
 
     def _report(self) -> None:
-        """List bad images, then the files that were left out."""
+        """Write ``name TAB reason`` of what is not in the store; no file if there is nothing."""
+        path, rows = self.files.report, self._not_stored()
+        first = next(rows, None)
+        with os_errors(path, "cannot be written", ConversionError, then=RESUME):
+            if first is None:
+                path.unlink(missing_ok=True)
+                return
+            try:
+                with open(path, "w", encoding="utf-8") as file:
+                    for row in chain([("name", "reason"), first], rows):
+                        file.write("\t".join(map(one_line, row)) + "\n")
+            except BaseException:
+                path.unlink(missing_ok=True)  # half a list would look complete
+                raise
 
-        def not_stored() -> Iterator[tuple[str, str]]:
-            for batch in self.journal.rows() if self._num_bad else ():
-                bad = batch.filter(batch.column("reason").is_valid())
-                yield from zip(bad.column("name").to_pylist(), bad.column("reason").to_pylist(), strict=True)
-            for name, reason in self.source.left_out() if self.share.is_last else ():
-                self._num_left_out += 1
-                yield name, f"left out: {reason}"
-
-        write_report(not_stored(), self.files.report)
+    def _not_stored(self) -> Iterator[tuple[str, str]]:
+        """Yield (name, reason) of bad images, then of the files that were left out."""
+        for batch in self.journal.rows() if self._num_bad else ():
+            bad = batch.filter(batch.column("reason").is_valid())
+            yield from zip(bad.column("name").to_pylist(), bad.column("reason").to_pylist(), strict=True)
+        for name, reason in self.source.left_out() if self.share.is_last else ():
+            self._num_left_out += 1
+            yield name, f"left out: {reason}"
 
     def _finish(self, shard: dict[str, Any] | None) -> None:
         pieces = self.writer.pieces()

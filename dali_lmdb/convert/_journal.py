@@ -28,7 +28,7 @@ from dali_lmdb.errors import ConversionError
 from dali_lmdb.store.checksum import crc32
 from dali_lmdb.store.layout import INDEX_SCHEMA
 
-__all__ = ["INDEX_ROW_COLUMNS", "ROW_SCHEMA", "Journal", "Row", "batch_of"]
+__all__ = ["INDEX_ROW_COLUMNS", "RESUME", "ROW_SCHEMA", "Journal", "Row", "batch_of"]
 
 INDEX_ROW_COLUMNS = [name for name in INDEX_SCHEMA.names if name != "file_offset"]
 """Index columns that are known when a record is written."""
@@ -61,7 +61,7 @@ class Row(NamedTuple):
 
 
 _FRAME = struct.Struct("<II")
-_RESUME = "then run the same command again to resume"
+RESUME = "then run the same command again to resume"
 
 
 class Journal:
@@ -87,9 +87,9 @@ class Journal:
         self.header: dict[str, Any] | None = None
         try:
             self._lock()
-            for payload, end in self._frames():
-                self.header, self._body = json.loads(payload), end
-                break
+            first = next(self._frames(), None)
+            if first is not None:
+                self.header, self._body = json.loads(first[0]), first[1]
         except BaseException:
             self._file.close()
             raise
@@ -147,10 +147,6 @@ class Journal:
             self._write(json.dumps({"rows": part_rows}).encode())
         return kept_rows
 
-    def empty(self) -> bool:
-        """Whether it has no rows."""
-        return next(self._batches(), None) is None
-
     def close(self) -> None:
         """Release the lock; of a conversion that has not begun, remove the file."""
         if self.header is None:
@@ -196,13 +192,13 @@ class Journal:
 
     def _write(self, payload: Any) -> int:
         frame = memoryview(_FRAME.pack(len(payload), crc32(payload)) + bytes(payload))
-        with os_errors(self.path, "cannot be written", ConversionError, then=_RESUME):
+        with os_errors(self.path, "cannot be written", ConversionError, then=RESUME):
             while frame:  # a write may be short
                 frame = frame[self._file.write(frame) :]
         return self._file.tell()
 
     def _cut(self, end: int) -> None:
-        with os_errors(self.path, "cannot be written", ConversionError, then=_RESUME):
+        with os_errors(self.path, "cannot be written", ConversionError, then=RESUME):
             self._file.truncate(end)
             self._file.seek(end)
 

@@ -80,11 +80,11 @@ def classes_of(labels: Iterable[str], *, where: object) -> list[str]:
             large.
     """
     names = sorted(set(labels))
-    numbers = [integer(name) for name in names]
-    if not names or any(number is None for number in numbers):
-        check_classes(names, where=where)
-        return names
-    return numbered_classes([number for number in numbers if number is not None], where=where)
+    numbers = [number for number in map(integer, names) if number is not None]
+    if names and len(numbers) == len(names):
+        return numbered_classes(numbers, where=where)
+    check_classes(names, where=where)
+    return names
 
 
 def check_classes(names: list[str], *, where: object, are_folders: bool = False) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import math
 import os
 import re
 from itertools import product
@@ -85,9 +86,7 @@ def _expanded(pattern: str) -> list[str]:
     """Expand the braces of a pattern in every combination."""
     parts = _BRACES.split(pattern)  # text, braces, text, braces ... text
     choices = [[part] if i % 2 == 0 else _choices(part, pattern) for i, part in enumerate(parts)]
-    count = 1
-    for some in choices:
-        count *= len(some)
+    count = math.prod(map(len, choices))
     if count > _MAX_FILES:
         raise SourceError(f"{pattern}: the braces name {count} files, expected at most {_MAX_FILES}")
     return ["".join(some) for some in product(*choices)]

@@ -184,7 +184,7 @@ def _columns(schema: pa.Schema, path: Path) -> _Columns:
     parts: dict[str, pa.DataType] = {}
     if image_type is not None and pa.types.is_struct(image_type):
         parts = {field.name: field.type for field in image_type}
-    if not _is_binary(parts.get("bytes")):
+    if not _is(parts.get("bytes"), "binary"):
         raise SourceError(
             f"{path}: column {image!r} is {image_type or 'missing'}, expected struct<bytes: binary, path: string>"
         )
@@ -194,7 +194,7 @@ def _columns(schema: pa.Schema, path: Path) -> _Columns:
     classes = [str(name) for name in names] if isinstance(names, list) else None
     if classes is not None:
         check_classes(classes, where=path)
-    return _Columns(image, label, _is_text(parts.get("path")), classes)
+    return _Columns(image, label, _is(parts.get("path"), "string"), classes)
 
 
 def _features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
@@ -218,16 +218,11 @@ def _column_of(features: dict[str, dict[str, Any]], kind: str, usual: str, path:
     return usual
 
 
-def _is_binary(kind: pa.DataType | None) -> bool:
-    return kind is not None and str(_value_type(kind)) in ("binary", "large_binary", "binary_view")
-
-
-def _is_text(kind: pa.DataType | None) -> bool:
-    return kind is not None and str(_value_type(kind)) in ("string", "large_string", "string_view")
-
-
-def _value_type(kind: pa.DataType) -> pa.DataType:
-    return kind.value_type if pa.types.is_dictionary(kind) else kind
+def _is(kind: pa.DataType | None, name: str) -> bool:
+    """Whether values are of a type, whatever its offsets and encoding."""
+    if kind is not None and pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return str(kind) in (name, f"large_{name}", f"{name}_view")
 
 
 def _metadata(file: _File) -> pq.FileMetaData:
