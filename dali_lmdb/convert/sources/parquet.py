@@ -61,17 +61,13 @@ class _Group(NamedTuple):
     metadata: pq.FileMetaData
     """That of the whole file."""
     number: int
-
-    @property
-    def num_rows(self) -> int:
-        num_rows: int = self.metadata.row_group(self.number).num_rows
-        return num_rows
+    rows: range
+    """Its rows in the file."""
 
 
 class _Row(NamedTuple):
     group: _Group
     stem: str
-    row_in_group: int
     row: int
     """Index in the file."""
     label: int
@@ -122,7 +118,7 @@ class ParquetSource(FileSource):
             if images is None or images.group is not row.group:
                 images = _Images(row.group)
             name = _name(row, self._classes[row.label], by_row=by_row)
-            yield Item(name, row.label, partial(images.read, row.row_in_group, row.row))
+            yield Item(name, row.label, partial(images.read, row.row))
 
     def count(self) -> int:
         return sum(file.num_rows for file in self._tables)
@@ -151,10 +147,12 @@ class ParquetSource(FileSource):
         for file, stem in zip(self._tables, self._stems, strict=True):
             first, metadata = 0, _metadata(file)
             for number in range(metadata.num_row_groups):
-                group = _Group(file, metadata, number)
-                for row_in_group, (label, path) in enumerate(_labels_and_paths(group, first)):
-                    yield _Row(group, stem, row_in_group, first + row_in_group, label, path)
-                first += group.num_rows
+                rows = range(first, first + metadata.row_group(number).num_rows)
+                group = _Group(file, metadata, number, rows)
+                # Not strict: a damaged file may have fewer, which the count of rows shows.
+                for row, (label, path) in zip(rows, _labels_and_paths(group), strict=False):
+                    yield _Row(group, stem, row, label, path)
+                first = rows.stop
 
 
 def _name(row: _Row, class_name: str, *, by_row: bool) -> str:
@@ -245,9 +243,9 @@ def _batches(group: _Group, columns: list[str], num_rows: int) -> Iterator[pa.Re
         raise SourceError(f"{path}: row group {number} cannot be read: {_one_line(error)}") from error
 
 
-def _labels_and_paths(group: _Group, first: int) -> Iterator[tuple[int, str | None]]:
-    """Yield label and path of each row of a group, whose first row is the file's row ``first``."""
-    path, columns = group.file.path, group.file.columns
+def _labels_and_paths(group: _Group) -> Iterator[tuple[int, str | None]]:
+    """Yield label and path of each row of a group."""
+    path, columns, first = group.file.path, group.file.columns, group.rows.start
     wanted = [columns.label, *([f"{columns.image}.path"] if columns.has_path else [])]
     for batch in _batches(group, wanted, _ROWS):
         for name in batch.schema.names:
@@ -268,46 +266,47 @@ class _Images:
 
     def __init__(self, group: _Group) -> None:
         self.group = group
-        found = group.metadata.row_group(group.number)
-        mean_bytes = found.total_byte_size // max(1, found.num_rows)
+        mean_bytes = group.metadata.row_group(group.number).total_byte_size // len(group.rows)
         self._batch_rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, mean_bytes)))
         self._batches: Iterator[pa.RecordBatch] = iter(())
-        self._rows, self._decoded = range(0), pa.nulls(0)  # rows in the group, and their images
+        self._rows, self._decoded = range(0), pa.nulls(0)  # rows in the file, and their images
         self._lock = threading.Lock()
 
-    def read(self, row_in_group: int, row: int) -> bytes:
-        """The bytes of one image; may be called in any thread.
+    def read(self, row: int) -> bytes:
+        """The bytes of one image, by its row in the file; may be called in any thread.
 
         Raises:
             SourceError: they are null or cannot be read.
         """
         with self._lock:
-            while row_in_group not in self._rows:
-                self._decode(row_in_group)
-            data: bytes | None = self._decoded[row_in_group - self._rows.start].as_py()
-            if row_in_group == self.group.num_rows - 1:
+            if row not in self._rows:
+                self._decode(row)
+            data: bytes | None = self._decoded[row - self._rows.start].as_py()
+            if row == self.group.rows[-1]:
                 self._rows, self._decoded = range(0), pa.nulls(0)  # items may outlive the group
         if data is None:
             where = f"{self.group.file.path}: row {row}"
             raise SourceError(f"{where}: no image bytes, perhaps only a path; embed the images in the file")
         return data
 
-    def _decode(self, row_in_group: int) -> None:
-        """Decode the next rows, from the start if the wanted one is before them."""
-        start = self._rows.stop
-        if row_in_group < start or start == 0:
+    def _decode(self, row: int) -> None:
+        """Decode the images up to a row, from the group's first on if it is before those that are decoded."""
+        if not 0 < self._rows.stop <= row:
             columns = [f"{self.group.file.columns.image}.bytes"]
-            start, self._batches = 0, _batches(self.group, columns, self._batch_rows)
-        self._decoded = pa.nulls(0)  # before others are decoded
-        batch = next(self._batches, None)
-        if batch is None:
-            where = f"{self.group.file.path}: row group {self.group.number}"
-            raise SourceError(f"{where} is cut off; download the file again")
-        self._rows, self._decoded = range(start, start + batch.num_rows), batch.column(0).field("bytes")
-        if self._rows.stop == self.group.num_rows:
+            self._batches = _batches(self.group, columns, self._batch_rows)
+            self._rows = range(self.group.rows.start, self.group.rows.start)
+        while row not in self._rows:
+            self._decoded = pa.nulls(0)  # before others are decoded
+            batch = next(self._batches, None)
+            if batch is None:
+                where = f"{self.group.file.path}: row group {self.group.number}"
+                raise SourceError(f"{where} is cut off; download the file again")
+            self._rows = range(self._rows.stop, self._rows.stop + batch.num_rows)
+            self._decoded = batch.column(0).field("bytes")
+            # Else Arrow keeps what is freed for a while: 300 MB with pages of 100 MB and 16 threads.
+            pa.default_memory_pool().release_unused()
+        if self._rows.stop == self.group.rows.stop:
             self._batches = iter(())  # the reader holds a page, which may be as large as the group
-        # Else Arrow keeps what is freed for a while: 300 MB with pages of 100 MB and 16 threads.
-        pa.default_memory_pool().release_unused()
 
 
 def _one_line(error: Exception) -> str:
