@@ -19,7 +19,7 @@ from typing import TypeVar
 import numpy as np
 
 from dali_lmdb.convert._files import Files, check_name, check_target
-from dali_lmdb.convert._job import Job, Share, Written
+from dali_lmdb.convert._job import Job, Share, Task, Written
 from dali_lmdb.convert._journal import RESUME, Journal
 from dali_lmdb.convert.ranks import Ranks
 from dali_lmdb.convert.settings import ConvertProgress, ConvertSettings, Summary
@@ -116,20 +116,14 @@ def convert(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Task:
+class _Task(Task):
     """The arguments of ``convert``, as its phases need them."""
 
-    source: Source
     target: Path
-    settings: ConvertSettings
     ranks: Ranks
     all_files: list[Files]
     """Files of each shard; without shards, of the target alone."""
     is_set: bool
-    restart: bool
-    num_threads: int
-    commit_records: int
-    progress: Callable[[ConvertProgress], None] | None
 
     @property
     def mine(self) -> range:
@@ -167,20 +161,10 @@ def _jobs(task: _Task, journals: contextlib.ExitStack) -> list[Job]:
         files = task.all_files[index]
         journal = Journal(files.journal)
         journals.callback(journal.close)
-        job = Job(
-            source=task.source,
-            share=shares[index],
-            settings=task.settings,
-            files=files,
-            journal=journal,
-            num_threads=task.num_threads,
-            commit_records=task.commit_records,
-            progress=task.progress,
-        )
-        jobs.append(job)
+        jobs.append(Job(task, shares[index], files, journal))
     for job in jobs:
         if job.files.target.exists():
-            _check_published(job, restart=task.restart, only_journals=only_journals)
+            _check_published(job, only_journals=only_journals)
     return jobs
 
 
@@ -202,12 +186,12 @@ def _shares(task: _Task) -> list[Share]:
     ]
 
 
-def _check_published(job: Job, *, restart: bool, only_journals: bool) -> None:
+def _check_published(job: Job, *, only_journals: bool) -> None:
     """Refuse a target that exists, unless this very conversion was killed while it published."""
     is_ours = job.journal.header == job.header() or (only_journals and job.journal.header is None)
     if job.files.partial.exists() or not is_ours:
         raise ConversionError(f"{job.files.target}: already exists; choose another name")
-    if restart:
+    if job.task.restart:
         raise ConversionError(
             f"{job.files.target}: already published by the interrupted conversion; remove it to start over"
         )
@@ -218,9 +202,7 @@ def _write(task: _Task, jobs: Sequence[Job]) -> list[Written]:
     if not jobs:
         return []
     items = islice(task.source.items(), jobs[0].share.first, None)
-    written = [
-        job.skip(items) if job.files.target.exists() else job.write(items, restart=task.restart) for job in jobs
-    ]
+    written = [job.skip(items) if job.files.target.exists() else job.write(items) for job in jobs]
     if jobs[-1].share.is_last and next(items, None) is not None:
         raise ConversionError(
             f"{task.target}: the source changed during the conversion: images were added; use --restart when "

@@ -26,10 +26,22 @@ from dali_lmdb.store.fingerprint import Fingerprint
 from dali_lmdb.store.reader import FileStore
 from dali_lmdb.store.writer import StoreWriter
 
-__all__ = ["Job", "Share", "Written"]
+__all__ = ["Job", "Share", "Task", "Written"]
 
 _COMMIT_BYTES = 16 << 20  # of images that are written to the journal together, then to the file
 _VERIFY_RECORDS = 256  # read back by one thread at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What to convert and how; see ``_converter.convert``."""
+
+    source: Source
+    settings: ConvertSettings
+    restart: bool
+    num_threads: int
+    commit_records: int
+    progress: Callable[[ConvertProgress], None] | None
 
 
 class Share(NamedTuple):
@@ -56,37 +68,31 @@ class Written(NamedTuple):
     """Path of the list of what is not stored, if there is one."""
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Job:
     """Makes one file complete under its partial name."""
 
-    source: Source
+    task: Task
     share: Share
-    settings: ConvertSettings
     files: Files
     journal: Journal
     """Open on ``files.journal``."""
-    num_threads: int
-    """Threads that read and validate images."""
-    commit_records: int
-    progress: Callable[[ConvertProgress], None] | None
 
     def __post_init__(self) -> None:
         self._num_rows = self._num_bad = 0  # totals of the journal, so that it need not be read again for them
         self._fingerprint = Fingerprint()
         self._num_bytes = self._num_left_out = 0
 
-    def write(self, items: Iterator[Item], *, restart: bool) -> Written:
+    def write(self, items: Iterator[Item]) -> Written:
         """Resume, or begin, until every image of the share is written or reported.
 
         Args:
             items: the source's, from the share's first on; exactly the share's are taken.
-            restart: discard what an interrupted conversion left.
 
         Raises:
             SourceError, ConversionError: see ``_converter.convert``.
         """
-        self._claim(restart=restart)
+        self._claim()
         items = self._of_share(items)
         with StoreWriter(self.files.partial) as self.writer:
             if not self.writer.finished:
@@ -137,16 +143,16 @@ class Job:
     def header(self) -> dict[str, Any]:
         """What identifies this conversion, for the journal."""
         return {
-            "kind": self.source.kind,
-            "settings": self.settings.identity(),
-            "source": self.source.identity(),
+            "kind": self.task.source.kind,
+            "settings": self.task.settings.identity(),
+            "source": self.task.source.identity(),
             "shard": self.share.shard,
         }
 
-    def _claim(self, *, restart: bool) -> None:
+    def _claim(self) -> None:
         now = self.header()
         before = self.journal.header
-        if restart or before is None:
+        if self.task.restart or before is None:
             self.files.partial.unlink(missing_ok=True)
             self.journal.start(now)
             return
@@ -172,7 +178,7 @@ class Job:
 
     def _replay_journal(self, items: Iterator[Item]) -> None:
         """Compare the images that are already written with the source, without reading them; and tally them."""
-        with ThreadPoolExecutor(self.num_threads) as pool:
+        with ThreadPoolExecutor(self.task.num_threads) as pool:
             for batch in self.journal.rows():
                 self._add_to_totals(batch)
                 found = pool.map(lambda item: (item.name, item.stamp()), list(islice(items, batch.num_rows)))
@@ -191,11 +197,15 @@ class Job:
         with ThreadPoolExecutor(1) as committer:  # so that images are read while a commit waits for the disk
             last: Future[None] | None = None
             try:
-                in_order = self.source.reads_in_order
-                for image in read_images(items, self.settings, num_threads=self.num_threads, in_order=in_order):
+                for image in read_images(
+                    items,
+                    self.task.settings,
+                    num_threads=self.task.num_threads,
+                    in_order=self.task.source.reads_in_order,
+                ):
                     pending.append(image)
                     num_bytes += len(image.data)
-                    if num_bytes >= _COMMIT_BYTES or len(pending) >= self.commit_records:
+                    if num_bytes >= _COMMIT_BYTES or len(pending) >= self.task.commit_records:
                         if last is not None:
                             last.result()
                         # In this order: an interrupt in between may lose images, but not commit them twice.
@@ -244,7 +254,7 @@ class Job:
         for batch in self.journal.rows() if self._num_bad else ():
             bad = batch.filter(batch.column("reason").is_valid())
             yield from zip(bad.column("name").to_pylist(), bad.column("reason").to_pylist(), strict=True)
-        for name, reason in self.source.left_out() if self.share.is_last else ():
+        for name, reason in self.task.source.left_out() if self.share.is_last else ():
             self._num_left_out += 1
             yield name, f"left out: {reason}"
 
@@ -259,19 +269,19 @@ class Job:
         made = {
             "by": f"dali_lmdb {version('dali-lmdb')}",
             "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "source": {"kind": self.source.kind, **self.source.identity()},
-            "settings": self.settings.identity(),
+            "source": {"kind": self.task.source.kind, **self.task.source.identity()},
+            "settings": self.task.settings.identity(),
             "skipped": self._num_bad,
             "left_out": self._num_left_out,
         }
-        self.writer.finish(classes=self.source.classes, made=made, shard=shard)
+        self.writer.finish(classes=self.task.source.classes, made=made, shard=shard)
 
     def _verify(self, piece: range, columns: dict[str, npt.NDArray[Any]], lengths: npt.NDArray[np.uint32]) -> None:
         """Read records back and compare them with the checksums taken from the source's bytes."""
         if (lengths != columns["num_bytes"]).any():
             raise ConversionError(f"{self.files.partial}: reads back with wrong lengths; use --restart")
         runs = [range(start, min(start + _VERIFY_RECORDS, piece.stop)) for start in piece[::_VERIFY_RECORDS]]
-        with ThreadPoolExecutor(self.num_threads) as pool:
+        with ThreadPoolExecutor(self.task.num_threads) as pool:
             futures = [pool.submit(self.writer.checksums, run.start, run.stop) for run in runs]
             for run, future in zip(runs, futures, strict=True):
                 expected = columns["crc32"][run.start - piece.start : run.stop - piece.start]
@@ -285,10 +295,9 @@ class Job:
                 self._report_progress("verifying", run.stop)
 
     def _report_progress(self, phase: Literal["writing", "verifying"], done: int) -> None:
-        if self.progress is not None:
-            self.progress(
-                ConvertProgress(str(self.files.target), phase, done, self.share.num_items, self._num_bytes)
-            )
+        if self.task.progress is not None:
+            target = str(self.files.target)
+            self.task.progress(ConvertProgress(target, phase, done, self.share.num_items, self._num_bytes))
 
 
 def _stored(batch: pa.RecordBatch) -> pa.RecordBatch:
