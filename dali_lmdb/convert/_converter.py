@@ -66,8 +66,7 @@ def convert(
         ranks: processes that share the shards; by default this process alone.
         restart: discard an interrupted conversion instead of resuming it.
         num_threads: threads that read and validate images; by default the cores this process may use, at least 2.
-        commit_records: most images that are written to the journal together, then to the store; an interrupted
-            conversion reads at most these again.
+        commit_records: most images that are journalled, then written, at a time; fewer if they take 16 MB.
         progress: called after every commit and while verifying.
 
     Raises:

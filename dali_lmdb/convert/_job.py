@@ -28,7 +28,7 @@ from dali_lmdb.store.writer import StoreWriter
 
 __all__ = ["Job", "Share", "Task", "Written"]
 
-_COMMIT_BYTES = 16 << 20  # of images that are written to the journal together, then to the file
+_COMMIT_BYTES = 16 << 20  # of images that are journalled, then written, at a time
 _VERIFY_RECORDS = 256  # read back by one thread at a time
 
 

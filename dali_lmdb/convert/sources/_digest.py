@@ -22,7 +22,7 @@ class NameDigest:
     hexdigest: str
     """32 hex digits over all of them."""
     repeated: str | None
-    """The first name to come again, or None; any such name if very many do."""
+    """The first name to come a second time, or None; if very many do, any of them."""
 
 
 def _hash(raw: bytes) -> bytes:
@@ -40,10 +40,10 @@ def digest_of(
 
     Args:
         names: called a second time if a name may come twice, to find it.
-        kept_bytes: of hashes in memory, 8 a name; those of more names go to a temporary file.
-        max_suspects: hashes that came twice, compared by name; of 100 million different names, one pair has equal
-            hashes in one case of 3,700.
-        hash_of: hash of a name, 8 bytes.
+        kept_bytes: most bytes of hashes in memory, 8 per name; the others are in a temporary file.
+        max_suspects: about how many repeated hashes are compared by name. Among 100 million different names, the
+            chance of one pair with equal hashes is 1 in 3,700.
+        hash_of: the hash of a name, 8 bytes.
 
     Raises:
         SourceError: as ``Spool``.
@@ -61,7 +61,8 @@ def digest_of(
     for part in parts:
         if len(suspects) < max_suspects:
             values = np.sort(np.frombuffer(hashes.whole(part), dtype=np.uint64))
-            suspects.update(value.tobytes() for value in values[1:][values[1:] == values[:-1]][:max_suspects])
+            twice = values[1:][values[1:] == values[:-1]]
+            suspects.update(value.tobytes() for value in twice[:max_suspects])
     repeated = None
     if suspects:
         repeated = repeated_name(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -47,7 +47,7 @@ def reading(where: object) -> Iterator[None]:
 def read_at(descriptor: int, offset: int, num_bytes: int) -> bytes:
     """Read from an open file; fewer bytes where it ends."""
     data = os.pread(descriptor, num_bytes, offset)
-    # Linux reads 2 GB at most.
+    # Linux reads at most 2 GB per call.
     while 0 < len(data) < num_bytes and (more := os.pread(descriptor, num_bytes - len(data), offset + len(data))):
         data += more
     return data
@@ -180,17 +180,12 @@ def lines_of(path: Path, *, what: str) -> list[str]:
 
 
 class ImageFile:
-    """An image file: provides ``read`` and ``stamp`` of its ``Item``.
+    """An image file: provides ``read`` and ``stamp`` of its ``Item``."""
 
-    Args:
-        path: of a regular file.
-        check: called with the path before it is read.
-    """
+    __slots__ = ("_mtime_ns", "path")
 
-    __slots__ = ("_check", "_mtime_ns", "_path")
-
-    def __init__(self, path: str, *, check: Callable[[str], None] | None = None) -> None:
-        self._path, self._check = path, check
+    def __init__(self, path: str) -> None:
+        self.path = path
         self._mtime_ns: int | None = None
 
     def read(self) -> bytes:
@@ -199,9 +194,7 @@ class ImageFile:
         Raises:
             SourceError: the file is missing, cannot be read, is no regular file, or changes meanwhile.
         """
-        path = self._path
-        if self._check is not None:
-            self._check(path)
+        path = self.path
         with reading(path):
             # Without O_NONBLOCK, opening a named pipe would wait for a writer.
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -227,8 +220,8 @@ class ImageFile:
         """
         if self._mtime_ns is not None:
             return self._mtime_ns
-        with reading(self._path):
-            return os.stat(self._path).st_mtime_ns
+        with reading(self.path):
+            return os.stat(self.path).st_mtime_ns
 
 
 def check_size(num_bytes: int, *, where: object) -> None:

@@ -36,8 +36,8 @@ class Source(ABC):
     kind: str
     """Name of this kind of source, as ``--source`` takes it."""
     kept_bytes: int = 64 << 20  # 1.28 million members of ImageNet's training tar take 55 MB
-    """Bytes of its listing that are held in memory, and a quarter of it in hashes of names; the rest is in a
-    temporary file. Set before the first use."""
+    """Most bytes of its listing in memory, and a quarter of that for hashes of names; the rest is in a temporary
+    file. Set it before the first use."""
     reads_in_order: bool = False
     """Whether images are read far faster one after the other than by several threads."""
 

@@ -61,10 +61,9 @@ class ManifestSource(FileSource):
 
     def items(self) -> Iterator[Item]:
         labels = {name: label for label, name in enumerate(self._classes)}
-        check = partial(check_inside, root=self._root, follow_links=self._follow_links)
         for row in self._rows():
-            file = ImageFile(os.path.join(self._folder, row.path), check=check)
-            yield Item(record_name(row.label, row.path), labels[row.label], file.read, file.stamp)
+            file = ImageFile(os.path.join(self._folder, row.path))
+            yield Item(record_name(row.label, row.path), labels[row.label], partial(self._read, file), file.stamp)
 
     @cached_property
     def _classes(self) -> list[str]:
@@ -74,6 +73,10 @@ class ManifestSource(FileSource):
     def _names(self) -> NameDigest:
         self._digest_of_distinct(lambda: (printable(row.path) for row in self._rows()))  # under any label
         return super()._names
+
+    def _read(self, file: ImageFile) -> bytes:
+        check_inside(file.path, root=self._root, follow_links=self._follow_links)
+        return file.read()
 
     def _rows(self) -> Iterator[_Row]:
         try:
