@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from dali_lmdb.convert.sources._files import check_size, read_at, reading
+from dali_lmdb.convert.sources._files import check_size, reading
 from dali_lmdb.convert.sources._names import printable, safe_path
 from dali_lmdb.convert.sources._whole_files import FileState
 from dali_lmdb.errors import SourceError
@@ -99,9 +99,17 @@ class Archive:
             SourceError: the archive vanished or changed since this object was made.
         """
         check_size(size, where=f"{self.path}: {name}")
-        with reading(f"{self.path}: {name}"), open(self.path, "rb", buffering=0) as stream:
-            found = os.fstat(stream.fileno())
-            data = read_at(stream.fileno(), offset, size)
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                found = os.fstat(descriptor)
+                data = os.pread(descriptor, size, offset)
+                while len(data) < size and (more := os.pread(descriptor, size - len(data), offset + len(data))):
+                    data += more
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise SourceError(f"{self.path}: {name}: cannot be read: {error.strerror}") from error
         if FileState.seen(self.path, found) != self.state or len(data) != size:
             raise SourceError(
                 f"{self.path}: {name}: the archive changed while it was read; convert again when nothing "

@@ -24,7 +24,6 @@ __all__ = [
     "lines_of",
     "list_folder",
     "list_images",
-    "read_at",
     "reading",
 ]
 
@@ -42,15 +41,6 @@ def reading(where: object) -> Iterator[None]:
         yield
     except OSError as error:
         raise SourceError(f"{where}: cannot be read: {error.strerror}") from error
-
-
-def read_at(descriptor: int, offset: int, num_bytes: int) -> bytes:
-    """Read from an open file; fewer bytes where it ends."""
-    data = os.pread(descriptor, num_bytes, offset)
-    # Linux reads at most 2 GB per call.
-    while 0 < len(data) < num_bytes and (more := os.pread(descriptor, num_bytes - len(data), offset + len(data))):
-        data += more
-    return data
 
 
 def list_folder(path: str) -> list[os.DirEntry[str]]:
@@ -195,7 +185,8 @@ class ImageFile:
             SourceError: the file is missing, cannot be read, is no regular file, or changes meanwhile.
         """
         path = self.path
-        with reading(path):
+        # Not ``reading``, and no system call more than needed: threads wait for each other at each.
+        try:
             # Without O_NONBLOCK, opening a named pipe would wait for a writer.
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             try:
@@ -203,10 +194,14 @@ class ImageFile:
                 if not stat.S_ISREG(before.st_mode):
                     raise SourceError(f"{path}: not a regular file, expected an image file; remove it")
                 check_size(before.st_size, where=path)
-                data = read_at(descriptor, 0, before.st_size + 1)  # one more, to see that it ends there
+                data = os.read(descriptor, before.st_size + 1)  # one more, to see that it ends there
+                while 0 < len(data) < before.st_size and (more := os.read(descriptor, before.st_size - len(data))):
+                    data += more
                 after = os.fstat(descriptor)
             finally:
                 os.close(descriptor)
+        except OSError as error:
+            raise SourceError(f"{path}: cannot be read: {error.strerror}") from error
         if not len(data) == before.st_size == after.st_size or before.st_mtime_ns != after.st_mtime_ns:
             raise SourceError(f"{path}: changed while it was read; convert again when nothing writes to it")
         self._mtime_ns = before.st_mtime_ns
