@@ -20,7 +20,6 @@ __all__ = ["ManifestSource"]
 
 
 class _Row(NamedTuple):
-    line: int
     path: str
     """Relative to the manifest's folder."""
     label: str
@@ -55,18 +54,14 @@ class ManifestSource(FileSource):
         self._root = os.path.realpath(self._folder)
         next(self._rows(), None)
 
-    @property
-    def classes(self) -> list[str]:
-        return self._classes
-
     def items(self) -> Iterator[Item]:
-        labels = {name: label for label, name in enumerate(self._classes)}
+        labels = {name: label for label, name in enumerate(self.classes)}
         for row in self._rows():
             file = ImageFile(os.path.join(self._folder, row.path))
             yield Item(record_name(row.label, row.path), labels[row.label], partial(self._read, file), file.stamp)
 
     @cached_property
-    def _classes(self) -> list[str]:
+    def classes(self) -> list[str]:
         return classes_of({row.label for row in self._rows()}, where=self.path)
 
     @cached_property
@@ -114,4 +109,4 @@ class ManifestSource(FileSource):
                 f"{where}: {values[path_at]!r} leaves the manifest's folder {self._folder}; "
                 "put the manifest into a folder above all images"
             )
-        return _Row(line, path[len(inside) :], values[label_at])
+        return _Row(path[len(inside) :], values[label_at])

@@ -107,24 +107,20 @@ class ParquetSource(FileSource):
             self._tables.append(file._replace(columns=first.columns))  # the class names are held once
         super().__init__(path, [file.state for file in self._tables])
 
-    @property
-    def classes(self) -> list[str]:
-        return self._classes
-
     def items(self) -> Iterator[Item]:
         by_row = self._names.repeated is not None
         images: _Images | None = None
         for row in self._rows():
             if images is None or images.group is not row.group:
                 images = _Images(row.group)
-            name = _name(row, self._classes[row.label], by_row=by_row)
+            name = _name(row, self.classes[row.label], by_row=by_row)
             yield Item(name, row.label, partial(images.read, row.row))
 
     def count(self) -> int:
         return sum(file.num_rows for file in self._tables)
 
     @cached_property
-    def _classes(self) -> list[str]:
+    def classes(self) -> list[str]:
         named = self._tables[0].columns.classes
         if named is None:
             return numbered_classes((row.label for row in self._rows()), where=self._path)
@@ -139,9 +135,7 @@ class ParquetSource(FileSource):
     @cached_property
     def _names(self) -> NameDigest:
         """Of the names as they are unless paths repeat."""
-        return self._digest_of(
-            lambda: (_name(row, self._classes[row.label], by_row=False) for row in self._rows())
-        )
+        return self._digest_of(lambda: (_name(row, self.classes[row.label], by_row=False) for row in self._rows()))
 
     def _rows(self) -> Iterator[_Row]:
         for file, stem in zip(self._tables, self._stems, strict=True):

@@ -64,15 +64,11 @@ class WebDatasetSource(FileSource):
         super().__init__(path, [archive.state for archive in self._archives])
         self._stems = stems_of([archive.path for archive in self._archives])
 
-    @property
-    def classes(self) -> list[str]:
-        return self._classes
-
     def items(self) -> Iterator[Item]:
         for shard, stem in zip(self._shards, self._stems, strict=True):
             prefix = f"{stem}/" if self._repeats else ""
             for file, offset, size, label in shard.images.rows():
-                name = record_name(self._classes[label], prefix + file)
+                name = record_name(self.classes[label], prefix + file)
                 yield Item(name, label, partial(shard.archive.read, name, offset, size))
 
     @cached_property
@@ -84,7 +80,7 @@ class WebDatasetSource(FileSource):
         return shards
 
     @cached_property
-    def _classes(self) -> list[str]:
+    def classes(self) -> list[str]:
         file = self._archives[0].path.with_name(_CLASSES_FILE)
         numbered = numbered_classes([shard.max_label for shard in self._shards], where=self._path)
         try:
