@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from threading import Thread
 
 import pytest
@@ -11,6 +12,7 @@ from conversions import CountedSource, content, die, in_child, left_beside, reco
 from image_sets import save_grey
 
 from dali_lmdb.convert import ConvertSettings, convert
+from dali_lmdb.convert import __main__ as command
 from dali_lmdb.convert.__main__ import main
 from dali_lmdb.convert._journal import Journal
 from dali_lmdb.convert.sources import FolderSource
@@ -397,10 +399,11 @@ def test_a_signal_stops_the_command_with_a_sentence_and_it_can_go_on(
 
         def commit(self, values):
             original(self, values)
-            if self.num_records == 24:
+            if self.num_records == 10:
                 os.kill(os.getpid(), number)
 
         StoreWriter.commit = commit
+        command.convert = partial(convert, commit_records=5)
         with open(tmp_path / "err", "w") as file, contextlib.redirect_stderr(file):
             main([str(images), str(target)], prog_name="convert")
 
