@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType
 from typing import Any, Literal, TextIO, get_args, get_origin, get_type_hints
 
 import click
@@ -58,7 +57,7 @@ def _stopping() -> Iterator[None]:
 
 
 class _StandardStreams(click.Command):
-    """A command that tolerates closed standard streams and reports an unwritable stdout in one line."""
+    """A command with -h for help, that tolerates closed standard streams and reports an unwritable stdout."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
@@ -68,7 +67,7 @@ class _StandardStreams(click.Command):
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         with _stdout_errors():  # prints --help and --version
-            return super().make_context(*args, **kwargs)
+            return super().make_context(*args, help_option_names=["-h", "--help"], **kwargs)
 
 
 class Command(_StandardStreams):
@@ -125,11 +124,7 @@ def option_of(*settings: type[Any]) -> Callable[..., _Decorator]:
 
 def interrupt_on_sigterm() -> None:
     """Treat SIGTERM like Ctrl-C in this process."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def ranks_from_environment() -> RankEnvironment | None:
@@ -255,7 +250,7 @@ class _Commands(_StandardStreams, click.Group):
         return command
 
 
-@click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(cls=_Commands)
 @click.version_option(package_name="dali-lmdb")
 def main() -> None:
     """JPEG data sets in one LMDB file, fed to PyTorch training through NVIDIA DALI."""

@@ -16,7 +16,7 @@ _option = option_of(CompareSettings)
 _AT_LEAST_1 = click.IntRange(min=1)
 
 
-@click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(cls=Command)
 @click.argument("store", metavar="STORE")
 @_option(
     "--task", type=click.Choice(["train", "eval"]), help="train: random crops and flips; eval: central crops."

@@ -36,7 +36,7 @@ __all__ = ["main"]
 _option = option_of(ConvertSettings)
 
 
-@click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(cls=Command)
 @click.argument("source", metavar="SOURCE")
 @click.argument("store", metavar="STORE")
 @click.option(

@@ -16,10 +16,8 @@ from dali_lmdb.inspect.export import SHARD_SIZE_BYTES
 
 __all__ = ["export_command", "info_command", "verify_command"]
 
-_HELP = {"help_option_names": ["-h", "--help"]}
 
-
-@click.command("info", cls=Command, context_settings=_HELP)
+@click.command("info", cls=Command)
 @click.argument("store", metavar="STORE")
 @click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object, with the record count of each class."
@@ -33,7 +31,7 @@ def info_command(store: str, *, as_json: bool) -> None:
     print_result(json.dumps(asdict(found)) if as_json else _table(found))
 
 
-@click.command("verify", cls=Command, context_settings=_HELP)
+@click.command("verify", cls=Command)
 @click.argument("store", metavar="STORE")
 @click.option("--decode", is_flag=True, help="Also decode every record.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads that read and check.  [default: all cores]")
@@ -53,7 +51,7 @@ def verify_command(store: str, *, decode: bool, threads: int | None, as_json: bo
     sys.exit(0 if found.clean else 1)
 
 
-@click.command("export", cls=Command, context_settings=_HELP)
+@click.command("export", cls=Command)
 @click.argument("store", metavar="STORE")
 @click.argument("folder", metavar="DIR")
 @click.option(

@@ -24,7 +24,7 @@ _AT_LEAST_0 = click.IntRange(min=0)
 _AT_LEAST_1 = click.IntRange(min=1)
 
 
-@click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(cls=Command)
 @click.option("--train", required=True, metavar="STORE", help="Store to train on, or an image folder.")
 @click.option("--val", required=True, metavar="STORE", help="Store to evaluate on, with the same classes.")
 @click.option(

@@ -18,7 +18,7 @@ from dali_lmdb.disk import sync_folder
 from dali_lmdb.errors import StateError
 from dali_lmdb.store.regular import check_regular
 
-__all__ = ["FILE_NAME", "check_fits", "load", "only_writer", "save"]
+__all__ = ["FILE_NAME", "FORMAT_VERSION", "check_fits", "load", "only_writer", "save"]
 
 FILE_NAME = "checkpoint.pt"
 FORMAT_VERSION = 1

@@ -7,7 +7,6 @@ own elastic launcher, so a rank cannot tell the difference.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import signal
@@ -18,7 +17,6 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -34,7 +32,7 @@ from dali_lmdb.torchrun import RankEnvironment, join
 
 __all__ = ["LAUNCHER_PID", "RankFailedError", "find_device", "launch", "process_group", "run_rank"]
 
-logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 _TIMEOUT = timedelta(minutes=30)  # for a collective; torch's default for gloo
 
@@ -76,7 +74,7 @@ def process_group(ranks: RankEnvironment, *, device: torch.device) -> Iterator[N
     if ranks.world_size == 1 or dist.is_initialized():
         yield
         return
-    store = join(ranks, say=logger.warning)
+    store = join(ranks, say=_log.warning)
     store.set_timeout(_TIMEOUT)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=_TIMEOUT)
@@ -130,12 +128,8 @@ def launch(arguments: Sequence[str], *, world_size: int) -> None:
         RankFailedError: the first rank to die died in another way.
         KeyboardInterrupt, SystemExit: this process was interrupted or terminated, and has stopped the ranks.
     """
-    with (
-        tempfile.TemporaryDirectory(prefix="dali_lmdb_ranks_") as folder,
-        _quiet_launcher(),
-        _own_signals(),
-        _known_to_ranks(),
-    ):
+    os.environ[LAUNCHER_PID] = str(os.getpid())  # the ranks inherit it, and end when this process does
+    with tempfile.TemporaryDirectory(prefix="dali_lmdb_ranks_") as folder, _quiet_launcher(), _own_signals():
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -162,32 +156,13 @@ def launch(arguments: Sequence[str], *, world_size: int) -> None:
 @contextmanager
 def _quiet_launcher() -> Iterator[None]:
     """Silence the launcher's own log, unless LOGLEVEL is set: we report what happened."""
-    if "LOGLEVEL" in os.environ:
-        yield
-        return
-    names = ("torch.distributed.elastic", "torch.distributed.launcher")
-    loggers = [logging.getLogger(name) for name in names]
-    before = [(logger, logger.propagate) for logger in loggers]
-    silence = logging.NullHandler()
-    for logger in loggers:
-        logger.propagate = False
-        logger.addHandler(silence)
+    before = logging.root.manager.disable
+    if "LOGLEVEL" not in os.environ:
+        logging.disable()
     try:
         yield
     finally:
-        for logger, propagate in before:
-            logger.propagate = propagate
-            logger.removeHandler(silence)
-
-
-@contextmanager
-def _known_to_ranks() -> Iterator[None]:
-    """Pass this process's id to the ranks, which end when it does."""
-    os.environ[LAUNCHER_PID] = str(os.getpid())
-    try:
-        yield
-    finally:
-        del os.environ[LAUNCHER_PID]
+        logging.disable(before)
 
 
 @contextmanager
@@ -213,7 +188,7 @@ def _explain(failures: dict[int, ProcessFailure]) -> Exception:
         return RankFailedError(f"rank {rank} was {reason}", details="")
     if not os.path.isfile(failure.error_file):
         return RankFailedError(f"rank {rank} ended with exit code {failure.exitcode}", details="")
-    message = json.loads(Path(failure.error_file).read_text())["message"]
+    message = failure.error_file_data["message"]
     kind, _, text = message["message"].partition(": ")
     known = getattr(errors, kind, None)
     if isinstance(known, type) and issubclass(known, DaliLmdbError):

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -61,15 +60,10 @@ class StepMeter:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         elapsed_s = time.perf_counter() - self._started
-        own = [
-            float(self._loss) / self.steps,
-            self._num_images / elapsed_s,
-            self._waited_s / elapsed_s,
-            1.0,
-        ]
-        sums = all_sum(torch.tensor(own, dtype=torch.float64, device=self._device)).tolist()
+        own = [float(self._loss) / self.steps, self._num_images / elapsed_s, self._waited_s / elapsed_s, 1.0]
+        sums = all_sum(torch.tensor(own, dtype=torch.float64, device=self._device))
+        loss, images_per_s, wait, num_ranks = sums.tolist()
         self.reset()
-        loss, images_per_s, wait, num_ranks = sums
         return {
             "loss": loss / num_ranks,
             "images_per_s": images_per_s,
@@ -149,12 +143,6 @@ class JsonLog:
             with self._errors():
                 write_line(self._file, values)
 
-    def close(self) -> None:
-        """Close the file."""
-        if self._file is not None:
-            with self._errors():  # network file systems may report a full disk only now
-                self._file.close()
-
     @contextmanager
     def _errors(self) -> Iterator[None]:
         try:
@@ -167,7 +155,7 @@ class JsonLog:
     def __enter__(self) -> JsonLog:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            with self._errors():  # network file systems may report a full disk only now
+                self._file.close()

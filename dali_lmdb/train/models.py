@@ -10,22 +10,16 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["arch_names", "build_model", "check_arch", "check_input", "training_loss"]
+__all__ = ["build_model", "check_arch", "check_input", "training_loss"]
 
 # Weights of the auxiliary classifiers' losses, from the papers and torchvision
 # (Szegedy et al. 2014, section 5; Szegedy et al. 2015, section 4, as in PyTorch's fine-tuning tutorial).
-AUXILIARY_LOSS_WEIGHTS = {"googlenet": 0.3, "inception_v3": 0.4}
-
-
-def arch_names() -> list[str]:
-    """Names of all classification models of the installed torchvision."""
-    names: list[str] = torchvision.models.list_models(module=torchvision.models)
-    return names
+_AUXILIARY_LOSS_WEIGHTS = {"googlenet": 0.3, "inception_v3": 0.4}
 
 
 def check_arch(arch: str) -> None:
     """Raise ValueError, with the nearest names, if torchvision has no such classification model."""
-    names = arch_names()
+    names = torchvision.models.list_models(module=torchvision.models)
     if arch in names:
         return
     near = difflib.get_close_matches(arch, names, n=3)
@@ -44,7 +38,7 @@ def build_model(arch: str, *, num_classes: int, size: int) -> nn.Module:
         options["image_size"] = size
     elif arch.startswith("maxvit_"):
         options["input_size"] = (size, size)
-    elif arch in AUXILIARY_LOSS_WEIGHTS:
+    elif arch in _AUXILIARY_LOSS_WEIGHTS:
         options["init_weights"] = True  # the default, which torchvision warns about
     model: nn.Module = torchvision.models.get_model(arch, weights=None, num_classes=num_classes, **options)
     return model
@@ -85,5 +79,5 @@ def training_loss(output: Any, labels: Tensor, *, arch: str) -> Tensor:
     loss = functional.cross_entropy(logits, labels)
     for auxiliary_logits in auxiliary:
         if auxiliary_logits is not None:
-            loss = loss + AUXILIARY_LOSS_WEIGHTS[arch] * functional.cross_entropy(auxiliary_logits, labels)
+            loss = loss + _AUXILIARY_LOSS_WEIGHTS[arch] * functional.cross_entropy(auxiliary_logits, labels)
     return loss

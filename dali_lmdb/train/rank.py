@@ -15,6 +15,9 @@ import sys
 from typing import TextIO
 
 from dali_lmdb.errors import one_line
+from dali_lmdb.train.distributed import LAUNCHER_PID, run_rank
+from dali_lmdb.train.settings import TrainSettings
+from dali_lmdb.train.trainer import train
 
 __all__ = ["show_progress"]
 
@@ -24,21 +27,15 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 def show_progress(*, rank: int) -> None:
     """Print what the trainer logs, on rank 0 only."""
     logger = logging.getLogger("dali_lmdb")
-    handler = _Printer(sys.stdout)
-    handler.setFormatter(_OneLine("%(message)s"))
-    logger.addHandler(handler)
+    logger.addHandler(_Printer(sys.stdout))
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
 
 
-class _OneLine(logging.Formatter):
-    """Keeps a message on one line, whatever is in the names it cites."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        return one_line(super().formatMessage(record))
-
-
 class _Printer(logging.StreamHandler[TextIO]):
-    """Prints to stdout as long as possible; a failed write does not stop a training run."""
+    """Prints each message on one line; a failed write ends the printing, not the training run."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return one_line(super().format(record))
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]
@@ -47,15 +44,13 @@ class _Printer(logging.StreamHandler[TextIO]):
             return
         logging.getLogger("dali_lmdb").removeHandler(self)
         with contextlib.suppress(OSError):
-            # Python would try again at exit, and end with exit code 120.
+            # Python would retry at exit, and then exit with code 120.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             print(f"standard output: cannot be written: {error.strerror}; training continues", file=sys.stderr)
 
 
 def _end_with_launcher() -> None:
     """Make the kernel kill this rank when the process that started it ends, in whatever way."""
-    from dali_lmdb.train.distributed import LAUNCHER_PID
-
     # A launcher that is killed by SIGKILL cannot stop its ranks; they would continue and overwrite the checkpoint
     # of the next run. See PR_SET_PDEATHSIG in prctl(2).
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
@@ -66,11 +61,6 @@ def _end_with_launcher() -> None:
 
 def _main() -> None:
     _end_with_launcher()
-
-    from dali_lmdb.train.distributed import run_rank
-    from dali_lmdb.train.settings import TrainSettings
-    from dali_lmdb.train.trainer import train
-
     settings = TrainSettings(**json.loads(sys.argv[1]))
     show_progress(rank=int(os.environ["RANK"]))
     run_rank(lambda: train(settings), show_errors=False)

@@ -25,9 +25,9 @@ from dali_lmdb.train.metrics import EvaluationSums, JsonLog, StepMeter
 from dali_lmdb.train.models import build_model, training_loss
 from dali_lmdb.train.settings import TrainSettings
 
-__all__ = ["evaluate", "learning_rate", "train"]
+__all__ = ["WARM_UP", "evaluate", "learning_rate", "train"]
 
-logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 WARM_UP = 0.05  # fraction of the run: 4.5 of 90 epochs; Goyal et al. 2017 (section 2.2) warm up for 5 of 90
 
@@ -57,7 +57,7 @@ def train(settings: TrainSettings) -> list[dict[str, float]]:
         run = _Training(settings, ranks=ranks, device=device, stack=stack)
         run.restore()
         if ranks.rank == 0:
-            logger.info("training %s", run)
+            _log.info("training %s", run)
         results = []
         while run.epoch < settings.epochs:
             run.train_epoch()
@@ -217,7 +217,7 @@ class _Training:
             )
         self.log.write(epoch=self.epoch, step=self.step, **report)
         if self.ranks.rank == 0:
-            logger.info(
+            _log.info(
                 "epoch %d  step %d  loss %.4f  %.0f images/s  %.0f %% of the time waiting for data",
                 self.epoch,
                 self.step,
@@ -239,7 +239,7 @@ class _Training:
         result = {"epoch": self.epoch, **report}
         self.log.write(**result)
         if self.ranks.rank == 0:
-            logger.info(
+            _log.info(
                 "epoch %d  validation: top-1 %.2f %%  top-5 %.2f %%  loss %.4f  %d records",
                 self.epoch,
                 report["val_top1"],
@@ -281,7 +281,7 @@ class _Training:
         content = self._read_checkpoint(path)
         if content is None:
             if self.ranks.rank == 0:
-                logger.info("no checkpoint in %s yet: starting at the beginning", path.parent)
+                _log.info("no checkpoint in %s yet: starting at the beginning", path.parent)
             return
         classes = self.train_loader.classes
         checkpoint.check_fits(content, arch=self.settings.arch, classes=classes, path=path)
@@ -294,7 +294,7 @@ class _Training:
         self.records_done = content["records_done"]
         if self.ranks.rank == 0:
             end = "; training is complete" if self.epoch >= self.settings.epochs else ""
-            logger.info("resuming from %s: epoch %d, step %d%s", path, self.epoch, self.step, end)
+            _log.info("resuming from %s: epoch %d, step %d%s", path, self.epoch, self.step, end)
 
     def _read_checkpoint(self, path: Path) -> dict[str, Any] | None:
         """Read it on rank 0, which wrote it, and send it to all ranks: other machines may not see the file."""

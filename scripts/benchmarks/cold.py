@@ -301,7 +301,7 @@ _OPENERS: dict[str, Callable[[Store, npt.NDArray[np.int64], int], AbstractContex
 }
 
 
-@click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(cls=Command)
 @reading_options
 def main(store: str, *, batch_size: int, rounds: int, seconds: float, records: int, as_json: bool) -> None:
     """Measure the records per second read from storage in random order.

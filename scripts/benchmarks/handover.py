@@ -183,7 +183,7 @@ def define_handover(source: Callable[[Any], Any], *, transform: Transform, batch
     return pipeline
 
 
-@click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(cls=Command)
 @reading_options
 def main(store: str, *, batch_size: int, rounds: int, seconds: float, records: int, as_json: bool) -> None:
     """Measure the records per second that one core hands over to DALI from memory, without decoding."""
