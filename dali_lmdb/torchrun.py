@@ -1,4 +1,4 @@
-"""Ranks as torchrun starts them: which one this process is, and how it finds the others."""
+"""Ranks as torchrun starts them: which one this process is, and how it connects to the others."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,9 +19,9 @@ if TYPE_CHECKING:
 __all__ = ["JOIN_LIMIT_S", "RankEnvironment", "ignored_variables", "join"]
 
 JOIN_LIMIT_S = 600.0
-"""Time for all ranks to come; torchrun's machines wait so long for each other, too (its ``join_timeout``)."""
+"""Time limit for all ranks to join; torchrun's machines wait for each other as long (its ``join_timeout``)."""
 
-_QUIET_S = 3.0  # ranks that are started together have imported torch by then
+_QUIET_S = 3.0  # time for ranks that were started together to import torch
 _POLL_S = 0.1
 _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 _REMEDY = f"start all ranks with torchrun, or unset {', '.join(_VARIABLES)}"
@@ -28,7 +29,7 @@ _REMEDY = f"start all ranks with torchrun, or unset {', '.join(_VARIABLES)}"
 
 @dataclass(frozen=True, kw_only=True)
 class RankEnvironment:
-    """This process among the others; alone by default."""
+    """The rank of this process, and how many ranks there are; by default it is the only one."""
 
     rank: int = 0
     local_rank: int = 0
@@ -38,10 +39,10 @@ class RankEnvironment:
 
     @classmethod
     def from_environment(cls) -> RankEnvironment | None:
-        """What torchrun has put into RANK, LOCAL_RANK and WORLD_SIZE; None if one of them is not set.
+        """Read RANK, LOCAL_RANK and WORLD_SIZE, which torchrun sets; None if one of them is not set.
 
         Raises:
-            ValueError: one that is set is not such a number.
+            ValueError: a variable is not a number, or out of range.
         """
         given = {name: _number(name) for name in _VARIABLES if name in os.environ}
         if len(given) < len(_VARIABLES):
@@ -57,7 +58,7 @@ class RankEnvironment:
 
 
 def ignored_variables() -> str | None:
-    """One line about several ranks in the environment that :meth:`from_environment` ignores; None without them."""
+    """One line about a WORLD_SIZE above 1 that ``from_environment`` ignores; None if it ignores none."""
     missing = [name for name in _VARIABLES if name not in os.environ]
     world_size = os.environ.get("WORLD_SIZE", "1")
     if not missing or world_size == "1":
@@ -73,41 +74,45 @@ def _number(name: str) -> int:
 
 
 def join(ranks: RankEnvironment, *, say: Callable[[str], None]) -> Store:
-    """Wait until all ranks are there, and return a key-value store of them.
+    """Wait until all ranks have joined, and return the key-value store that they share.
 
-    It waits in short steps: torch's own waiting is deaf to signals.
+    Polls, since signals do not interrupt torch's own waiting.
 
     Args:
         say: called with one line if it has to wait, on one rank of each machine.
 
     Raises:
         ValueError: MASTER_ADDR or MASTER_PORT is missing or wrong.
-        DaliLmdbError: they are not all there after ``JOIN_LIMIT_S``, or cannot be connected.
+        DaliLmdbError: not all ranks have joined after ``JOIN_LIMIT_S``, or they cannot be connected.
     """
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
-    patience = _Patience(ranks, say)
+    waiting = _Waiting(ranks, say)
     try:
-        store = PrefixStore(f"dali_lmdb/{_attempt()}", _connect(ranks, patience))
-        if store.add(f"rank-{ranks.rank}", 1) == 1:  # not one that was stopped while it waited, and started again
+        store = PrefixStore(f"dali_lmdb/{_attempt()}", _connect(ranks, waiting))
+        if store.add(f"rank-{ranks.rank}", 1) == 1:  # 2 if this rank was stopped while waiting, then restarted
             store.add("joined", 1)
         while (joined := store.add("joined", 0)) < ranks.world_size:
-            patience.spend(f"{ranks.world_size} ranks, {joined} of them here")
-    except RuntimeError as error:  # torch's: the port is taken, or the rank that had the store has ended
+            waiting.pause(f"{ranks.world_size} ranks, {joined} of them here")
+    except RuntimeError as error:  # torch's: the port is taken, or the rank that hosts the store has ended
         cause = " ".join(str(error).splitlines()[0].split())
         raise DaliLmdbError(f"rank {ranks.rank}: no connection to the other ranks: {cause}; {_REMEDY}") from error
     return store
 
 
-class _Patience:
-    """The time that is left for all ranks to come; says once that it is being waited for them."""
+class _Waiting:
+    """Waits for at most ``JOIN_LIMIT_S`` in total, and reports once that it is waiting."""
 
     def __init__(self, ranks: RankEnvironment, say: Callable[[str], None]) -> None:
         self._say: Callable[[str], None] | None = say if ranks.local_rank == 0 else None
         self._begin = time.monotonic()
 
-    def spend(self, whom: str) -> None:
-        """Wait a moment for ``whom``."""
+    def pause(self, whom: str) -> None:
+        """Sleep briefly; ``whom`` it is waiting for is named in messages.
+
+        Raises:
+            DaliLmdbError: the time is up.
+        """
         waited_s = time.monotonic() - self._begin
         if waited_s > JOIN_LIMIT_S:
             raise DaliLmdbError(f"gave up waiting for {whom}, after {JOIN_LIMIT_S / 60:g} minutes; {_REMEDY}")
@@ -117,8 +122,8 @@ class _Patience:
         time.sleep(_POLL_S)
 
 
-def _connect(ranks: RankEnvironment, patience: _Patience) -> Store:
-    """Connect to the store of torchrun's agent, or to that of rank 0, which makes it."""
+def _connect(ranks: RankEnvironment, waiting: _Waiting) -> Store:
+    """Connect to the store that torchrun's agent hosts, or else rank 0."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
@@ -127,25 +132,22 @@ def _connect(ranks: RankEnvironment, patience: _Patience) -> Store:
     host, port = os.environ["MASTER_ADDR"], _number("MASTER_PORT")
     if not 0 < port < 2**16:
         raise ValueError(f"MASTER_PORT={port} in the environment, expected 1 to 65535; {_REMEDY}")
-    makes_it = ranks.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    while not (makes_it or _answers(host, port)):
-        patience.spend(f"{ranks.world_size} ranks: nobody answers at {host}:{port} yet")
-    found: list[Store | Exception] = []
+    is_host = ranks.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    while not (is_host or _answers(host, port)):
+        waiting.pause(f"{ranks.world_size} ranks: nobody answers at {host}:{port} yet")
+    store: Future[Store] = Future()
 
     def connect() -> None:
         try:
-            found.append(TCPStore(host, port, is_master=makes_it, wait_for_workers=False, multi_tenant=True))
+            store.set_result(TCPStore(host, port, is_master=is_host, wait_for_workers=False, multi_tenant=True))
         except Exception as error:
-            found.append(error)
+            store.set_exception(error)
 
-    # Whoever answers may be no store and never say a word. A thread that still waits then ends with the process.
-    thread = threading.Thread(target=connect, daemon=True)
-    thread.start()
-    while thread.is_alive():
-        patience.spend(f"{ranks.world_size} ranks: no store answers at {host}:{port} yet")
-    if isinstance(found[0], Exception):
-        raise found[0]
-    return found[0]
+    # What listens at the port may not be a store and never reply; a daemon thread then ends with the process.
+    threading.Thread(target=connect, daemon=True).start()
+    while not store.done():
+        waiting.pause(f"{ranks.world_size} ranks: no store answers at {host}:{port} yet")
+    return store.result()
 
 
 def _answers(host: str, port: int) -> bool:
@@ -157,10 +159,10 @@ def _answers(host: str, port: int) -> bool:
 
 
 def _attempt() -> str:
-    """A name for this start of the ranks, where torchrun's store may know an earlier one.
+    """Number of this start of the ranks, to tell it from earlier ones in the same store.
 
     torchrun keeps its store over a restart, so new ranks would read the addresses of dead ones (pytorch issue
-    135712). Its count of restarts tells them apart, but is the same everywhere on one machine only; on several,
+    135712). Its count of restarts is the same for all ranks only on a single machine; on several,
     ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`` makes torchrun begin with a new store.
     """
     on_one_machine = os.environ.get("GROUP_WORLD_SIZE") == "1"

@@ -15,34 +15,34 @@ __all__ = ["RankLostError", "Ranks", "torchrun_ranks"]
 
 T = TypeVar("T")
 
-_CONNECTING = timedelta(minutes=1)  # of ranks that are all there
-_PATIENCE = timedelta(days=365)  # one rank may be done hours before another
+_CONNECTING = timedelta(minutes=1)  # after all ranks have joined
+_AGREEING = timedelta(days=365)  # one rank may finish hours before another
 _POLL_S = 0.1
 
 
 class RankLostError(ConversionError):
-    """Another rank has ended before all had done their part."""
+    """Another rank ended before all were done."""
 
 
 class Ranks:
-    """This process alone.
+    """The processes that share a conversion; this class is for a single one.
 
     Attributes:
-        rank, world_size: torch.distributed's.
+        rank, world_size: as in torch.distributed.
     """
 
     rank = 0
     world_size = 1
 
     def agree(self, failure: BaseException | None, value: T) -> list[T]:
-        """Wait for all ranks; if any failed, fail on all of them.
+        """Wait for all ranks; if one failed, raise on all of them.
 
         Returns:
-            Every rank's ``value``, in their order.
+            Every rank's ``value``, in rank order.
 
         Raises:
-            BaseException: this rank's ``failure``, if it is the only one.
-            ConversionError: others failed; it says all that they did.
+            BaseException: this rank's ``failure``, if no other rank failed.
+            ConversionError: others failed; the message lists the failures.
         """
         if failure is not None:
             raise failure
@@ -57,7 +57,7 @@ class _DistributedRanks(Ranks):
 
         self._distributed = torch.distributed
         self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        group = torch.distributed.new_group(timeout=_PATIENCE)
+        group = torch.distributed.new_group(timeout=_AGREEING)
         assert isinstance(group, torch.distributed.ProcessGroup)  # this rank is in it
         self._group = group
 
@@ -77,7 +77,7 @@ class _DistributedRanks(Ranks):
         return [each for _, each in found]
 
     def _wait(self) -> None:
-        """Wait until all ranks have come so far, in short steps: torch's own waiting is deaf to signals."""
+        """Wait until all ranks call this; polls, since signals do not interrupt torch's own waiting."""
         others = self._distributed.barrier(group=self._group, async_op=True)
         assert others is not None  # this rank is in the group
         while not others.is_completed():

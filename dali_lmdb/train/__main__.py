@@ -33,14 +33,14 @@ _AT_LEAST_1 = click.IntRange(min=1)
     default=1,
     show_default=True,
     metavar="N",
-    help="Ranks to start on this machine, each on its own GPU. Under torchrun its number counts, not this.",
+    help="Ranks to start on this machine, each on its own GPU. Under torchrun, its number is used instead.",
 )
 @_option("--arch", metavar="NAME", help="Any torchvision classification model.")
-@_option("--backend", help="torch is the classic way, PIL on the CPU.")
-@_option("--device", help="auto takes GPUs where there are any.")
+@_option("--backend", help="torch is the classic path: Pillow on the CPU.")
+@_option("--device", help="auto uses GPUs if there are any.")
 @_option("--precision", help="Precision on GPUs; CPUs use float32.")
 @_option("--epochs", type=_AT_LEAST_1, help="Number of training epochs.")
-@_option("--batch-size", type=_AT_LEAST_1, help="Records in a step of one rank.")
+@_option("--batch-size", type=_AT_LEAST_1, help="Records per step of one rank.")
 @_option(
     "--lr",
     type=click.FloatRange(min=0, min_open=True),
@@ -142,7 +142,7 @@ def _run(settings: TrainSettings, *, world_size: int) -> None:
         trainer.train(settings)
     except FloatingPointError as error:
         raise click.ClickException(str(error)) from error
-    except ValueError:  # all input is checked by now: a bug, which keeps its traceback
+    except ValueError:  # all input has been validated: this is a bug, so show its traceback
         traceback.print_exc()
         sys.exit(1)
 

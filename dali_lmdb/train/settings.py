@@ -8,7 +8,6 @@ from typing import Literal, get_args
 
 from dali_lmdb.loaders.backends import Backend
 from dali_lmdb.loaders.bad import OnBad
-from dali_lmdb.plan.augment import EvalTransform, TrainTransform
 from dali_lmdb.train import checkpoint, models
 
 __all__ = ["DeviceChoice", "Precision", "TrainSettings", "TrainShuffle"]
@@ -94,16 +93,6 @@ class TrainSettings:
         models.check_arch(self.arch)
 
     @property
-    def train_transform(self) -> TrainTransform:
-        """Random crops and flips."""
-        return TrainTransform(size=self.size)
-
-    @property
-    def eval_transform(self) -> EvalTransform:
-        """Central crops; the shorter side is resized to size * 256 / 224, as usual for 224."""
-        return EvalTransform(size=self.size, resize=round(self.size * 256 / 224))
-
-    @property
     def checkpoint_path(self) -> Path | None:
-        """Where the checkpoint is, or will be."""
+        """Path of the checkpoint, whether it exists or not; None without ``output``."""
         return None if self.output is None else Path(self.output) / checkpoint.FILE_NAME

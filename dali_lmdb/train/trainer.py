@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dali_lmdb.loaders.backends import open_loader
 from dali_lmdb.loaders.base import Loader
+from dali_lmdb.plan.augment import EvalTransform, TrainTransform
 from dali_lmdb.torchrun import RankEnvironment
 from dali_lmdb.train import checkpoint
 from dali_lmdb.train.distributed import find_device, process_group
@@ -141,12 +142,13 @@ class _Training:
         self.meter = StepMeter(device=device)
 
     def _loader(self, *, training: bool) -> Loader:
-        settings, on_gpu = self.settings, self.device.type == "cuda"
+        settings, size, on_gpu = self.settings, self.settings.size, self.device.type == "cuda"
+        eval_transform = EvalTransform(size=size, resize=round(size * 256 / 224))  # 256 is usual with 224
         return open_loader(
             settings.train if training else settings.val,
             backend=settings.backend,
             workers=settings.workers,
-            transform=settings.train_transform if training else settings.eval_transform,
+            transform=TrainTransform(size=size) if training else eval_transform,
             batch_size=settings.batch_size,
             device="cuda" if on_gpu else "cpu",
             rank=self.ranks.rank,
