@@ -208,6 +208,29 @@ def test_the_nearest_pixel_is_the_same_unless_two_are_equally_near(tmp_path):
     assert 0 < num_ties < 24 * 96 * 96 / 4
 
 
+# --- whole images and windows
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_windows_cut_out_of_whole_pictures_are_those_decoded_alone(picture_path, name):
+    whole, windows = (
+        epochs_of(dali, picture_path, TRANSFORMS[name], epochs=2, decode=decode) for decode in ("image", "window")
+    )
+    assert len(whole) == len(windows) == 48
+    assert all(torch.equal(whole[key], windows[key]) for key in windows)
+
+
+@pytest.mark.parametrize("name", ["train", "eval", "everything"])
+def test_windows_cut_out_of_whole_photos_are_those_decoded_alone(photo_path, name):
+    whole, windows = (
+        epochs_of(dali, photo_path, TRANSFORMS[name], decode=decode, dtype="float32")
+        for decode in ("image", "window")
+    )
+    assert whole.keys() == windows.keys()
+    assert len(whole) > 100
+    assert all(torch.equal(whole[key], windows[key]) for key in windows)
+
+
 # --- torchvision's functions
 
 

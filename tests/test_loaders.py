@@ -432,6 +432,10 @@ def test_wrong_arguments_are_value_errors_when_the_loader_is_made(make, argument
         {"hw_decoder_load": -0.1},
         {"hw_decoder_load": 1.5},
         {"hw_decoder_load": float("nan")},
+        {"decode": "roi"},
+        {"decode_device": "cuda"},
+        {"decode_device": "gpu"},  # with device="cpu"
+        {"gpu_memory_bytes": -1},
     ],
     ids=str,
 )

@@ -90,7 +90,7 @@ def may_use(library, path):
     """Whether a library with one owner may be imported by a module."""
     return {
         "lmdb": path in ("store/writer.py", "store/structure.py"),
-        "nvidia": path in ("loaders/pipeline.py", "loaders/run.py", "loaders/probe.py"),
+        "nvidia": path in (f"loaders/{name}.py" for name in ("pipeline", "run", "probe", "versions")),
         "PIL": path.startswith("images/") or path == "loaders/pillow_batches.py",
         "simplejpeg": path == "images/checking.py",
         "click": path == "cli.py" or Path(path).name in COMMAND_MODULES,

@@ -1,36 +1,16 @@
+import itertools
 import re
 from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import pytest
+from graphs import TRANSFORMS, settings
 from nvidia.dali import types
 
-from dali_lmdb.loaders.pipeline import GraphSettings, build_pipeline, define_pipeline
+from dali_lmdb.loaders.pipeline import build_pipeline, define_pipeline
 from dali_lmdb.loaders.probe import Probe
-from dali_lmdb.plan.augment import IMAGENET_MEAN, IMAGENET_STD, EvalTransform, TrainTransform
-
-JITTER = TrainTransform(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, grayscale=0.2, erase=0.25)
-TRANSFORMS = {"train": TrainTransform(), "eval": EvalTransform(), "jitter": JITTER}
-
-
-def settings(device="cuda", transform="train", **changes):
-    return GraphSettings(
-        **{
-            "transform": TRANSFORMS[transform],
-            "batch_size": 64,
-            "device": device,
-            "device_id": 0 if device == "cuda" else None,
-            "num_threads": 3,
-            "prefetch_queue_depth": 2,
-            "dtype": "float16",
-            "layout": "NHWC",
-            "hw_decoder_load": 0.7,
-            "height_hint": 500,
-            "width_hint": 600,
-        }
-        | changes
-    )
+from dali_lmdb.plan.augment import IMAGENET_MEAN, IMAGENET_STD, TrainTransform
 
 
 class Operator(NamedTuple):
@@ -86,89 +66,72 @@ def numbers(text):
     return [float(number) for number in re.findall(r"-?[\d.]+", text)]
 
 
-WAYS = {
-    "train": ["ExternalSource", "decoders__ImageSlice", "Resize", "CropMirrorNormalize"],
-    "eval": ["ExternalSource", "decoders__ImageSlice", "Resize", "CropMirrorNormalize"],
-    "jitter": [
-        "ExternalSource",
-        "decoders__ImageSlice",
-        "Resize",
-        "ColorTwist",
-        "CropMirrorNormalize",
-        "Erase",
-    ],
-}
+DECODERS = {"image": ["decoders__Image", "Slice"], "window": ["decoders__ImageSlice"]}
+TWISTS = {"train": [], "eval": [], "jitter": ["ColorTwist"]}
+ERASES = {"train": [], "eval": [], "jitter": ["Erase"]}
+DEVICES = [("cuda", "gpu"), ("cuda", "cpu"), ("cpu", "cpu")]  # and where they decode
 
 
-@pytest.mark.parametrize("device", ["cuda", "cpu"])
-@pytest.mark.parametrize("transform", WAYS)
-def test_images_pass_the_same_operators_on_either_device(device, transform):
-    assert [operator.name for operator in graph_of(device, transform).way_of_the_images()] == WAYS[transform]
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float16", "uint8"])
-@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
-@pytest.mark.parametrize("transform", WAYS)
-def test_nothing_after_the_decoder_is_on_the_cpu(transform, layout, dtype):
-    graph = graph_of("cuda", transform, layout=layout, dtype=dtype)
-    bytes_, decoder, *after = graph.way_of_the_images()
-    assert (bytes_.device, decoder.device) == ("cpu", "mixed")
-    assert {operator.device for operator in after} == {"gpu"}
+@pytest.mark.parametrize(("device", "decode_device"), DEVICES)
+@pytest.mark.parametrize("decode", DECODERS)
+@pytest.mark.parametrize(
+    ("transform", "dtype", "layout"),
+    list(itertools.product(TRANSFORMS, ["float32", "float16", "uint8"], ["NHWC", "NCHW"])),
+)
+def test_every_graph_is_of_these_operators_on_these_devices(
+    device, decode_device, decode, transform, dtype, layout
+):
+    graph = graph_of(device, transform, decode=decode, decode_device=decode_device, dtype=dtype, layout=layout)
+    decoders = DECODERS[decode]
+    after = ["Resize", *TWISTS[transform], "CropMirrorNormalize", *ERASES[transform]]
+    decoder_devices = ["mixed", "gpu"] if decode_device == "gpu" else ["cpu", "cpu"]
+    devices = ["cpu", *decoder_devices[: len(decoders)], *["gpu" if device == "cuda" else "cpu"] * len(after)]
+    names = ["ExternalSource", *decoders, *after]
+    way = graph.way_of_the_images()
+    assert [(operator.name, operator.device) for operator in way] == list(zip(names, devices, strict=True))
     # Besides, there are only the numbers of the plan, which the host makes.
-    others = [operator for operator in graph.operators if operator not in [decoder, *after]]
+    others = [operator for operator in graph.operators if operator not in way[1:]]
     assert {(operator.name, operator.device) for operator in others} == {("ExternalSource", "cpu")}
-    # Pixels never come back: each operator's first input is the one before's output on the GPU.
-    for operator in after:
-        assert operator.inputs[0].endswith("_gpu")
-
-
-@pytest.mark.parametrize("transform", WAYS)
-def test_without_a_gpu_everything_is_on_the_cpu(transform):
-    graph = graph_of("cpu", transform)
-    assert {operator.device for operator in graph.operators} == {"cpu"}
-    assert {node.device for node in graph.outputs} == {"cpu"}
+    # Pixels never come back: each operator's first input is the one before's output, on the GPU once it was there,
+    # and as a copy there for the first operator on the GPU after those on the CPU.
+    for before, operator in itertools.pairwise(way):
+        on_gpu = before.device in ("mixed", "gpu") or operator.device == "gpu"
+        assert operator.inputs[0] == re.sub("_[cg]pu$", "_gpu" if on_gpu else "_cpu", before.outputs[0])
 
 
 def test_images_and_labels_come_out_on_the_gpu_and_record_indices_on_the_cpu():
     assert [node.device for node in graph_of("cuda").outputs] == ["gpu", "gpu", "cpu"]
 
 
-def test_the_decoder_decodes_the_planned_window_only():
-    decoder = graph_of("cuda").named("decoders__ImageSlice")
-    assert len(decoder.inputs) == 3  # bytes, start, shape
-    assert numbers(decoder.arguments["axes"]) == [0, 1]
+@pytest.mark.parametrize(("device", "decode_device"), DEVICES)
+@pytest.mark.parametrize("decode", DECODERS)
+def test_the_planned_window_is_decoded_or_cut_out_as_rgb_with_exif_orientation_left_alone(
+    device, decode_device, decode
+):
+    graph = graph_of(device, decode=decode, decode_device=decode_device)
+    decoder, window = (graph.named(DECODERS[decode][place]) for place in (0, -1))
+    assert len(window.inputs) == 3  # bytes or pixels, start, shape
+    assert numbers(window.arguments["axes"]) == [0, 1]
     assert decoder.arguments["output_type"] == str(int(types.RGB))
+    assert decoder.arguments["adjust_orientation"] == "False"
+
+
+@pytest.mark.parametrize("decode", DECODERS)
+@pytest.mark.parametrize("fancy_upsampling", [True, False])
+def test_the_gpu_decoder_is_told_what_it_needs_to_know(decode, fancy_upsampling):
+    graph = graph_of("cuda", decode=decode, hw_decoder_load=0.25, fancy_upsampling=fancy_upsampling)
+    arguments = graph.named(DECODERS[decode][0]).arguments
+    assert arguments["jpeg_fancy_upsampling"] == str(fancy_upsampling)
+    assert float(arguments["hw_decoder_load"]) == 0.25
+    assert (arguments["preallocate_height_hint"], arguments["preallocate_width_hint"]) == ("500", "600")
+    assert int(arguments["device_memory_padding"]) == 16 << 20
+    assert int(arguments["host_memory_padding"]) == 8 << 20
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_the_decoder_leaves_exif_orientation_alone(device):
-    assert graph_of(device).named("decoders__ImageSlice").arguments["adjust_orientation"] == "False"
-
-
-def test_the_gpu_decoder_is_told_what_it_needs_to_know():
-    arguments = graph_of("cuda", hw_decoder_load=0.25).named("decoders__ImageSlice").arguments
-    assert arguments["jpeg_fancy_upsampling"] == "True"
-    assert float(arguments["hw_decoder_load"]) == 0.25
-    assert (arguments["preallocate_height_hint"], arguments["preallocate_width_hint"]) == ("500", "600")
-
-
-@pytest.mark.parametrize(
-    ("height", "width", "device_bytes", "host_bytes"),
-    [
-        (500, 600, 16 << 20, 8 << 20),  # DALI's defaults do
-        (2000, 2000, 16 << 20, 12_000_000),
-        (4000, 6000, 72_000_000, 72_000_000),
-    ],
-)
-def test_the_gpu_decoder_has_room_for_the_usual_largest_image(height, width, device_bytes, host_bytes):
-    graph = graph_of("cuda", height_hint=height, width_hint=width)
-    arguments = graph.named("decoders__ImageSlice").arguments
-    assert int(arguments["device_memory_padding"]) == device_bytes
-    assert int(arguments["host_memory_padding"]) == host_bytes
-
-
-def test_the_cpu_decoder_gets_no_arguments_of_the_gpu():
-    arguments = graph_of("cpu").named("decoders__ImageSlice").arguments
+@pytest.mark.parametrize("decode", DECODERS)
+def test_the_cpu_decoder_gets_no_arguments_of_the_gpu(device, decode):
+    arguments = graph_of(device, decode=decode, decode_device="cpu").named(DECODERS[decode][0]).arguments
     assert not {
         name for name in arguments if name.startswith(("hw_", "preallocate", "jpeg_fancy", "device_m", "host_m"))
     }
@@ -217,8 +180,8 @@ def test_floats_are_normalised_as_torchvision_does_and_bytes_are_not():
 
 def test_no_operator_draws_random_numbers():
     """DALI's own key on the place in the batch; every choice comes from the plan."""
-    for transform in WAYS:
-        for operator in graph_of("cuda", transform).operators:
+    for transform, decode in itertools.product(TRANSFORMS, DECODERS):
+        for operator in graph_of("cuda", transform, decode=decode).operators:
             assert "random" not in operator.name.lower()
             assert operator.name not in ("CoinFlip", "Uniform", "decoders__ImageRandomCrop")
             assert not {"seed", "probability"} & set(operator.arguments)
@@ -248,11 +211,14 @@ def test_the_cpu_pipeline_has_no_device():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("transform", WAYS)
+@pytest.mark.parametrize("decode_device", ["gpu", "cpu"])
+@pytest.mark.parametrize("decode", DECODERS)
+@pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "uint8"])
 @pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
-def test_the_gpu_pipeline_builds(transform, dtype, layout):
-    build_pipeline(lambda info: None, settings("cuda", transform, dtype=dtype, layout=layout))
+def test_the_gpu_pipeline_builds(transform, dtype, layout, decode, decode_device):
+    changes = {"dtype": dtype, "layout": layout, "decode": decode, "decode_device": decode_device}
+    build_pipeline(lambda info: None, settings("cuda", transform, **changes))
 
 
 def test_a_record_is_probed_on_both_ways_through_the_gpu():

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from typing import Literal
 
 from dali_lmdb.loaders.bad import OnBad
 from dali_lmdb.loaders.base import Loader
 from dali_lmdb.loaders.dali_loader import DaliLoader
-from dali_lmdb.loaders.settings import Device, Dtype, Layout
+from dali_lmdb.loaders.settings import DaliSettings, Device, Dtype, Layout
 from dali_lmdb.loaders.torch_loader import TorchLoader
 from dali_lmdb.plan.augment import Transform
 from dali_lmdb.plan.order import LastBatch, Shuffle
@@ -17,6 +18,8 @@ from dali_lmdb.store import Store
 __all__ = ["Backend", "open_loader"]
 
 Backend = Literal["dali", "torch"]
+
+_DALI_DEFAULTS = DaliSettings()
 
 
 def open_loader(
@@ -35,17 +38,20 @@ def open_loader(
     dtype: Dtype = "float32",
     layout: Layout = "NCHW",
     on_bad: OnBad = "raise",
+    quarantine: str | os.PathLike[str] | None = None,
+    dali: DaliSettings = _DALI_DEFAULTS,
 ) -> Loader:
     """Make the loader of a backend; arguments and errors are those of ``DaliLoader`` and ``TorchLoader``.
 
     Args:
         backend: ``"dali"`` or ``"torch"``.
         workers: DALI's threads, or the worker processes of a ``DataLoader``.
+        dali: the arguments that only ``DaliLoader`` has; ``workers`` takes the place of its ``num_threads``.
     """
     if backend == "dali":
         return DaliLoader(
             data,
-            num_threads=workers,
+            **asdict(dali) | {"num_threads": workers},
             transform=transform,
             batch_size=batch_size,
             device=device,
@@ -57,6 +63,7 @@ def open_loader(
             dtype=dtype,
             layout=layout,
             on_bad=on_bad,
+            quarantine=quarantine,
         )
     return TorchLoader(
         data,
@@ -72,4 +79,5 @@ def open_loader(
         dtype=dtype,
         layout=layout,
         on_bad=on_bad,
+        quarantine=quarantine,
     )

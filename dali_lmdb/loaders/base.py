@@ -89,7 +89,10 @@ class Loader(ABC):
         store: the data.
         settings: the arguments that all loaders share.
         planner: which records each step reads and how they are augmented.
+        gpu_memory_bytes: estimate of the GPU memory that DALI holds while batches are made; 0 where it holds none.
     """
+
+    gpu_memory_bytes: int = 0
 
     def __init__(self, store: Store, settings: LoaderSettings) -> None:
         rank, world_size = settings.rank, settings.world_size
@@ -232,8 +235,8 @@ class Loader(ABC):
             ``bytes_read``: size of their files; ``wait_s``: seconds the consumer waited for batches;
             ``wait_fraction``: ``wait_s`` divided by the time inside epochs; ``queue_fill``: batches ready or in
             progress for the next steps; ``bad_records``: number of distinct bad records met; ``substituted``:
-            number of substitutions. ``DaliLoader`` adds ``late_bytes``: bytes missing from the page cache when
-            their batch was needed, read synchronously.
+            number of substitutions; ``gpu_memory_bytes``: the loader's attribute. ``DaliLoader`` adds
+            ``late_bytes``: bytes missing from the page cache when their batch was needed, read synchronously.
         """
         busy_s = max(self._busy_s, 1e-9)
         return {
@@ -245,6 +248,7 @@ class Loader(ABC):
             "queue_fill": self._queue_fill(),
             "bad_records": len(self.bad.met),
             "substituted": self.bad.num_substituted,
+            "gpu_memory_bytes": self.gpu_memory_bytes,
         }
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:

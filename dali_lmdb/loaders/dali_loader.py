@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from functools import partial
 from traceback import clear_frames
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,16 +17,18 @@ from dali_lmdb.errors import RecordError, StoreFormatError
 from dali_lmdb.loaders.bad import OnBad, nothing_decodes, substituted
 from dali_lmdb.loaders.base import Batch, Loader
 from dali_lmdb.loaders.external_source import ExternalSource, InFlight
+from dali_lmdb.loaders.gpu_memory import choose_decoding, held_bytes, preallocation
 from dali_lmdb.loaders.pillow import pillow_cause
 from dali_lmdb.loaders.pipeline import (
     GraphSettings,
     feed_without_copy,
     release_unused_memory,
 )
-from dali_lmdb.loaders.prefetch import READAHEAD_BYTES, Feed, Prefetcher
+from dali_lmdb.loaders.prefetch import Feed, Prefetcher
 from dali_lmdb.loaders.probe import Probe
 from dali_lmdb.loaders.run import Run
-from dali_lmdb.loaders.settings import Device, Dtype, Layout, LoaderSettings
+from dali_lmdb.loaders.settings import DaliSettings, Decode, DecodeDevice, Device, Dtype, Layout, LoaderSettings
+from dali_lmdb.loaders.versions import has_fancy_windows, nvjpeg_version
 from dali_lmdb.plan.augment import Transform
 from dali_lmdb.plan.batches import BatchPlan
 from dali_lmdb.plan.order import LastBatch, Shuffle
@@ -34,20 +38,86 @@ from dali_lmdb.threads import threads_per_rank
 
 __all__ = ["DaliLoader"]
 
-# DALI's own default. Other good values were found between 0.12 and 0.75, depending on GPU and CPU threads.
-_HW_DECODER_LOAD = 0.65
+_log = logging.getLogger("dali_lmdb")
 
 
-def _usual_maximum(sizes: npt.NDArray[np.int32]) -> int:
-    """The 99th percentile: memory is reserved for a whole batch of this size, so one giant must not decide it."""
-    return int(np.quantile(sizes, 0.99, method="higher")) if len(sizes) else 0
+class _UsualSize(NamedTuple):
+    """99th percentiles of a store's sizes: memory is reserved for all of a batch, so one giant must not decide."""
+
+    height: int
+    width: int
+    pixels: int
+    """Of height x width, which is less than the product of both percentiles."""
+
+
+def _usual_size(store: Store) -> _UsualSize:
+    heights, widths = store.column("height"), store.column("width")
+    if not len(store):
+        return _UsualSize(0, 0, 0)
+    # A classic database has sizes of whatever is an image, so there every record is bad.
+    if not heights.any() and not isinstance(store, ClassicStore):
+        raise StoreFormatError(
+            f"{store.path}: the index has no image sizes (it was converted with --check none), which crops "
+            "need; convert it again with --check header"
+        )
+    sizes = heights, widths, heights.astype(np.int64) * widths
+    return _UsualSize(*(int(np.quantile(values, 0.99, method="higher")) for values in sizes))
+
+
+def _graph_settings(settings: LoaderSettings, dali: DaliSettings, usual: _UsualSize) -> GraphSettings:
+    on_gpu = settings.device == "cuda"
+    num_threads = threads_per_rank() if dali.num_threads is None else dali.num_threads
+    decoding = choose_decoding(
+        dali,
+        device=settings.device,
+        image_bytes=3 * usual.pixels * settings.batch_size * dali.prefetch_queue_depth,
+        gpu_bytes=torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory if on_gpu else 0,
+    )
+    preallocated = preallocation(
+        height=usual.height,
+        width=usual.width,
+        batch_size=settings.batch_size,
+        num_threads=num_threads,
+        hw_decoder_load=dali.hw_decoder_load,
+        budget_bytes=dali.gpu_memory_bytes,
+    )
+    return GraphSettings(
+        transform=settings.transform,
+        batch_size=settings.batch_size,
+        device=settings.device,
+        device_id=torch.cuda.current_device() if on_gpu else None,
+        num_threads=num_threads,
+        prefetch_queue_depth=dali.prefetch_queue_depth,
+        dtype=settings.dtype,
+        layout=settings.layout,
+        hw_decoder_load=dali.hw_decoder_load,
+        fancy_upsampling=decoding != ("window", "gpu") or has_fancy_windows(nvjpeg_version()),
+        **decoding._asdict(),
+        **preallocated._asdict(),
+    )
+
+
+def _log_decoding(store: Store, dali: DaliSettings, graph: GraphSettings) -> None:
+    """Say once how images are decoded; a warning if ``"auto"`` chose otherwise than usual."""
+    what = "whole images are" if graph.decode == "image" else "crop windows are"
+    where = "GPU" if graph.decode_device == "gpu" else "CPU"
+    too_large = dali.decode == "auto" and dali.decode_device != "cpu" and graph.decode == "window"
+    _log.log(
+        logging.WARNING if too_large else logging.INFO,
+        "%s: %s decoded on the %s%s%s",
+        store.path,
+        what,
+        where,
+        "; a batch's whole images would take too much of the GPU's memory" if too_large else "",
+        "" if graph.fancy_upsampling else "; chroma is upsampled simply, since nvJPEG is older than 13.2",
+    )
 
 
 class DaliLoader(Loader):
     """One rank's batches of a store; ``for images, labels in loader`` is one epoch.
 
     The bytes go from the store's memory map to DALI without a copy. With ``device="cuda"`` nvJPEG decodes them
-    (inside the crop window only), and everything after that runs on the GPU too.
+    (or CPU threads, see ``decode_device``), and everything after that runs on the GPU.
 
     Images are (n, 3, size, size) on the device, normalised, of ``dtype``; with ``layout="NHWC"`` the same
     shape on channels-last memory. ``dtype="uint8"`` gives pixels from 0 to 255, not normalised. Labels are
@@ -80,6 +150,19 @@ class DaliLoader(Loader):
         num_threads: CPU threads of the pipeline; by default this rank's share of the node's cores.
         prefetch_queue_depth: batches DALI works on ahead.
         hw_decoder_load: share of a batch offered to the GPU's hardware JPEG engine, where it has one.
+        decode: ``"image"`` decodes whole images and cuts the crop windows out, which takes memory: 144 MB for a
+            batch of 256 images of 500 x 375, 9 GB of 12 megapixels. ``"window"`` decodes inside the window only;
+            on a GPU it upsamples chroma simply, so that pixels differ, unless nvJPEG is 13.2 or newer, and with
+            nvImageCodec 0.9 it is reported to fail or crash on some GPUs (its issue 55). ``"auto"`` is
+            ``"window"`` where the CPU decodes and ``"image"`` on the GPU, unless the images of the batches that
+            DALI works on would take more than a quarter of the GPU's memory: then it is ``"window"``, on the CPU
+            if ``decode_device`` is not given. ``loader.graph`` says what was chosen.
+        decode_device: ``"gpu"``, the default with ``device="cuda"``, or ``"cpu"``: CPU threads decode, and the
+            windows are copied to ``device`` as uint8; for idle cores beside a busy GPU, and for images that nvJPEG
+            does not decode.
+        gpu_memory_bytes: limit of what nvJPEG's decoders preallocate, once on the GPU and once in pinned host
+            memory. If images of the store's usual size would exceed it, they preallocate less and grow while they
+            run.
         return_index: yield ``(images, labels, records)``, with record indices int64 (n,) on the CPU.
 
     Raises:
@@ -106,10 +189,13 @@ class DaliLoader(Loader):
         layout: Layout = "NCHW",
         on_bad: OnBad = "raise",
         quarantine: str | os.PathLike[str] | None = None,
-        readahead_bytes: int = READAHEAD_BYTES,
+        readahead_bytes: int = DaliSettings.readahead_bytes,
         num_threads: int | None = None,
-        prefetch_queue_depth: int = 2,
-        hw_decoder_load: float = _HW_DECODER_LOAD,
+        prefetch_queue_depth: int = DaliSettings.prefetch_queue_depth,
+        hw_decoder_load: float = DaliSettings.hw_decoder_load,
+        decode: Decode = "auto",
+        decode_device: DecodeDevice | None = None,
+        gpu_memory_bytes: int = DaliSettings.gpu_memory_bytes,
         return_index: bool = False,
     ) -> None:
         settings = LoaderSettings(
@@ -129,36 +215,24 @@ class DaliLoader(Loader):
             quarantine=quarantine,
             return_index=return_index,
         )
-        num_threads = threads_per_rank() if num_threads is None else num_threads
-        for name, value in (("num_threads", num_threads), ("prefetch_queue_depth", prefetch_queue_depth)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}, expected at least 1")
-        if readahead_bytes < 0:
-            raise ValueError(f"readahead_bytes is {readahead_bytes}, expected at least 0, which turns it off")
-        if not 0 <= hw_decoder_load <= 1:
-            raise ValueError(f"hw_decoder_load is {hw_decoder_load}, expected 0 to 1")
-        store = store if isinstance(store, Store) else open_store(store)
-        super().__init__(store, settings)
-        heights, widths = store.column("height"), store.column("width")
-        # A classic database has sizes of whatever is an image, so there every record is bad.
-        if len(store) and not heights.any() and not isinstance(store, ClassicStore):
-            raise StoreFormatError(
-                f"{store.path}: the index has no image sizes (it was converted with --check none), which crops "
-                "need; convert it again with --check header"
-            )
-        self.graph = GraphSettings(
-            transform=transform,
-            batch_size=batch_size,
-            device=device,
-            device_id=torch.cuda.current_device() if device == "cuda" else None,
+        dali = DaliSettings(
+            readahead_bytes=readahead_bytes,
             num_threads=num_threads,
             prefetch_queue_depth=prefetch_queue_depth,
-            dtype=dtype,
-            layout=layout,
             hw_decoder_load=hw_decoder_load,
-            height_hint=_usual_maximum(heights),
-            width_hint=_usual_maximum(widths),
+            decode=decode,
+            decode_device=decode_device,
+            gpu_memory_bytes=gpu_memory_bytes,
         )
+        if device == "cpu" and decode_device == "gpu":
+            raise ValueError("decode_device is 'gpu' with device 'cpu', expected 'cpu' or None")
+        store = store if isinstance(store, Store) else open_store(store)
+        super().__init__(store, settings)
+        usual = _usual_size(store)
+        self.graph = _graph_settings(settings, dali, usual)
+        self.gpu_memory_bytes = held_bytes(self.graph, pixels=usual.pixels)
+        if device == "cuda" and self.planner.steps.rank == 0:
+            _log_decoding(store, dali, self.graph)
         # The prefetcher's thread must not keep the loader alive, so that one dropped without close() is freed.
         self._feed = partial(feed_without_copy, planner=self.planner)
         self._readahead_bytes = readahead_bytes

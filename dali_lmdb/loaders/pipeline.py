@@ -1,15 +1,19 @@
-"""The DALI graph: decode the window, resize, flip, normalise. One definition; ``device`` chooses.
+"""The DALI graph: decode, cut the window out, resize, flip, normalise. One definition; the settings choose.
 
-========  ================  =======================  ==================================
-step      operator          ``device="cuda"``        ``device="cpu"``
-========  ================  =======================  ==================================
-bytes     external_source   cpu, no copy             cpu, no copy
-decode    image_slice       mixed (nvJPEG)           cpu (libjpeg-turbo)
-resize    resize            gpu                      cpu
-colour    color_twist       gpu                      cpu          if the transform has it
-flip ...  crop_mirror_...   gpu                      cpu
-erase     erase             gpu                      cpu          if the transform has it
-========  ================  =======================  ==================================
+=========  =================  =======================  ========================================
+step       operator           ``device="cuda"``        ``device="cpu"``
+=========  =================  =======================  ========================================
+bytes      external_source    cpu, no copy             cpu, no copy
+decode     decoders.image     mixed (nvJPEG)           cpu (libjpeg-turbo)
+window     slice              gpu                      cpu
+resize     resize             gpu                      cpu
+colour     color_twist        gpu                      cpu          if the transform has it
+normalise  crop_mirror_...    gpu                      cpu
+erase      erase              gpu                      cpu          if the transform has it
+=========  =================  =======================  ========================================
+
+With ``decode="window"``, decoders.image_slice takes the place of decode and window. With ``decode_device="cpu"``,
+both are on the CPU and the windows are copied to the GPU. Flipping is part of normalising.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ import gc
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from nvidia.dali import Pipeline, backend, fn, types
@@ -26,7 +30,7 @@ from nvidia.dali.backend import TensorCPU
 
 from dali_lmdb.loaders.external_source import feed_of, fields_of
 from dali_lmdb.loaders.prefetch import Feed
-from dali_lmdb.loaders.settings import Device, Dtype, Layout
+from dali_lmdb.loaders.settings import DecodeDevice, Device, Dtype, Layout
 from dali_lmdb.plan.augment import Transform
 from dali_lmdb.plan.batches import BatchPlan, Planner
 
@@ -55,10 +59,6 @@ _SOURCE_DTYPES = {
     np.int32: types.INT32,
     np.float32: types.FLOAT,
 }
-# DALI's own defaults, in bytes per thread: nvJPEG's buffers grow, which stalls the GPU, only beyond these.
-_DEVICE_MEMORY_PADDING = 16 << 20
-_HOST_MEMORY_PADDING = 8 << 20  # twice, for double buffering
-
 
 # Hide existing objects from the garbage collector in forked children: a pipeline collected there would wait
 # forever for threads that the child does not have.
@@ -83,9 +83,18 @@ class GraphSettings:
     layout: Layout
     hw_decoder_load: float
     """Fraction of a batch that is offered to the hardware JPEG engine, if the GPU has one."""
+    decode: Literal["image", "window"]
+    """Whether whole images are decoded and their windows cut out, or only the windows are decoded."""
+    decode_device: DecodeDevice
+    fancy_upsampling: bool
+    """Whether nvJPEG upsamples chroma as libjpeg-turbo, and so Pillow, always does."""
     height_hint: int
-    """Typical maximum height and width in the store, in pixels: the size that the decoders preallocate for."""
+    """Height and width, in pixels, of the images that the hardware JPEG engine preallocates for."""
     width_hint: int
+    device_memory_padding: int
+    """Size of each decoding thread's buffer on the GPU, in bytes."""
+    host_memory_padding: int
+    """Size of each of a decoding thread's two pinned buffers, in bytes."""
 
 
 def source_arguments(transform: Transform) -> dict[str, Any]:
@@ -103,23 +112,33 @@ def source_arguments(transform: Transform) -> dict[str, Any]:
 
 def _decode_arguments(settings: GraphSettings) -> dict[str, Any]:
     arguments: dict[str, Any] = {
-        "axes": [0, 1],  # windows are given as (y, x) and (height, width)
         "output_type": types.RGB,
         # Pillow's convert("RGB"), and so torchvision, ignores the EXIF orientation.
         "adjust_orientation": False,
     }
-    if settings.device == "cpu":
+    if settings.decode_device == "cpu":
         return arguments | {"device": "cpu"}
-    image_bytes = settings.height_hint * settings.width_hint * 3
     return arguments | {
         "device": "mixed",
-        "jpeg_fancy_upsampling": True,  # as libjpeg-turbo and so Pillow upsample chroma
+        "jpeg_fancy_upsampling": settings.fancy_upsampling,
         "hw_decoder_load": settings.hw_decoder_load,
         "preallocate_height_hint": settings.height_hint,
         "preallocate_width_hint": settings.width_hint,
-        "device_memory_padding": max(_DEVICE_MEMORY_PADDING, image_bytes),
-        "host_memory_padding": max(_HOST_MEMORY_PADDING, image_bytes),
+        "device_memory_padding": settings.device_memory_padding,
+        "host_memory_padding": settings.host_memory_padding,
     }
+
+
+def _decoded_windows(given: dict[str, Any], settings: GraphSettings) -> Any:
+    """The windows as uint8 HWC, on ``settings.device``."""
+    window = {"start": given["anchors"], "shape": given["shapes"], "axes": [0, 1]}
+    if settings.decode == "window":
+        windows = fn.decoders.image_slice(given["encoded"], **window, **_decode_arguments(settings))
+    else:
+        # Cut out, not left to resize's region of interest, whose filter would see pixels around the window.
+        windows = fn.slice(fn.decoders.image(given["encoded"], **_decode_arguments(settings)), **window)
+    on_gpu, decoded_on_gpu = settings.device == "cuda", settings.decode_device == "gpu"
+    return windows.gpu() if on_gpu and not decoded_on_gpu else windows
 
 
 def _resize_arguments(settings: GraphSettings) -> dict[str, Any]:
@@ -164,11 +183,8 @@ def define_pipeline(source: Callable[[Any], Any], settings: GraphSettings) -> Pi
     with pipeline:
         names = [field.name for field in fields_of(settings.transform)]
         given = dict(zip(names, fn.external_source(source, **source_arguments(settings.transform)), strict=True))
-        images = fn.decoders.image_slice(
-            given["encoded"], start=given["anchors"], shape=given["shapes"], **_decode_arguments(settings)
-        )
         images = fn.resize(
-            images,
+            _decoded_windows(given, settings),
             size=given["size"],
             roi_start=given["roi_start"],
             roi_end=given["roi_end"],

@@ -123,6 +123,11 @@ class _Output:
             )
 
     @property
+    def largest_size(self) -> int:
+        """Largest height and width of the output in any epoch, in pixels."""
+        return self.size
+
+    @property
     def changes_color(self) -> bool:
         """Whether hue, saturation, brightness or contrast may change."""
         return False
@@ -186,6 +191,10 @@ class TrainTransform(_Output):
         epochs = [epoch for epoch, _ in self.size_schedule]
         if epochs != sorted(set(epochs)) or any(size < 1 for _, size in self.size_schedule):
             raise ValueError(f"size_schedule is {self.size_schedule}, expected (epoch, size) pairs, epochs rising")
+
+    @property
+    def largest_size(self) -> int:
+        return max([self.size, *(size for _, size in self.size_schedule)])
 
     @property
     def changes_color(self) -> bool:
