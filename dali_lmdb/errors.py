@@ -11,7 +11,7 @@
     ├── SourceError              images to convert or to read are missing or unusable
     ├── ConversionError          a store cannot be written
     ├── StateError               a saved state belongs to other data or settings, or cannot be written
-    └── DeviceError              the requested device is not available
+    └── DeviceError              the requested device is not available, out of memory or broken
 
 Wrong arguments raise ``ValueError``; our own bugs raise ``AssertionError``. The commands report
 ``DaliLmdbError`` and ``ValueError`` in one line, with exit code 1; a bug keeps its traceback.
@@ -96,4 +96,4 @@ class StateError(DaliLmdbError):
 
 
 class DeviceError(DaliLmdbError):
-    """The requested device is not available."""
+    """The requested device is not available, is out of memory, or fails for every image."""

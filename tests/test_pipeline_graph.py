@@ -222,5 +222,5 @@ def test_the_gpu_pipeline_builds(transform, dtype, layout, decode, decode_device
 
 
 def test_a_record_is_probed_on_both_ways_through_the_gpu():
-    assert [one.hw_decoder_load for one in Probe(settings("cuda")).settings] == [1.0, 0.0]
-    assert [one.batch_size for one in Probe(settings("cpu")).settings] == [1]
+    assert [one.hw_decoder_load for one in Probe(settings("cuda")).ways] == [1.0, 0.0]
+    assert len(Probe(settings("cpu")).ways) == 1

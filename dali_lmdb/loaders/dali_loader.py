@@ -25,7 +25,7 @@ from dali_lmdb.loaders.pipeline import (
     release_unused_memory,
 )
 from dali_lmdb.loaders.prefetch import Feed, Prefetcher
-from dali_lmdb.loaders.probe import Probe
+from dali_lmdb.loaders.probe import Probe, may_be_a_record, raise_explained
 from dali_lmdb.loaders.run import Run
 from dali_lmdb.loaders.settings import DaliSettings, Decode, DecodeDevice, Device, Dtype, Layout, LoaderSettings
 from dali_lmdb.loaders.versions import has_fancy_windows, nvjpeg_version
@@ -167,7 +167,8 @@ class DaliLoader(Loader):
 
     Raises:
         StoreError: the store cannot be opened.
-        DeviceError: ``device="cuda"`` without a usable GPU.
+        DeviceError: ``device="cuda"`` without a usable GPU; in iteration, DALI fails for lack of memory, or for
+            whatever else is no record's fault and has a remedy.
         ValueError: an argument is out of range, or the store has too few records for one step.
     """
 
@@ -253,8 +254,7 @@ class DaliLoader(Loader):
                 run = run.continue_at(epoch, position, self._new_prefetcher(epoch, position))
             while True:
                 if run is None:
-                    source = ExternalSource(self._new_prefetcher(epoch, position), self._prepare)
-                    run = Run(source, self.graph, next_place=(epoch, position))
+                    run = self._new_run(epoch, position)
                 try:
                     outputs = run.next()
                     break
@@ -281,6 +281,13 @@ class DaliLoader(Loader):
         num_bytes = int(self.store.gather("num_bytes", batch.plan.records).sum(dtype=np.int64))
         return Batch(images, outputs["labels"], outputs["records"], batch.plan.end, num_bytes)
 
+    def _new_run(self, epoch: int, position: int) -> Run:
+        source = ExternalSource(self._new_prefetcher(epoch, position), self._prepare)
+        try:
+            return Run(source, self.graph, next_place=(epoch, position))
+        except RuntimeError as error:
+            raise_explained(error)
+
     def _new_prefetcher(self, epoch: int, position: int) -> Prefetcher:
         self._late_bytes_before += _late_bytes(self._prefetcher)
         self._prefetcher = Prefetcher(
@@ -292,12 +299,15 @@ class DaliLoader(Loader):
         """Find the bad records of a failed batch; return if it can be repeated with substitutes for them."""
         error.__traceback__ = None  # it holds the pipeline, and a kept RecordError holds this error
         batch = run.source.in_flight[0] if run.source.in_flight else error
-        if isinstance(batch, Exception):
-            raise error
+        if isinstance(batch, Exception) or not may_be_a_record(error):
+            raise_explained(error)
         plan = batch.plan
-        failed = self._probe_records(plan, batch.feed, plan.records.tolist())
+        try:
+            failed = self._probe_records(plan, batch.feed, plan.records.tolist(), failed_before=False)
+        except RuntimeError as other:
+            raise_explained(other)
         if not failed:
-            raise error  # every record decodes alone: the cause is another one
+            raise error  # every record decodes apart from the batch: the cause is another one
         known = {
             record: cause for (epoch, record), cause in self._verdicts.items() if cause and epoch == plan.epoch
         }
@@ -317,7 +327,13 @@ class DaliLoader(Loader):
         shown, failed = planned, dict[int, str]()
         while True:
             suspects = [record for record in shown.plan.records.tolist() if record in self.bad.met]
-            found = self._probe_records(shown.plan, shown.feed, suspects)
+            try:
+                found = self._probe_records(shown.plan, shown.feed, suspects, failed_before=True)
+            except RuntimeError:
+                if shown is not planned:
+                    raise
+                # For lack of memory, say. If the batch fails, `_recover` probes its records without the pipeline.
+                return planned
             if not found:
                 return shown
             failed |= found
@@ -326,25 +342,33 @@ class DaliLoader(Loader):
                 return planned
             shown = InFlight(replaced, self._feed(replaced), int((replaced.records != plan.records).sum()))
 
-    def _probe_records(self, plan: BatchPlan, feed: Feed, records: list[int]) -> dict[int, str]:
-        """Decode some records of a batch one by one; return the causes of those that fail."""
-        wanted = {record for record in records if (plan.epoch, record) not in self._verdicts}
-        for place, record in enumerate(plan.records.tolist()):
-            if record in wanted:
-                wanted.discard(record)
-                self._verdicts[plan.epoch, record] = self._cause(feed, place, record)
+    def _probe_records(
+        self, plan: BatchPlan, feed: Feed, records: list[int], *, failed_before: bool
+    ) -> dict[int, str]:
+        """Decode some records of a batch apart from it; return the causes of those that fail.
+
+        Args:
+            failed_before: as ``Probe.causes``.
+        """
+        unknown = {record for record in records if (plan.epoch, record) not in self._verdicts}
+        places = {record: place for place, record in enumerate(plan.records.tolist()) if record in unknown}
+        heights, widths = (self.store.gather(name, plan.records).tolist() for name in ("height", "width"))
+        sizes = {
+            place: (heights[place], widths[place]) for place in places.values() if feed[0][place].shape() != [0]
+        }
+        causes = self._probe.causes(feed, sizes, failed_before=failed_before)
+        for record, place in places.items():
+            decoded = place in sizes and place not in causes
+            self._verdicts[plan.epoch, record] = None if decoded else self._cause(record, causes.get(place))
         verdicts = {record: self._verdicts[plan.epoch, record] for record in records}
         return {record: cause for record, cause in verdicts.items() if cause is not None}
 
-    def _cause(self, feed: Feed, place: int, record: int) -> str | None:
-        """Why a record cannot be decoded; None if it can. DALI says little, so Pillow is tried too."""
-        cause = self._probe.cause(feed, place)
-        if cause is None:
-            return None
+    def _cause(self, record: int, told: str | None) -> str:
+        """Why a record cannot be decoded. DALI tells little, nothing if it was given nothing: ask Pillow too."""
         other = pillow_cause(self.store, record)
-        if feed[0][place].shape() == [0]:  # not DALI's verdict, it was given nothing
+        if told is None:
             return other or "the index has no size of it; convert it again with --check header"
-        return f"DALI: {cause}; Pillow{f': {other}' if other else ' decodes it'}"
+        return f"DALI: {told}; Pillow{f': {other}' if other else ' decodes it'}"
 
     def stats(self) -> dict[str, float]:
         return super().stats() | {"late_bytes": self._late_bytes_before + _late_bytes(self._prefetcher)}
@@ -358,7 +382,6 @@ class DaliLoader(Loader):
         run, self._run = self._run, None
         if run is not None:
             run.close()
-        self._probe.close()
         if self.graph.device == "cuda":
             release_unused_memory()
 

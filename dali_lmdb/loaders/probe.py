@@ -1,23 +1,77 @@
-"""Decodes records alone, to find those that make a batch fail, and says why in one line."""
+"""What a failure of DALI is about: some records, which are found by decoding them alone, or anything else."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import NoReturn
 
+import numpy as np
 from nvidia.dali import Pipeline
 
+from dali_lmdb.errors import DeviceError
+from dali_lmdb.images.blank import blank_jpeg
+from dali_lmdb.images.header import MAX_PIXELS
 from dali_lmdb.loaders.pipeline import GraphSettings, build_pipeline
+from dali_lmdb.loaders.prefetch import Feed
 
-__all__ = ["Probe"]
+__all__ = ["Probe", "may_be_a_record", "raise_explained"]
+
+# DALI raises a plain RuntimeError for everything, so only its text tells. Texts of DALI 2.4.0: image_decoder.h (#N
+# is an nvimgcodecStatus_t of nvimgcodec.h), crop_window.h, and what `slice` says of a window outside of the image,
+# which means that the index has another size.
+_RECORD = re.compile(
+    r"Failed to decode sample #\d+ : |nvImageCodec failure: '#(?:3|4|9|13|14|17|18|19)'"
+    r"|The cropping window .* is not valid for image dimensions|ROI (?:begin|end) must fit within the image bounds"
+    r"|Slice can't be placed out of bounds"
+)
+_MEMORY = re.compile(
+    r"Can't allocate \d+ bytes on |CUDA allocation failed|std::bad_alloc|nvImageCodec failure: '#(?:5|15)'"
+    r"|cudaErrorMemoryAllocation|CUDA_ERROR_OUT_OF_MEMORY"
+)
+_HOST_MEMORY = re.compile(r"bytes on host|std::bad_alloc")
+_CUDA = re.compile(r"CUDA (?:runtime|driver) API error|nvImageCodec failure: '#21'")
+
+_CAUSE = re.compile(
+    r"encountered:\n\n(.*?)(?:\nC\+\+ context: [^\n]*)?\s*\nCurrent pipeline object is no longer valid", re.DOTALL
+)
+_CODEC_STATUS = {"3": "damaged file", "4": "unsupported kind of image", "9": "unsupported kind of image"}
+_JPEG_MAX_SIDE = 65_500  # libjpeg's
+
+# In a batch of 32 or more, DALI 2.4.0 parses headers in several threads, and a header that it cannot parse may
+# crash the process: the error leaves `RunImplImpl` (image_decoder.h), whose variables the other threads still use.
+_GROUP_RECORDS = 31
+
+Sizes = dict[int, tuple[int, int]]
+"""(height, width) of records, as in the index, by place in the batch."""
+
+
+def may_be_a_record(error: RuntimeError) -> bool:
+    """True if a failure of DALI may be about a record; False if it is about memory or CUDA, or of unknown kind."""
+    text = str(error)
+    return bool(_RECORD.search(text)) and not (_MEMORY.search(text) or _CUDA.search(text))
+
+
+def raise_explained(error: RuntimeError) -> NoReturn:
+    """Raise a failure of DALI that no record caused: as it is, or as a ``DeviceError`` that says what to do."""
+    text = str(error)
+    if _MEMORY.search(text):
+        raise DeviceError(
+            f"DALI is out of {'host' if _HOST_MEMORY.search(text) else 'GPU'} memory: {_cause(error)}; use a "
+            "smaller batch_size (--batch-size) or prefetch_queue_depth=1"
+        ) from error
+    if _CUDA.search(text):
+        raise DeviceError(
+            f"DALI cannot use the GPU: {_cause(error)}; start the process again, and check the GPU and its driver "
+            "(nvidia-smi) if it fails again"
+        ) from error
+    raise error
 
 
 class Probe:
-    """Decodes one record at a time with separate graphs, to find those that make a batch fail.
+    """Decodes records apart from their batch, to find those that make it fail.
 
-    On a GPU there are two graphs: in a batch, the hardware JPEG engine may or may not decode a record, and it is
+    On a GPU it decodes in two ways: in a batch, the hardware JPEG engine may or may not decode a record, and it is
     bad if it fails in either case.
 
     Args:
@@ -25,55 +79,128 @@ class Probe:
     """
 
     def __init__(self, settings: GraphSettings) -> None:
-        alone = replace(settings, batch_size=1, num_threads=1, prefetch_queue_depth=1)
-        loads = (1.0, 0.0) if settings.device == "cuda" else (settings.hw_decoder_load,)
-        self.settings = [replace(alone, hw_decoder_load=load) for load in loads]
-        self._pipelines: dict[GraphSettings, Pipeline] = {}
-        self._sample: Any = None
+        # Little memory: nothing is preallocated, and decoders have buffers for each thread.
+        small = replace(settings, num_threads=1, prefetch_queue_depth=1, height_hint=0, width_hint=0)
+        loads = (1.0, 0.0) if settings.decode_device == "gpu" else (settings.hw_decoder_load,)
+        self.ways = [replace(small, hw_decoder_load=load) for load in loads]
 
-    def cause(self, feed: Sequence[Any], place: int) -> str | None:
-        """Why the record at a place of a batch cannot be decoded; None if it can.
+    def causes(self, feed: Feed, sizes: Sizes, *, failed_before: bool) -> dict[int, str]:
+        """Why records of a batch cannot be decoded, by place in the batch; those that can be are left out.
 
         Args:
             feed: DALI's inputs for the batch.
+            sizes: of the records to decode.
+            failed_before: the records did, in another crop: each is decoded alone, since most will fail again, and
+                it need not be proved that DALI decodes anything.
+
+        Raises:
+            RuntimeError: DALI fails for another reason than these records, for lack of memory say.
+            DeviceError: not even a blank image can be decoded.
         """
-        self._sample = tuple(values[place : place + 1] for values in feed)
-        for settings in self.settings:
-            if settings not in self._pipelines:
-                self._pipelines[settings] = build_pipeline(lambda info: self._sample, settings)
+        causes: dict[int, str] = {}
+        for settings in self.ways:
+            places = [place for place in sizes if place not in causes]
+            size = 1 if failed_before else _GROUP_RECORDS
+            groups = [places[begin : begin + size] for begin in range(0, len(places), size)]
+            if not groups:
+                break
+            way = _Way(replace(settings, batch_size=len(groups[0])))
             try:
-                self._pipelines[settings].run()  # with a queue of one, nothing is prefetched
-            except RuntimeError as error:
-                del self._pipelines[settings]
-                return _cause(error)
-        return None
+                if not failed_before:
+                    _check_blank(way, feed, sizes)
+                causes |= _halve(way, feed, groups)
+            finally:
+                way.close()
+        return causes
+
+
+class _Way:
+    """One way of decoding: a pipeline, built when it is needed, and again after it has failed."""
+
+    def __init__(self, settings: GraphSettings) -> None:
+        self._settings = settings
+        self._pipeline: Pipeline | None = None
+        self._samples: Feed = ()
+
+    def failure(self, samples: Feed) -> RuntimeError | None:
+        """DALI's error for some samples, which may be about one of them; None if it decodes all.
+
+        Raises:
+            RuntimeError: an error of another kind.
+        """
+        self._samples = samples
+        try:
+            if self._pipeline is None:
+                self._pipeline = build_pipeline(lambda info: self._samples, self._settings)
+            self._pipeline.run()  # with a queue of one, nothing is prefetched
+        except RuntimeError as error:
+            failure = error
+        else:
+            return None
+        failure.__traceback__ = None  # it holds the pipeline
+        self.close()
+        if not may_be_a_record(failure):
+            raise failure
+        return failure
 
     def close(self) -> None:
-        """Release the graphs."""
-        self._pipelines.clear()
-        self._sample = None
+        """Release the pipeline."""
+        self._pipeline = None
 
 
-# nvimgcodecStatus_t, nvimgcodec.h. Only those that describe the image.
-_CODEC_STATUS = {"3": "damaged file", "4": "unsupported kind of image", "9": "unsupported kind of image"}
-_NOISE = (
-    "Critical error",
-    "Error in ",
-    "which was used",
-    "File ",
-    "images = ",
-    "encountered",
-    "C++ context",
-    "[frame",
-    "Stacktrace",
-    "Current pipeline",
-)
+def _halve(way: _Way, feed: Feed, groups: list[list[int]]) -> dict[int, str]:
+    """Find the records that fail by splitting the groups that do: some ten runs for each bad one of 31."""
+    causes: dict[int, str] = {}
+    while groups:
+        # The largest first: nvImageCodec sizes the hardware engine's share by a pipeline's first batch.
+        groups.sort(key=len)
+        group = groups.pop()
+        error = way.failure(_taken(feed, group))
+        if error is None:
+            continue
+        if len(group) == 1:
+            causes[group[0]] = _cause(error)
+        else:
+            middle = len(group) // 2
+            groups += [group[:middle], group[middle:]]
+    return causes
+
+
+def _taken(feed: Feed, places: list[int]) -> Feed:
+    """DALI's inputs for some places of a batch."""
+    encoded, *numbers = feed
+    return [encoded[place] for place in places], *(values[places] for values in numbers)
+
+
+def _check_blank(way: _Way, feed: Feed, sizes: Sizes) -> None:
+    """Raise ``DeviceError`` if DALI does not decode a blank image of the largest size, either.
+
+    Then its failures say nothing about the records: a driver that does not fit, or memory that nvImageCodec lacked
+    without saying so, makes it fail to decode each of them.
+    """
+    pixels = {
+        place: height * width
+        for place, (height, width) in sizes.items()
+        if height * width <= MAX_PIXELS and max(height, width) <= _JPEG_MAX_SIDE
+    }
+    if not pixels:
+        return
+    place = max(pixels, key=pixels.__getitem__)
+    height, width = sizes[place]
+    blank = np.frombuffer(blank_jpeg(height, width), np.uint8)
+    error = way.failure(([blank], *_taken(feed, [place])[1:]))
+    if error is not None:
+        raise DeviceError(
+            f"DALI fails to decode a batch, but also a blank JPEG of {height} x {width} pixels: {_cause(error)}; "
+            "check how it is installed, and the GPU's driver if there is one"
+        ) from error
+    way.close()  # the next batch is the first one again
 
 
 def _cause(error: RuntimeError) -> str:
     """The informative part of DALI's message, in one line."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    telling = " ".join(line for line in lines if line and not line.startswith(_NOISE))
+    found = _CAUSE.search(str(error))
+    telling = " ".join((found[1] if found else str(error)).split())
     telling = re.sub(r"Failed to decode sample #\d+ :\s*", "", telling)  # its index in the probe's own batch
     status = re.fullmatch(r"nvImageCodec failure: '#(\d+)'", telling)
     if status is not None:
