@@ -295,3 +295,27 @@ def test_a_probe_without_memory_is_no_verdict(tmp_path, monkeypatch):
         assert loader.bad_records == []
         with pytest.raises(RecordError, match="record 1 "):
             next(iter(loader))
+
+
+# --- large batches
+
+LARGE_BATCH = """
+import json, sys
+from dali_lmdb.loaders.dali_loader import DaliLoader
+from dali_lmdb.plan.augment import EvalTransform
+
+(path,) = sys.argv[1:]
+arguments = {"batch_size": 256, "device": "cpu", "num_threads": 2, "on_bad": "substitute"}
+with DaliLoader(path, transform=EvalTransform(size=16, resize=18), **arguments) as loader:
+    list(loader)
+    print(json.dumps([record.index for record in loader.bad_records]))
+"""
+
+
+@pytest.mark.parametrize("damage", ["text", "nothing", "header cut off", "frame header zeroed"])
+def test_a_header_that_dali_cannot_parse_does_not_crash_a_large_batch(tmp_path, damage):
+    values = [noise_image(record % 24) for record in range(NUM_RECORDS)]
+    values[3] = values[200] = DAMAGE[damage]
+    sizes = [size_of(record % 24) for record in range(NUM_RECORDS)]
+    path = write_store(tmp_path / "x.lmdb", values, sizes=sizes)
+    assert child(LARGE_BATCH, path) == [3, 200]

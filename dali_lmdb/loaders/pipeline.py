@@ -4,6 +4,7 @@
 step       operator           ``device="cuda"``        ``device="cpu"``
 =========  =================  =======================  ========================================
 bytes      external_source    cpu, no copy             cpu, no copy
+header     peek_image_shape   cpu                      cpu
 decode     decoders.image     mixed (nvJPEG)           cpu (libjpeg-turbo)
 window     slice              gpu                      cpu
 resize     resize             gpu                      cpu
@@ -129,14 +130,26 @@ def _decode_arguments(settings: GraphSettings) -> dict[str, Any]:
     }
 
 
+def _parsed(encoded: Any) -> Any:
+    """The encoded images, unchanged; an error if a header cannot be parsed.
+
+    In a batch of 32 or more such a header can crash DALI's decoders, which parse in several threads (see "What
+    DALI does" in the design). ``peek_image_shape`` only fails. The reshape copies nothing and needs the shapes, so
+    the decoders run after the check.
+    """
+    shapes = fn.peek_image_shape(encoded, dtype=types.INT32, adjust_orientation=False)
+    return fn.reshape(encoded, shape=0 * shapes[:1] - 1)  # -1: the length that it has
+
+
 def _decoded_windows(given: dict[str, Any], settings: GraphSettings) -> Any:
     """The windows as uint8 HWC, on ``settings.device``."""
+    encoded = _parsed(given["encoded"])
     window = {"start": given["anchors"], "shape": given["shapes"], "axes": [0, 1]}
     if settings.decode == "window":
-        windows = fn.decoders.image_slice(given["encoded"], **window, **_decode_arguments(settings))
+        windows = fn.decoders.image_slice(encoded, **window, **_decode_arguments(settings))
     else:
         # Cut out, not left to resize's region of interest, whose filter would see pixels around the window.
-        windows = fn.slice(fn.decoders.image(given["encoded"], **_decode_arguments(settings)), **window)
+        windows = fn.slice(fn.decoders.image(encoded, **_decode_arguments(settings)), **window)
     on_gpu, decoded_on_gpu = settings.device == "cuda", settings.decode_device == "gpu"
     return windows.gpu() if on_gpu and not decoded_on_gpu else windows
 

@@ -28,8 +28,9 @@ _RECORD = re.compile(
 _MEMORY = re.compile(
     r"Can't allocate \d+ bytes on |CUDA allocation failed|std::bad_alloc|nvImageCodec failure: '#(?:5|15)'"
     r"|cudaErrorMemoryAllocation|CUDA_ERROR_OUT_OF_MEMORY"
+    r"|can't start new thread"  # Python's, for the thread that reads ahead
 )
-_HOST_MEMORY = re.compile(r"bytes on host|std::bad_alloc")
+_HOST_MEMORY = re.compile(r"bytes on host|std::bad_alloc|new thread")
 _CUDA = re.compile(r"CUDA (?:runtime|driver) API error|nvImageCodec failure: '#21'")
 
 _CAUSE = re.compile(
