@@ -42,12 +42,12 @@ _COMMANDS = {
     "train": "dali_lmdb.train.__main__:main",
     "verify": "dali_lmdb.inspect.commands:verify_command",
 }
-_LINE_EVERY_S = 10  # between progress lines if stderr is not a terminal
+_LINE_INTERVAL_S = 10  # between progress lines if stderr is not a terminal
 _INTERRUPTED = 130  # a shell's exit code for a command ended by Ctrl-C: 128 + SIGINT
 
 
 @contextmanager
-def _stopping() -> Iterator[None]:
+def _exit_on_interrupt() -> Iterator[None]:
     """Turn KeyboardInterrupt into its message, if it has one, and exit code 130; click would exit with 1."""
     try:
         yield
@@ -78,7 +78,7 @@ class Command(_StandardStreams):
     """
 
     def invoke(self, ctx: click.Context) -> Any:
-        with _stopping():
+        with _exit_on_interrupt():
             try:
                 return super().invoke(ctx)
             except (DaliLmdbError, ValueError) as error:
@@ -91,10 +91,10 @@ _Decorator = Callable[[Callable[..., None]], Callable[..., None]]
 
 
 def option_of(*settings: type[Any]) -> Callable[..., _Decorator]:
-    """Make a ``click.option`` for a field of dataclasses, with its default and a ``Literal``'s choices.
+    """Return a function like ``click.option`` that takes default and ``Literal`` choices from a dataclass field.
 
     Args:
-        settings: the dataclasses; if several have a field, the last one counts.
+        settings: the dataclasses; if several have a field, the last one takes precedence.
     """
     defaults = {field.name: field.default for kind in settings for field in dataclasses.fields(kind)}
     types = {name: hint for kind in settings for name, hint in get_type_hints(kind).items()}
@@ -175,7 +175,7 @@ def _discard_output(stream: TextIO) -> None:
 
 
 class ProgressBar:
-    """Progress on stderr, with rate and time left: a bar on a terminal, otherwise a plain line now and then.
+    """Progress on stderr, with rate and time left: a bar on a terminal, otherwise a plain line every 10 seconds.
 
     Args:
         quiet: print no plain lines.
@@ -213,7 +213,7 @@ class ProgressBar:
 
     def _line(self, phase: str, done: int, total: int, num_bytes: int) -> None:
         now = time.monotonic()
-        if now - self._last < _LINE_EVERY_S:
+        if now - self._last < _LINE_INTERVAL_S:
             return
         self._last = now
         rate = num_bytes / 1e6 / (now - self._begin)
@@ -236,7 +236,7 @@ class _Commands(_StandardStreams, click.Group):
     """Imports a command only when it is used: converting needs no torch, training no converter."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        with _stopping():  # while a command is imported, too
+        with _exit_on_interrupt():  # while a command is imported, too
             return super().invoke(ctx)
 
     def list_commands(self, ctx: click.Context) -> list[str]:

@@ -13,16 +13,16 @@ from pathlib import Path
 
 from dali_lmdb.errors import DaliLmdbError
 
-__all__ = ["lack_of_descriptors", "os_errors", "refusal", "sync_folder"]
+__all__ = ["describe_os_error", "ensure_descriptors", "os_errors", "sync_folder"]
 
 _NOT_OFFERED = "its file system does not support this; use another disk"
 _LOST = "the network file system lost it; check the mount, then try again"
 _ADVICE = {
     errno.ENOENT: "check that it still exists",
     errno.ENOTDIR: "a part of its path is not a folder; check the path",
-    errno.EISDIR: "it is a folder; name a file",
+    errno.EISDIR: "it is a folder; give a file",
     errno.ENAMETOOLONG: "choose a shorter name",
-    errno.ELOOP: "its symbolic links form a loop; name the file itself",
+    errno.ELOOP: "its symbolic links form a loop; give the file itself",
     errno.EROFS: "its file system is read-only; use another disk or mount it writable",
     errno.ENOSPC: "make room on its disk",
     errno.EDQUOT: "your quota there is exhausted; make room or use another disk",
@@ -46,7 +46,7 @@ _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)
 _SPARE_DESCRIPTORS = 256  # requested beyond what is needed, if the hard limit allows it
 
 
-def refusal(path: str | os.PathLike[str], what: str, error: OSError, *, then: str = "") -> str:
+def describe_os_error(path: str | os.PathLike[str], what: str, error: OSError, *, then: str = "") -> str:
     """Describe an ``OSError`` in one line: ``PATH: WHAT: CAUSE; ADVICE``.
 
     Args:
@@ -70,11 +70,11 @@ def refusal(path: str | os.PathLike[str], what: str, error: OSError, *, then: st
 def os_errors(
     path: str | os.PathLike[str], what: str, kind: type[DaliLmdbError], *, then: str = ""
 ) -> Iterator[None]:
-    """Convert an ``OSError`` to ``kind`` with the message of ``refusal``; a broken pipe is raised unchanged.
+    """Convert an ``OSError`` to ``kind``, see ``describe_os_error``; a broken pipe is raised unchanged.
 
     Args:
         path: the file to name, unless the error names one itself.
-        what, then: see ``refusal``.
+        what, then: see ``describe_os_error``.
     """
     try:
         yield
@@ -82,7 +82,7 @@ def os_errors(
         raise
     except OSError as error:
         named = error.filename if isinstance(error.filename, str | bytes) else path
-        raise kind(refusal(os.fsdecode(named), what, error, then=then)) from error
+        raise kind(describe_os_error(os.fsdecode(named), what, error, then=then)) from error
 
 
 def sync_folder(folder: Path) -> None:
@@ -104,7 +104,7 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def lack_of_descriptors(count: int) -> str | None:
+def ensure_descriptors(count: int) -> str | None:
     """Raise this process's soft limit on open files to allow ``count`` more.
 
     Returns:

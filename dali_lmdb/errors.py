@@ -5,7 +5,7 @@
     DaliLmdbError
     ├── StoreError               a store cannot be used
     │   ├── StoreNotFoundError   nothing at that path
-    │   ├── StoreFormatError     not an LMDB file, not one of ours, or a newer format
+    │   ├── StoreFormatError     not an LMDB file, not one of ours, or another format version
     │   └── StoreDamagedError    truncated or altered bytes
     ├── RecordError              one record cannot be read or decoded
     ├── SourceError              images to convert or to read are missing or unusable
@@ -66,7 +66,7 @@ class StoreNotFoundError(StoreError):
 
 
 class StoreFormatError(StoreError):
-    """The file is not an LMDB file, not a store of this package, or has a newer format."""
+    """The file is not an LMDB file, not a store of this package, or has another format version."""
 
 
 class StoreDamagedError(StoreError):
@@ -92,7 +92,7 @@ class ConversionError(DaliLmdbError):
 
 
 class StateError(DaliLmdbError):
-    """A saved state belongs to other data or settings, or it or a run's log cannot be written."""
+    """A saved state belongs to other data or settings; or a state or a run's log cannot be written."""
 
 
 class DeviceError(DaliLmdbError):

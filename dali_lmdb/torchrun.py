@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 __all__ = ["JOIN_LIMIT_S", "RankEnvironment", "ignored_variables", "join"]
 
 JOIN_LIMIT_S = 600.0
-"""Time limit for all ranks to join; torchrun's machines wait for each other as long (its ``join_timeout``)."""
+"""Time limit for all ranks to join: as long as torchrun waits for the other machines (its ``join_timeout``)."""
 
-_QUIET_S = 3.0  # time for ranks that were started together to import torch
+_QUIET_S = 3.0  # no message before: ranks that were started together take about that long to import torch
 _POLL_S = 0.1
 _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 _REMEDY = f"start all ranks with torchrun, or unset {', '.join(_VARIABLES)}"
@@ -58,7 +58,7 @@ class RankEnvironment:
 
 
 def ignored_variables() -> str | None:
-    """One line about a WORLD_SIZE above 1 that ``from_environment`` ignores; None if it ignores none."""
+    """Describe, in one line, a WORLD_SIZE above 1 that ``from_environment`` ignores; None if there is none."""
     missing = [name for name in _VARIABLES if name not in os.environ]
     world_size = os.environ.get("WORLD_SIZE", "1")
     if not missing or world_size == "1":
@@ -93,7 +93,7 @@ def join(ranks: RankEnvironment, *, say: Callable[[str], None]) -> Store:
         if store.add(f"rank-{ranks.rank}", 1) == 1:  # 2 if this rank was stopped while waiting, then restarted
             store.add("joined", 1)
         while (joined := store.add("joined", 0)) < ranks.world_size:
-            waiting.pause(f"{ranks.world_size} ranks, {joined} of them here")
+            waiting.pause(f"{ranks.world_size} ranks ({joined} joined)")
     except RuntimeError as error:  # torch's: the port is taken, or the rank that hosts the store has ended
         cause = " ".join(str(error).splitlines()[0].split())
         raise DaliLmdbError(f"rank {ranks.rank}: no connection to the other ranks: {cause}; {_REMEDY}") from error
@@ -108,7 +108,10 @@ class _Waiting:
         self._begin = time.monotonic()
 
     def pause(self, whom: str) -> None:
-        """Sleep briefly; ``whom`` it is waiting for is named in messages.
+        """Sleep briefly.
+
+        Args:
+            whom: who has not joined yet, for messages.
 
         Raises:
             DaliLmdbError: the time is up.
@@ -123,7 +126,7 @@ class _Waiting:
 
 
 def _connect(ranks: RankEnvironment, waiting: _Waiting) -> Store:
-    """Connect to the store that torchrun's agent hosts, or else rank 0."""
+    """Connect to the key-value store, which torchrun's agent hosts or else rank 0."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
@@ -134,7 +137,7 @@ def _connect(ranks: RankEnvironment, waiting: _Waiting) -> Store:
         raise ValueError(f"MASTER_PORT={port} in the environment, expected 1 to 65535; {_REMEDY}")
     is_host = ranks.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     while not (is_host or _answers(host, port)):
-        waiting.pause(f"{ranks.world_size} ranks: nobody answers at {host}:{port} yet")
+        waiting.pause(f"{ranks.world_size} ranks: nothing listens at {host}:{port} yet")
     store: Future[Store] = Future()
 
     def connect() -> None:
@@ -143,10 +146,10 @@ def _connect(ranks: RankEnvironment, waiting: _Waiting) -> Store:
         except Exception as error:
             store.set_exception(error)
 
-    # What listens at the port may not be a store and never reply; a daemon thread then ends with the process.
+    # A daemon thread, which ends with the process: something else may listen at the port and never reply.
     threading.Thread(target=connect, daemon=True).start()
     while not store.done():
-        waiting.pause(f"{ranks.world_size} ranks: no store answers at {host}:{port} yet")
+        waiting.pause(f"{ranks.world_size} ranks: no key-value store answers at {host}:{port} yet")
     return store.result()
 
 
@@ -159,10 +162,10 @@ def _answers(host: str, port: int) -> bool:
 
 
 def _attempt() -> str:
-    """Number of this start of the ranks, to tell it from earlier ones in the same store.
+    """torchrun's count of restarts, to keep this start's keys apart from those of earlier ones.
 
-    torchrun keeps its store over a restart, so new ranks would read the addresses of dead ones (pytorch issue
-    135712). Its count of restarts is the same for all ranks only on a single machine; on several,
+    torchrun keeps its key-value store over a restart, so new ranks would read the addresses of dead ones (pytorch
+    issue 135712). The count is the same for all ranks only on a single machine; on several,
     ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`` makes torchrun begin with a new store.
     """
     on_one_machine = os.environ.get("GROUP_WORLD_SIZE") == "1"

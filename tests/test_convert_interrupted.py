@@ -131,14 +131,14 @@ def test_killed_while_it_goes_on_from_the_middle_of_a_commit_it_goes_on_again(
     write_with(monkeypatch, transaction_bytes=1)  # a transaction a record; all are journalled together
 
     def first():
-        original = StoreWriter._flush_sometimes
+        original = StoreWriter._maybe_flush
 
         def after_transaction(self, num_bytes):
             original(self, num_bytes)
             if self.num_records == 7:
                 die()
 
-        StoreWriter._flush_sometimes = after_transaction
+        StoreWriter._maybe_flush = after_transaction
         convert(image_folder, target)
 
     def second():
@@ -428,14 +428,14 @@ def test_killed_between_transactions_of_a_journalled_run_it_goes_on_from_the_las
     settings = ConvertSettings(on_bad="skip")
 
     def work():
-        original = StoreWriter._flush_sometimes
+        original = StoreWriter._maybe_flush
 
         def after_transaction(self, num_bytes):
             original(self, num_bytes)
             if self.num_records == 7:
                 die()
 
-        StoreWriter._flush_sometimes = after_transaction
+        StoreWriter._maybe_flush = after_transaction
         convert(images, target, settings=settings, commit_records=5)
 
     assert os.WIFSIGNALED(in_child(work))

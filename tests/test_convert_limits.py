@@ -129,7 +129,7 @@ class ManyRecords(Source):
 
 def test_memory_does_not_grow_with_the_number_of_records(monkeypatch, target):
     write_with(monkeypatch, piece_records=5000)
-    original, seen = StoreWriter._flush_sometimes, []
+    original, seen = StoreWriter._maybe_flush, []
 
     def after_transaction(self, num_bytes):
         original(self, num_bytes)
@@ -142,6 +142,6 @@ def test_memory_does_not_grow_with_the_number_of_records(monkeypatch, target):
         target.unlink()
         return max(seen)
 
-    monkeypatch.setattr(StoreWriter, "_flush_sometimes", after_transaction)
+    monkeypatch.setattr(StoreWriter, "_maybe_flush", after_transaction)
     before = peak_of(100_000)  # first, since a process keeps what it once had
     assert peak_of(400_000) - before < 40_000  # kB; 16,000 measured, and 108,000 with an index in one piece

@@ -16,7 +16,7 @@ from image_sets import make_image_folder
 from liblmdb import plain_reading
 
 from dali_lmdb.convert import convert
-from dali_lmdb.disk import refusal, sync_folder
+from dali_lmdb.disk import describe_os_error, sync_folder
 from dali_lmdb.errors import ConversionError, StoreError
 from dali_lmdb.store import open_store
 from dali_lmdb.store.readahead import Readahead
@@ -377,7 +377,8 @@ def test_a_descriptor_that_fails_while_it_is_read_ahead_is_an_error_of_the_store
     ],
 )
 def test_each_cause_has_its_own_advice_and_only_permissions_are_called_so(tmp_path, code, advice):
-    message = refusal(tmp_path, "cannot be read", OSError(code, os.strerror(code)), then="then try again")
+    error = OSError(code, os.strerror(code))
+    message = describe_os_error(tmp_path, "cannot be read", error, then="then try again")
     assert message.startswith(f"{tmp_path}: cannot be read: {os.strerror(code)}; ")
     assert advice in message
     assert message.endswith(", then try again")
@@ -387,5 +388,5 @@ def test_each_cause_has_its_own_advice_and_only_permissions_are_called_so(tmp_pa
 
 
 def test_a_file_that_is_not_there_yet_is_refused_with_the_owner_of_its_folder(tmp_path):
-    message = refusal(tmp_path / "x", "cannot be made", OSError(errno.EACCES, "Permission denied"))
+    message = describe_os_error(tmp_path / "x", "cannot be made", OSError(errno.EACCES, "Permission denied"))
     assert f"its folder {tmp_path} is yours, with mode drwx------" in message

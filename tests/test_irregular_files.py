@@ -81,7 +81,7 @@ def test_devices_sockets_and_folders_are_called_what_they_are(tmp_path, image_fo
         listening.bind(str(tmp_path / "socket"))
         with pytest.raises(SourceError, match="socket: a socket, expected a file"):
             open_source(tmp_path / "socket")
-    with pytest.raises(SourceError, match="a folder, expected a file; name a file in it"):
+    with pytest.raises(SourceError, match="a folder, expected a file; give a file in it"):
         open_source(image_folder, val_labels=tmp_path)
 
 

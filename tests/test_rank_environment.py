@@ -69,7 +69,7 @@ def test_training_that_waits_for_ranks_says_so_and_can_be_stopped(store_path, tm
     with start(
         *commands(None, store_path)["train"], folder=tmp_path, **(RANK_0 | {"MASTER_PORT": port})
     ) as process:
-        assert process.stdout.readline().startswith("waiting for 2 ranks, 1 of them here")
+        assert process.stdout.readline().startswith("waiting for 2 ranks (1 joined)")
         process.send_signal(signal.SIGINT)
         assert process.communicate(timeout=60) == ("", "")
     assert process.returncode == 130
@@ -171,7 +171,7 @@ def test_waiting_for_ranks_has_an_end(monkeypatch, port):
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", port)
     monkeypatch.setattr(torchrun, "JOIN_LIMIT_S", 2)
-    for rank, says in ((0, "gave up waiting for 2 ranks, 1 of them here, after "), (1, "nobody answers at 127")):
+    for rank, says in ((0, r"gave up waiting for 2 ranks \(1 joined\), after "), (1, "nothing listens at 127")):
         with pytest.raises(DaliLmdbError, match=says):
             join(RankEnvironment(rank=rank, world_size=2), say=print)
 
@@ -183,7 +183,7 @@ def test_a_rank_that_is_started_again_while_others_wait_counts_once(monkeypatch)
     monkeypatch.setenv("MASTER_PORT", str(store.port))
     monkeypatch.setattr(torchrun, "JOIN_LIMIT_S", 2)
     for _ in range(2):
-        with pytest.raises(DaliLmdbError, match="3 ranks, 1 of them here"):
+        with pytest.raises(DaliLmdbError, match=r"3 ranks \(1 joined\)"):
             join(RankEnvironment(rank=1, world_size=3), say=print)
 
 
@@ -192,7 +192,7 @@ def test_a_conversion_whose_port_belongs_to_something_silent_can_be_stopped(imag
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
         with start(*arguments, folder=tmp_path, **(RANK_1 | {"MASTER_PORT": port})) as process:
-            assert process.stderr.readline().startswith("waiting for 2 ranks: no store answers at ")
+            assert process.stderr.readline().startswith("waiting for 2 ranks: no key-value store answers at ")
             process.send_signal(signal.SIGTERM)
             assert process.communicate(timeout=60) == ("", "Stopped.\n")
     assert process.returncode == 130

@@ -116,7 +116,7 @@ def two_totals(tmp_path, sources):
 def test_sets_of_different_totals_are_refused_by_name_and_open_by_the_pattern_that_is_told(two_totals, name):
     message = refused(StoreFormatError, two_totals / name)
     assert "train-00000-of-00002.lmdb and train-00000-of-00003.lmdb" in message
-    told = message.split("name ")[-1].split(" or ")
+    told = message.split("give ")[-1].split(" or ")
     assert [num_records(path.strip("'")) for path in told] == [3, 4]
 
 
@@ -192,7 +192,7 @@ def test_a_part_of_a_pattern_that_stands_for_a_set_and_a_store_can_be_converted_
 def test_a_shard_alone_names_its_set(tmp_path, sources):
     convert(sources[0], tmp_path / "train.lmdb", shards=2)
     message = refused(StoreFormatError, tmp_path / "train-00001-of-00002.lmdb")
-    assert num_records(message.split("name the set: ")[1]) == 3
+    assert num_records(message.split("open the set: ")[1]) == 3
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -53,10 +53,10 @@ class RepeatedStore(Store):
         return self._store.byte_ranges(records % len(self._store))
 
     def name(self, index: int) -> str:
-        return self._store.name(self._checked(index) % len(self._store))
+        return self._store.name(self._checked_index(index) % len(self._store))
 
     def where(self, index: int) -> str:
-        return self._store.where(self._checked(index) % len(self._store))
+        return self._store.where(self._checked_index(index) % len(self._store))
 
     def __reduce__(self) -> Any:
         return partial(RepeatedStore, times=self._times), (self._store,)

@@ -25,9 +25,9 @@ from dali_lmdb.convert.ranks import Ranks
 from dali_lmdb.convert.settings import ConvertProgress, ConvertSettings, Summary
 from dali_lmdb.convert.sources import open_source
 from dali_lmdb.convert.sources.base import Source
-from dali_lmdb.disk import lack_of_descriptors, os_errors, sync_folder
+from dali_lmdb.disk import ensure_descriptors, os_errors, sync_folder
 from dali_lmdb.errors import ConversionError, DaliLmdbError
-from dali_lmdb.images.kinds import Decoders
+from dali_lmdb.images.kinds import DecoderCounts
 from dali_lmdb.images.reencoding import Change
 from dali_lmdb.store.reader import FileStore
 from dali_lmdb.store.shards import MAX_SHARDS, shard_path
@@ -152,7 +152,7 @@ def _jobs(task: _Task, journals: contextlib.ExitStack) -> list[Job]:
         files.journal.exists() for files in task.all_files
     )
     num_files = len(task.mine)
-    lack = lack_of_descriptors(num_files + task.num_threads + _OTHER_DESCRIPTORS)
+    lack = ensure_descriptors(num_files + task.num_threads + _OTHER_DESCRIPTORS)
     if lack is not None:
         raise ConversionError(f"{task.target}: converting to {num_files} files {lack}, or use fewer --shards")
     jobs = []
@@ -262,7 +262,7 @@ def _summarise(task: _Task, seconds: float) -> Summary:
         left_out += store.meta.made.get("left_out", 0)
         num_bytes += sum(int(lengths.sum(dtype=np.int64)) for lengths in store.column_parts("num_bytes"))
         for kinds in store.column_parts("kind"):
-            decoders = Decoders.of(kinds)
+            decoders = DecoderCounts.of(kinds)
             gpu, cpu, none = gpu + decoders.gpu, cpu + decoders.cpu, none + decoders.none
         for changes in store.column_parts("change"):
             transcoded += int(((changes & Change.TRANSCODED) != 0).sum())

@@ -14,9 +14,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from dali_lmdb.disk import refusal
+from dali_lmdb.disk import describe_os_error
 from dali_lmdb.errors import ConversionError
-from dali_lmdb.store.shards import BESIDE, set_files, shard_name
+from dali_lmdb.store.shards import RESERVED_SUFFIXES, set_files, shard_name
 
 __all__ = ["Files", "check_name", "check_target"]
 
@@ -44,7 +44,7 @@ def check_target(target: Path, all_files: Sequence[Files]) -> None:
         raise ConversionError(f"{target}: its folder {folder} does not exist; make it first")
     if not os.access(folder, os.W_OK | os.X_OK):
         code = errno.EROFS if os.statvfs(folder).f_flag & os.ST_RDONLY else errno.EACCES
-        raise ConversionError(refusal(folder, "not writable", OSError(code, os.strerror(code))))
+        raise ConversionError(describe_os_error(folder, "not writable", OSError(code, os.strerror(code))))
     longest = max(len(os.fsencode(files.journal.name)) for files in all_files)
     if longest > _MAX_NAME_BYTES:
         raise ConversionError(
@@ -56,7 +56,7 @@ def check_target(target: Path, all_files: Sequence[Files]) -> None:
 
 def check_name(target: Path, all_files: Sequence[Files]) -> None:
     """Refuse a name under which something else already opens, or that is kept for files beside a store."""
-    ending = next((ending for ending in BESIDE if target.name.endswith(ending)), None)
+    ending = next((ending for ending in RESERVED_SUFFIXES if target.name.endswith(ending)), None)
     if ending is not None:
         raise ConversionError(f"{target}: names that end in {ending} are for files beside a store; choose another")
     mine = {files.target for files in all_files}

@@ -1,4 +1,4 @@
-"""Kinds of image file, and which decoders take them."""
+"""Kinds of image file, and which decoders support them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Decoders", "Kind"]
+__all__ = ["DecoderCounts", "Kind"]
 
 
 class Kind(enum.IntEnum):
@@ -52,7 +52,7 @@ class Kind(enum.IntEnum):
 
 
 @dataclass(frozen=True)
-class Decoders:
+class DecoderCounts:
     """Number of records by where DALI decodes them."""
 
     gpu: int
@@ -63,7 +63,7 @@ class Decoders:
     """No known decoder, or not inspected."""
 
     @classmethod
-    def of(cls, kinds: npt.NDArray[np.uint8]) -> Decoders:
+    def of(cls, kinds: npt.NDArray[np.uint8]) -> DecoderCounts:
         """Count the kinds in the index column ``kind``, uint8 of shape (n,)."""
         gpu = int(np.isin(kinds, [kind for kind in Kind if kind.decodes_on_gpu]).sum())
         cpu = int(np.isin(kinds, [kind for kind in Kind if kind.decodes_on_cpu]).sum())

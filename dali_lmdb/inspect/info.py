@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from dali_lmdb.errors import DaliLmdbError
 from dali_lmdb.images.agreement import DALI_AGREES, dali_agrees
-from dali_lmdb.images.kinds import Decoders, Kind
+from dali_lmdb.images.kinds import DecoderCounts, Kind
 from dali_lmdb.images.reencoding import Change
 from dali_lmdb.inspect.records import runs
 from dali_lmdb.store import FileStore, ShardedStore, Store, open_store
@@ -57,9 +57,9 @@ class StoreInfo:
     width: Spread | None
     kinds: dict[str, int]
     """Number of records of each kind that occurs, most frequent first; names of ``images.kinds.Kind``."""
-    decoders: Decoders
+    decoders: DecoderCounts
     by_pillow: int
-    """Number of records that ``DaliLoader`` decodes with Pillow, since DALI returns other pixels or none."""
+    """Number of records that ``DaliLoader`` decodes with Pillow, since DALI returns different pixels or none."""
     not_looked_at: int
     """Number of records stored uninspected (``--check none``): kind and size are unknown."""
     transcoded: int
@@ -90,7 +90,7 @@ def info(path: str | os.PathLike[str]) -> StoreInfo:
         kinds = store.column("kind")
         changes = store.column("change")
         num_bytes = store.column("num_bytes")
-        unseen = (kinds == Kind.UNKNOWN) & (heights == 0) & (widths == 0)
+        uninspected = (kinds == Kind.UNKNOWN) & (heights == 0) & (widths == 0)
         class_records = _class_records(store)
         first = parts[0]
         return StoreInfo(
@@ -100,12 +100,12 @@ def info(path: str | os.PathLike[str]) -> StoreInfo:
             classes=len(store.classes),
             class_records=dict(zip(store.classes, class_records.tolist(), strict=True)),
             per_class=_spread(class_records),
-            height=_spread(heights[~unseen]),
-            width=_spread(widths[~unseen]),
+            height=_spread(heights[~uninspected]),
+            width=_spread(widths[~uninspected]),
             kinds=_kinds(kinds),
-            decoders=Decoders.of(kinds),
+            decoders=DecoderCounts.of(kinds),
             by_pillow=sum(_by_pillow(part) for part in parts),
-            not_looked_at=int(unseen.sum()),
+            not_looked_at=int(uninspected.sum()),
             transcoded=int(np.count_nonzero(changes & Change.TRANSCODED)),
             resized=int(np.count_nonzero(changes & Change.RESIZED)),
             num_bytes=int(num_bytes.sum(dtype=np.int64)),
@@ -142,7 +142,7 @@ _HEADER_BYTES = 4096  # a page
 
 
 def _by_pillow(store: Store) -> int:
-    """Count the readable records that Pillow decodes for DALI; the kind does not always tell."""
+    """Count the readable records that Pillow decodes for DALI; for some kinds this depends on the image."""
     unclear = np.flatnonzero(~np.isin(store.column("kind"), [Kind.UNKNOWN, *DALI_AGREES]))
     count = 0
     for run in runs(len(unclear)):
@@ -153,7 +153,7 @@ def _by_pillow(store: Store) -> int:
                     for offset in offsets.tolist():
                         os.posix_fadvise(file.fileno(), offset, _HEADER_BYTES, os.POSIX_FADV_WILLNEED)
             count += sum(not dali_agrees(data) for data in store.arrays(records))
-        store.let_go()
+        store.release_pages()
     return count
 
 

@@ -93,7 +93,7 @@ class FolderStore(Store):
             raise RecordError(f"{error.filename}: cannot be read: {error.strerror}") from error
 
     def name(self, index: int) -> str:
-        return os.path.relpath(self._files[self._checked(index)], self.path)
+        return os.path.relpath(self._files[self._checked_index(index)], self.path)
 
 
 def open_data(path: str | os.PathLike[str]) -> Store:

@@ -43,7 +43,7 @@ class Store(ABC):
 
     @abstractmethod
     def column(self, name: str) -> npt.NDArray[Any]:
-        """A whole index column of shape (len,): see ``layout.INDEX_SCHEMA``.
+        """A whole index column, of shape (len(self),): see ``layout.INDEX_SCHEMA``.
 
         A read-only view of the file if the column is stored in one piece, otherwise a copy; ``gather`` and
         ``column_parts`` never copy a whole column.
@@ -62,7 +62,7 @@ class Store(ABC):
         """The bytes of some records, each read-only, uint8 of shape (num_bytes,).
 
         Raises:
-            StoreDamagedError: the file is not what its index says.
+            StoreDamagedError: the file does not match its index.
         """
 
     @abstractmethod
@@ -93,37 +93,37 @@ class Store(ABC):
 
     @cached_property
     def labels(self) -> npt.NDArray[np.int32]:
-        """Label of every record, int32 of shape (len,)."""
+        """Label of every record, int32 of shape (len(self),)."""
         return self.column("label")
 
     def read(self, index: int) -> memoryview:
         """The bytes of one record, read-only.
 
         Args:
-            index: in [0, len).
+            index: in [0, len(self)).
 
         Raises:
             IndexError: no such record.
-            StoreDamagedError: the file is not what its index says.
+            StoreDamagedError: the file does not match its index.
         """
-        return self.arrays(np.array([self._checked(index)]))[0].data
+        return self.arrays(np.array([self._checked_index(index)]))[0].data
 
     def copy(self, index: int) -> bytes:
-        """The bytes of one record, see ``copies``.
+        """A copy of one record's bytes, see ``copies``.
 
         Args:
-            index: in [0, len).
+            index: in [0, len(self)).
 
         Raises:
             IndexError: no such record.
         """
-        return next(self.copies(range(self._checked(index), index + 1)))
+        return next(self.copies(range(self._checked_index(index), index + 1)))
 
     def copies(self, records: range) -> Iterator[bytes]:
-        """Yield the bytes of consecutive records, read from the file and not through a map.
+        """Yield the bytes of consecutive records, read from the file rather than the map, to keep RSS low.
 
         Raises:
-            StoreDamagedError: the file is not what its index says, or cannot be read.
+            StoreDamagedError: the file does not match its index, or cannot be read.
             RecordError: in a classic database, a value is not ``(image, label)``.
         """
         record = records.start
@@ -137,7 +137,7 @@ class Store(ABC):
                 record += 1
 
     def checked_copies(self, records: range) -> Iterator[bytes]:
-        """``copies``, each compared with its checksum.
+        """Yield what ``copies`` does, each record compared with its checksum.
 
         Raises:
             RecordError: the bytes differ from those that were written.
@@ -152,7 +152,7 @@ class Store(ABC):
             yield data
 
     def where(self, index: int) -> str:
-        """``STORE: record 41 (n01440764/x.JPEG)``, the start of an error message."""
+        """Name a record for the start of an error message: ``STORE: record 41 (n01440764/x.JPEG)``."""
         try:
             return one_line(f"{self.path}: record {index} ({self.name(index)})")
         except StoreError:
@@ -165,15 +165,15 @@ class Store(ABC):
             IndexError: no such record.
             RecordError: the bytes differ from those that were written.
         """
-        next(self.checked_copies(range(self._checked(index), index + 1)))
+        next(self.checked_copies(range(self._checked_index(index), index + 1)))
 
-    def _checked(self, index: int) -> int:
+    def _checked_index(self, index: int) -> int:
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {self.path}: expected 0 to {len(self) - 1}")
         return index
 
-    def let_go(self) -> None:  # noqa: B027  not every store is a map
-        """Unmap the pages that were read, to keep RSS low in a pass over all records."""
+    def release_pages(self) -> None:  # noqa: B027  not every store is mapped
+        """Release the mapped pages that were read, to keep RSS low in a pass over all records."""
 
     def close(self) -> None:  # noqa: B027  most stores have nothing to do
         """Do nothing: nothing is buffered, and a memory map is released with its last view."""

@@ -1,4 +1,7 @@
-"""zlib's CRC-32 from ISA-L: 53 GB/s on one core, zlib 1.2 reaches 4; each image is checksummed twice."""
+"""CRC-32, the same as zlib's but computed by ISA-L.
+
+It reaches 53 GB/s on one core and zlib 1.2 only 4, and converting computes it twice for each image.
+"""
 
 from isal.isal_zlib import crc32
 

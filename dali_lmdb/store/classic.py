@@ -42,7 +42,7 @@ KEYS_KEY = b"__keys__"
 
 # Labels index a list of classes, so a damaged one must not create a list that exhausts memory.
 _MAX_CLASSES = 1 << 20
-_MAX_PIXELS = 2 * MAX_PIXELS  # no limit was chosen, so Pillow's for its error, not for its warning
+_MAX_PIXELS = 2 * MAX_PIXELS  # where Pillow raises an error; above MAX_PIXELS it only warns
 _RECORDS_AT_ONCE = 64  # per task of a thread when the index is built
 _WORTH_A_WARNING_BYTES = 1 << 30  # building the index then takes a while, so tell the user why
 _MIN_NODE_BYTES = 8  # NODESIZE in mdb.c
@@ -78,19 +78,20 @@ def is_classic(pages: PageFile) -> bool:
         return True
     if pages.find(LENGTH_KEY) is None:
         return False
-    return pages.find(b"0") is not None or not pages.has_databases()  # which may hold what the length counts
+    # __len__ may count the records of named databases, which are another layout.
+    return pages.find(b"0") is not None or not pages.has_databases()
 
 
 class ClassicStore(Store):
     """A database with keys ``b"0"``, ``b"1"``, ..., ``__keys__``, ``__len__`` and values ``(image, label)``.
 
-    Values are packed by pickle, msgpack or ``pa.serialize`` (see ``payload``). Opening reads only
-    the length. Such a database has no index of labels, sizes and checksums: it is built on first use by reading
-    the database once, and saved beside it as ``NAME.dali-index`` if the folder is writable, else kept in memory.
+    Values are packed by pickle, msgpack or ``pa.serialize`` (see ``payload``). Opening reads only the length.
+    Such a database comes without an index of labels, sizes and checksums. One is built on first use, by reading
+    the database once, and saved beside it as ``NAME.dali-index``, or kept in memory if the folder is not writable.
 
-    Image bytes are slices of the map, except with pickle protocol 2, which stores them as text. Classes have
-    no names: they are called by their labels, ``"0"``, ``"1"``, ... Height and width are 0 if a value is not a
-    readable image or has more than 178,956,970 pixels.
+    Image bytes are slices of the map, except with pickle protocol 2, which stores them as text. Classes are named
+    after their labels, ``"0"``, ``"1"``, ..., as the database has no names for them. Height and width are 0 if a
+    value is not a readable image or has more than 178,956,970 pixels.
 
     Args:
         path: the LMDB file, or the folder with ``data.mdb`` in it.
@@ -106,7 +107,7 @@ class ClassicStore(Store):
         self.file = database_file(path)
         self._pages = PageFile(self.file)
         self._columns: sidecar.Columns | None = None
-        self._is_kept = False
+        self._is_saved = False
         self._num_records = self._length()
         status = os.stat(self.file)
         self._stamp = sidecar.Stamp(status.st_size, status.st_mtime_ns, self._num_records)
@@ -146,16 +147,16 @@ class ClassicStore(Store):
 
     def name(self, index: int) -> str:
         """``LABEL/KEY.jpg``: such databases store no names."""
-        return self.glance(index)[1]
+        return self.peek(index)[1]
 
-    def glance(self, index: int) -> tuple[int, str]:
-        """Label and name of one record, from the start and end of its value, without the index.
+    def peek(self, index: int) -> tuple[int, str]:
+        """Read label and name of one record from the start and end of its value, without the index.
 
         Raises:
             IndexError: no such record.
             RecordError: its value is not ``(image, label)``.
         """
-        view = self._pages.view(self._extent(self._checked(index)))
+        view = self._pages.view(self._extent(self._checked_index(index)))
         image, label = self._locate(index, view)
         start = bytes(view[image.start : image.stop][:24])
         if image.is_text:
@@ -168,15 +169,15 @@ class ClassicStore(Store):
             value = memoryview(self._copy_value(index, self._extent(index)))
             yield bytes(self._bytes_at(index, value, self._locate(index, value)))
 
-    def let_go(self) -> None:
-        self._pages.let_go()
+    def release_pages(self) -> None:
+        self._pages.release_pages()
 
     def where(self, index: int) -> str:
         return one_line(f"{self.path}: record {index} (key {self._key(index).decode('latin-1')!a})")
 
     def __reduce__(self) -> Any:
         # An index that could not be saved is pickled too, so that workers need not build it again.
-        return type(self), (str(self.path),), None if self._is_kept else self._columns
+        return type(self), (str(self.path),), None if self._is_saved else self._columns
 
     def __setstate__(self, columns: sidecar.Columns) -> None:
         self._columns = columns
@@ -195,13 +196,13 @@ class ClassicStore(Store):
             count = len(keys)
         if count > min(self._pages.entries, len(self._pages.data) // _MIN_NODE_BYTES):
             raise StoreDamagedError(
-                f"{self.path}: damaged: {count} records by {LENGTH_KEY.decode()}, {self._pages.entries} keys; "
-                "rebuild the database"
+                f"{self.path}: damaged: {LENGTH_KEY.decode()} says {count} records, but there are "
+                f"{self._pages.entries} keys; rebuild the database"
             )
         return count
 
     def _unpacked(self, key: bytes, decode: Callable[[memoryview], _Decoded]) -> _Decoded | None:
-        """The value of a key that is not a record's; None if there is none."""
+        """Find and decode the value of ``__len__`` or ``__keys__``; None if there is no such key."""
         extent = self._pages.find(key)
         try:
             return None if extent is None else decode(self._pages.view(extent))
@@ -245,7 +246,7 @@ class ClassicStore(Store):
         return offsets, lengths
 
     def _missing(self, index: int) -> StoreDamagedError:
-        return StoreDamagedError(f"{self.where(index)}: damaged: there is no such key; rebuild the database")
+        return StoreDamagedError(f"{self.where(index)}: damaged: its key is missing; rebuild the database")
 
     def _locate(self, index: int, value: memoryview) -> Located:
         try:
@@ -282,48 +283,48 @@ class ClassicStore(Store):
 
     def _index(self) -> sidecar.Columns:
         if self._columns is None:
-            self._columns = self._kept() or self._make_index()
+            self._columns = self._load_saved() or self._make_index()
         return self._columns
 
-    def _kept(self) -> sidecar.Columns | None:
+    def _load_saved(self) -> sidecar.Columns | None:
         columns = sidecar.load(self.file, self._stamp)
         if columns is None or not self._labels_fit(columns["label"]).all():
             return None
-        self._is_kept = True
+        self._is_saved = True
         return columns
 
     def _make_index(self) -> sidecar.Columns:
         path = one_line(str(self.path))
         with sidecar.one_at_a_time(self.file):
-            columns = self._kept()  # another process may have built it meanwhile
+            columns = self._load_saved()  # another process may have built it meanwhile
             if columns is None:
                 level = logging.WARNING if self._stamp.size > _WORTH_A_WARNING_BYTES else logging.INFO
                 _log.log(level, "%s: a classic database without an index: reading it once to build one", path)
                 columns = self._read_all()
-                self._is_kept = sidecar.save(self.file, self._stamp, columns)
+                self._is_saved = sidecar.save(self.file, self._stamp, columns)
         return columns
 
     def _read_all(self) -> sidecar.Columns:
         """Build the index columns by reading every record's value in threads."""
-        offsets, lengths = self._places()
+        offsets, lengths = self._all_extents()
         columns: sidecar.Columns = {
             name: np.zeros(len(self), dtype=dtype) for name, dtype in layout.INDEX_DTYPES.items()
         }
 
-        def look_at(start: int) -> None:
+        def fill_rows(start: int) -> None:
             for index in range(start, min(start + _RECORDS_AT_ONCE, len(self))):
-                row = self._look(index, Extent(int(offsets[index]), int(lengths[index])))
+                row = self._compute_row(index, Extent(int(offsets[index]), int(lengths[index])))
                 for name, value in row.items():
                     columns[name][index] = value
 
         with ThreadPoolExecutor(threads_to_read()) as pool:
             # After an error, map cancels what has not begun.
-            deque(pool.map(look_at, range(0, len(self), _RECORDS_AT_ONCE)), maxlen=0)
+            deque(pool.map(fill_rows, range(0, len(self), _RECORDS_AT_ONCE)), maxlen=0)
         for column in columns.values():
             column.flags.writeable = False
         return columns
 
-    def _look(self, index: int, extent: Extent) -> dict[str, int]:
+    def _compute_row(self, index: int, extent: Extent) -> dict[str, int]:
         """Compute one row of the index; called in a thread."""
         value = memoryview(self._copy_value(index, extent))
         located = self._locate(index, value)
@@ -345,8 +346,8 @@ class ClassicStore(Store):
     def _labels_fit(self, labels: Any) -> Any:
         return (labels >= 0) & (labels < max(_MAX_CLASSES, len(self)))
 
-    def _places(self) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint32]]:
-        """Offsets and lengths of all values, uint64 and uint32 of shape (len,), in bytes."""
+    def _all_extents(self) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint32]]:
+        """Offsets and lengths of all values, uint64 and uint32 of shape (len(self),), in bytes."""
         offsets = np.zeros(len(self), dtype=np.uint64)
         lengths = np.zeros(len(self), dtype=np.uint32)
         listed = None if self._keys is None else {key: index for index, key in enumerate(self._keys)}

@@ -26,9 +26,11 @@ def to_ipc(columns: Mapping[str, Any], schema: pa.Schema) -> pa.Buffer:
 
 
 def from_ipc(view: Any, schema: pa.Schema, *, num_records: int) -> pa.RecordBatch | None:
-    """Decode the only batch of a stream, on the same memory; None if it is anything else.
+    """Decode a stream of one batch without copying it.
 
-    The schema's metadata may differ.
+    Returns:
+        The batch; None unless the stream holds one with this schema (its metadata may differ), this number of
+        records and no nulls.
     """
     try:
         batch = pa.ipc.open_stream(pa.py_buffer(view)).read_next_batch()
@@ -41,5 +43,5 @@ def from_ipc(view: Any, schema: pa.Schema, *, num_records: int) -> pa.RecordBatc
 
 
 def columns_of(batch: pa.RecordBatch) -> dict[str, npt.NDArray[Any]]:
-    """The columns of an index as numpy arrays on the same memory."""
+    """The columns of an index as numpy arrays, without copying."""
     return {name: batch.column(name).to_numpy(zero_copy_only=True) for name in batch.schema.names}

@@ -33,7 +33,7 @@ class Fingerprint:
 
 
 def fingerprint(parts: Iterable[tuple[npt.NDArray[np.int32], npt.NDArray[np.uint32]]]) -> str:
-    """The ``Fingerprint`` of (labels, crc32) of all records in order."""
+    """Compute the fingerprint of a data set from the (labels, crc32) of consecutive parts of it."""
     found = Fingerprint()
     for labels, checksums in parts:
         found.add(labels, checksums)

@@ -20,7 +20,7 @@ __all__ = ["Index", "Names"]
 
 # Checking the index takes 5 ms for 38 MB (1.28 million records), which opening can afford; a larger one is checked
 # by `dali-lmdb verify` only.
-_MOST_CHECKED_BYTES = 64 << 20
+_MAX_CHECKED_BYTES = 64 << 20
 
 
 class Index:
@@ -39,7 +39,7 @@ class Index:
         ranges = meta.pieces()
         views = [_view(pages, layout.index_key(piece)) for piece in range(len(ranges))]
         if check is None:
-            check = sum(map(len, views)) <= _MOST_CHECKED_BYTES
+            check = sum(map(len, views)) <= _MAX_CHECKED_BYTES
         if check and list(map(crc32, views)) != meta.index_crc32:
             raise StoreDamagedError(f"{pages.path}: damaged: __index__ has a wrong checksum; convert it again")
         self._pieces = []
@@ -49,7 +49,7 @@ class Index:
             if not piece or not all(_lies_in(pages.data, column) for column in piece.values()):
                 raise StoreDamagedError(f"{pages.path}: damaged: __index__ is not readable; convert it again")
             self._pieces.append(piece)
-        pages.let_go()
+        pages.release_pages()
         # Offset of each column of each piece in the file, in bytes.
         self._starts = {
             name: np.array([_address(piece[name]) - _address(pages.data) for piece in self._pieces])
@@ -60,7 +60,7 @@ class Index:
         """Yield a column piece by piece; pages are unmapped after use, to keep RSS low."""
         for piece in self._pieces:
             yield piece[name]
-            self._pages.let_go()
+            self._pages.release_pages()
 
     def column(self, name: str) -> npt.NDArray[Any]:
         """A whole column; a copy if there are several pieces."""

@@ -9,9 +9,9 @@ key                 value
 ``__meta__``        JSON, see ``meta.Meta``
 ==================  ==========================================================================
 
-``__index__`` and ``__names__`` hold the first ``PIECE_RECORDS`` records; the same number follows in
-``__index__/00000001`` and ``__names__/00000001``, and so on, since LMDB keeps a whole value in memory
-until it is written.
+LMDB keeps a whole value in memory until it is written, so index and names are stored in pieces:
+``__index__`` and ``__names__`` hold those of the first ``PIECE_RECORDS`` records, ``__index__/00000001``
+and ``__names__/00000001`` those of the next ones, and so on.
 """
 
 from __future__ import annotations

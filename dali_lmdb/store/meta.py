@@ -21,8 +21,8 @@ class Meta:
     classes: list[str]
     fingerprint: str
     txnid: int
-    """LMDB's number of the transaction that wrote this. If the file's last one differs, the file was
-    rewritten and the offsets in the index are invalid."""
+    """Number of the LMDB transaction that wrote this. If the file's last transaction has another number, the
+    file was rewritten and the offsets in the index are invalid."""
     piece_records: int
     """Number of records in each piece of index and names; the last piece may have fewer."""
     index_crc32: list[int]
@@ -40,7 +40,7 @@ class Meta:
         return pieces_of(self.num_records, self.piece_records)
 
     def to_bytes(self) -> bytes:
-        """ASCII JSON; its ``crc32`` covers the JSON without that key."""
+        """Encode as ASCII JSON; its key ``crc32`` is the checksum of the JSON without that key."""
         values = asdict(self)
         return _json({**values, "crc32": crc32(_json(values))})
 

@@ -31,15 +31,15 @@ def open_store(path: str | os.PathLike[str]) -> Store:
     if shard_files(path):
         return ShardedStore(path)
     if glob.has_magic(os.fspath(path)) and not os.path.lexists(path):
-        raise StoreNotFoundError(f"no store at {path}, and no file matches that pattern; name existing files")
+        raise StoreNotFoundError(f"no store at {path}, and no file matches that pattern; give existing files")
     file = database_file(path)
     if is_classic(PageFile(file)):
         return ClassicStore(path)
     store = FileStore(file)
     if store.meta.shard is not None:
         shard = shard_name(path)
-        advice = "restore its name, then name the set"
+        advice = "restore its original name, then open the set"
         if shard is not None:
-            advice = f"name the set: {Path(path).with_name(shard.set_name)}"
+            advice = f"open the set: {Path(path).with_name(shard.set_name)}"
         raise StoreFormatError(f"{path}: one of {store.meta.shard.get('count')} shards; {advice}")
     return store

@@ -32,7 +32,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from dali_lmdb.disk import refusal
+from dali_lmdb.disk import describe_os_error
 from dali_lmdb.errors import StoreDamagedError, StoreError, StoreFormatError, StoreNotFoundError
 from dali_lmdb.store.regular import check_regular
 
@@ -49,7 +49,7 @@ _MAX_DEPTH = 32  # CURSOR_STACK in mdb.c
 _NODE = struct.Struct("<HHHH")
 _DB = struct.Struct("<IHHQQQQQ")  # pad, flags, depth, branch, leaf, overflow pages, entries, root
 _NO_PAGE = (1 << 64) - 1
-_LEAVES_MAPPED = 1024
+_LEAVES_MAPPED = 1024  # pages that a walk over the tree reads before it releases them, to keep RSS low
 _KEYS_SHOWN = 3
 
 
@@ -80,7 +80,7 @@ def is_lmdb(path: str | os.PathLike[str]) -> bool:
         with open(path, "rb") as file:
             return file.read(_PAGE_HEADER_BYTES + 4)[_PAGE_HEADER_BYTES:] == struct.pack("<I", _MAGIC)
     except OSError as error:
-        raise StoreError(refusal(path, "cannot be read", error)) from error
+        raise StoreError(describe_os_error(path, "cannot be read", error)) from error
 
 
 class PageFile:
@@ -102,7 +102,7 @@ class PageFile:
         self.path = Path(path)
         try:
             if self.path.is_dir():
-                raise StoreFormatError(f"{path}: a folder, expected an LMDB file; name the file inside it")
+                raise StoreFormatError(f"{path}: a folder, expected an LMDB file; give the file inside it")
             check_regular(path, error=StoreFormatError)
             with open(self.path, "rb") as file:
                 size = os.fstat(file.fileno()).st_size
@@ -116,7 +116,7 @@ class PageFile:
                 f"no store at {path}; make one with: dali-lmdb convert IMAGES {path}"
             ) from None
         except OSError as error:
-            raise StoreError(refusal(path, "cannot be read", error)) from error
+            raise StoreError(describe_os_error(path, "cannot be read", error)) from error
         map_.madvise(mmap.MADV_RANDOM)  # random access: the kernel's readahead would be wasted
         self.data: npt.NDArray[np.uint8] = np.frombuffer(map_, dtype=np.uint8)
         self._map = map_
@@ -130,7 +130,7 @@ class PageFile:
             )
 
     def find(self, key: bytes) -> Extent | None:
-        """Locate the value of ``key``; None if there is no such key, or it names a database.
+        """Locate the value of ``key``; None if there is no such key, or it is the name of a database.
 
         Raises:
             StoreDamagedError: a page on the path to the key is damaged.
@@ -171,12 +171,13 @@ class PageFile:
         return offsets, lengths
 
     def items(self, first: bytes = b"") -> Iterator[tuple[bytes, Extent]]:
-        """Yield every key that is not a named database's, in order, with the extent of its value.
-
-        They begin with the leaf page that contains or would contain ``first``, by default with the first one.
+        """Yield keys in order, each with the extent of its value; names of databases are left out.
 
         Reads only the tree's pages, never the values: extents are inside the file, but the headers of overflow
         pages are not validated.
+
+        Args:
+            first: begin with the leaf page that contains or would contain this key; by default, with all keys.
 
         Raises:
             StoreDamagedError: a page is damaged.
@@ -184,7 +185,7 @@ class PageFile:
         for _, base, pointers in self._leaves(first):
             for pointer in pointers:
                 if not self._is_database(base, pointer):
-                    yield self._key(base, pointer), self._value(base, pointer, look=False)
+                    yield self._key(base, pointer), self._value(base, pointer, validate=False)
 
     def has_databases(self) -> bool:
         """Return whether the file has named databases; reads all leaf pages.
@@ -197,7 +198,7 @@ class PageFile:
         )
 
     def describe(self) -> str:
-        """``3 keys: 'image-1', 'label-1', 'num-samples'``: what an LMDB file of an unknown layout holds.
+        """Describe an LMDB file of an unknown layout: ``3 keys: 'image-1', 'label-1', 'num-samples'``.
 
         Raises:
             StoreDamagedError: a page is damaged.
@@ -219,9 +220,11 @@ class PageFile:
         """The bytes of an extent that ``find`` returned; a read-only view of the map."""
         return self._view[extent.offset : extent.offset + extent.length]
 
-    def let_go(self) -> None:
-        """Unmap all pages until they are read again: each access also maps the pages around it, and all of
-        them add to RSS."""
+    def release_pages(self) -> None:
+        """Unmap all pages, which are mapped again when they are read.
+
+        Each access also maps the pages around it, and all of them add to RSS.
+        """
         self._map.madvise(mmap.MADV_DONTNEED)
 
     def _newest_meta(self) -> _Meta:
@@ -252,7 +255,7 @@ class PageFile:
         return _Meta(page_size, entries, root, last_page, txnid)
 
     def _page(self, page: int) -> tuple[int, int, tuple[int, ...]]:
-        """(first byte, P_BRANCH or P_LEAF, node offsets inside the page) of a tree page."""
+        """Validate a tree page; return (its offset in the file, P_BRANCH or P_LEAF, node offsets inside it)."""
         base = page * self.page_size
         if page > self.last_page or base + self.page_size > len(self._view):
             raise self._damaged(page, f"outside the file's {self.last_page + 1} pages")
@@ -291,7 +294,7 @@ class PageFile:
         length, _, flags, _ = _NODE.unpack_from(self._view, base + pointer)
         return bool(flags == _F_SUBDATA and length == _DB.size)  # another length is damage
 
-    def _value(self, base: int, pointer: int, *, look: bool = True) -> Extent:
+    def _value(self, base: int, pointer: int, *, validate: bool = True) -> Extent:
         low, high, flags, key_bytes = _NODE.unpack_from(self._view, base + pointer)
         length = low | high << 16
         start = pointer + _NODE.size + key_bytes
@@ -303,14 +306,14 @@ class PageFile:
         if flags != _F_BIGDATA or start + 8 > self.page_size:
             raise self._damaged(page, "a node of an unexpected kind")
         (first,) = struct.unpack_from("<Q", self._view, base + start)
-        return self._overflow(first, length, look=look)
+        return self._overflow(first, length, validate=validate)
 
-    def _overflow(self, page: int, length: int, *, look: bool) -> Extent:
+    def _overflow(self, page: int, length: int, *, validate: bool) -> Extent:
         base = page * self.page_size
         offset = base + _PAGE_HEADER_BYTES
         if page > self.last_page or offset + length > len(self._view):
             raise self._damaged(page, "a value outside the file")
-        if not look:
+        if not validate:
             return Extent(offset, length)
         number, _, flags, pages = struct.unpack_from("<QHHI", self._view, base)
         if number != page or flags & _P_KIND != _P_OVERFLOW:
@@ -320,7 +323,7 @@ class PageFile:
         return Extent(offset, length)
 
     def _leaves(self, first: bytes = b"") -> Iterator[tuple[int, int, tuple[int, ...]]]:
-        """(page number, first byte, node offsets) of each leaf page in key order, from the one of ``first`` on."""
+        """Yield (page number, offset in the file, node offsets) of leaf pages, from that of ``first`` on."""
         # The pages still to visit on each level of the tree.
         levels: list[Iterator[int]] = [iter(() if self._root == _NO_PAGE else (self._root,))]
         num_pages = num_leaves = 0
@@ -337,7 +340,7 @@ class PageFile:
                 yield page, base, pointers
                 num_leaves += 1
                 if num_leaves % _LEAVES_MAPPED == 0:
-                    self.let_go()
+                    self.release_pages()
                 continue
             if len(levels) == _MAX_DEPTH:
                 raise self._damaged(page, "a tree deeper than LMDB makes")
@@ -366,7 +369,7 @@ class PageFile:
     ) -> int:
         """Fill offsets and lengths from one leaf page, ``record`` first; return its number of records."""
         nodes = np.asarray(pointers[: len(offsets)], dtype=np.int64)
-        # Node header, key and 8 bytes of value; at the page's end less is there, and less is needed.
+        # Node header, key and 8 bytes of value, clipped at the page's end: a short value there needs no more.
         body = self.data[base : base + self.page_size]
         head = body[np.minimum(nodes[:, None] + np.arange(24), self.page_size - 1)]
         fields = head[:, :8].view("<u2").astype(np.uint64)

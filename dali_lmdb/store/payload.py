@@ -59,7 +59,7 @@ def bytes_at(view: memoryview, span: Span) -> memoryview:
 
 
 def decode_length(view: memoryview) -> int:
-    """The value of ``__len__``.
+    """Decode the value of ``__len__``.
 
     Raises:
         PayloadError: not an integer of at least 0.
@@ -71,7 +71,7 @@ def decode_length(view: memoryview) -> int:
 
 
 def decode_keys(view: memoryview) -> list[bytes]:
-    """The value of ``__keys__``.
+    """Decode the value of ``__keys__``.
 
     Raises:
         PayloadError: not a list of bytes or text.

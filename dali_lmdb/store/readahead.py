@@ -18,13 +18,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from dali_lmdb.disk import refusal
+from dali_lmdb.disk import describe_os_error
 from dali_lmdb.errors import StoreError
 from dali_lmdb.store.base import Store
 
 __all__ = ["Readahead"]
 
-_STAY_COLD = 64
+_WARM_BATCHES_TO_STOP = 64
 """Number of consecutive batches that must be in the page cache before announcing stops."""
 _ANNOUNCERS = 4
 _RANGES_AT_ONCE = 16
@@ -79,7 +79,7 @@ class Readahead:
         for one in missing:
             self._read(one)
         self._warm_batches = 0 if missing else self._warm_batches + 1
-        self.cold = self._warm_batches < _STAY_COLD if missing or self.cold else False
+        self.cold = self._warm_batches < _WARM_BATCHES_TO_STOP if missing or self.cold else False
 
     def close(self) -> None:
         """Stop the threads and close the files."""
@@ -95,7 +95,7 @@ class Readahead:
             try:
                 self._files[path] = os.open(path, os.O_RDONLY)
             except OSError as error:
-                raise StoreError(refusal(path, "cannot be read ahead", error)) from error
+                raise StoreError(describe_os_error(path, "cannot be read ahead", error)) from error
             # So that a cache miss reads only its own range.
             os.posix_fadvise(self._files[path], 0, 0, os.POSIX_FADV_RANDOM)
         return self._files[path]
@@ -127,7 +127,7 @@ class Readahead:
                 count = os.preadv(descriptor, [self._scratch[:length]], offset)
             except OSError as error:
                 path = next(path for path, opened in self._files.items() if opened == descriptor)
-                raise StoreError(refusal(path, "cannot be read ahead", error)) from error
+                raise StoreError(describe_os_error(path, "cannot be read ahead", error)) from error
             if count == 0:
                 return  # past the end of the file; reading the record reports that
             offset, length = offset + count, length - count

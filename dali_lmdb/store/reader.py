@@ -46,10 +46,10 @@ class FileStore(Store):
         self._names = Names(pages, self.meta)
         self._pages = pages
         self._data = pages.data
-        self._found: npt.NDArray[np.uint64] | None = None
+        self._found_offsets: npt.NDArray[np.uint64] | None = None
         if pages.txnid != self.meta.txnid or self._moved():
-            # Rewritten after it was published, for instance by a compacting copy.
-            self._found, _ = pages.record_extents(0, len(self))
+            # Rewritten since it was published, for instance by a compacting copy: do not trust the index.
+            self._found_offsets, _ = pages.record_extents(0, len(self))
 
     def __len__(self) -> int:
         return self.meta.num_records
@@ -85,7 +85,10 @@ class FileStore(Store):
             StoreDamagedError: the index points outside the file.
         """
         lengths = self.gather("num_bytes", records)
-        offsets = self.gather("file_offset", records) if self._found is None else self._found[records]
+        if self._found_offsets is None:
+            offsets = self.gather("file_offset", records)
+        else:
+            offsets = self._found_offsets[records]
         for position in np.flatnonzero(offsets == 0):
             offsets[position] = self._find(int(records[position])).offset
         size = len(self._data)
@@ -105,13 +108,13 @@ class FileStore(Store):
         return [data[start:end] for start, end in zip(offsets.tolist(), ends, strict=True)]
 
     def name(self, index: int) -> str:
-        return self._names.one(self._checked(index))
+        return self._names.one(self._checked_index(index))
 
     def names(self) -> pa.ChunkedArray:
         return self._names.all()
 
-    def let_go(self) -> None:
-        self._pages.let_go()
+    def release_pages(self) -> None:
+        self._pages.release_pages()
 
     def _moved(self) -> bool:
         """Return whether the first or last record is not where the index says."""

@@ -28,6 +28,6 @@ def check_regular(path: str | os.PathLike[str], *, error: type[DaliLmdbError]) -
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         found = _KINDS.get(stat.S_IFMT(status.st_mode), "not a regular file")
-        remedy = "name a file in it" if found == "a folder" else "save its output to a file first"
+        remedy = "give a file in it" if found == "a folder" else "save its output to a file first"
         raise error(f"{os.fspath(path)}: {found}, expected a file; {remedy}")
     return status

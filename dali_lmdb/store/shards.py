@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from dali_lmdb.disk import lack_of_descriptors, refusal
+from dali_lmdb.disk import describe_os_error, ensure_descriptors
 from dali_lmdb.errors import StoreError, StoreFormatError, StoreNotFoundError
 from dali_lmdb.store import layout
 from dali_lmdb.store.base import Store
@@ -25,8 +25,8 @@ from dali_lmdb.store.pages import is_lmdb
 from dali_lmdb.store.reader import FileStore
 
 __all__ = [
-    "BESIDE",
     "MAX_SHARDS",
+    "RESERVED_SUFFIXES",
     "ShardName",
     "ShardedStore",
     "set_files",
@@ -35,10 +35,10 @@ __all__ = [
     "shard_path",
 ]
 
-BESIDE = (".partial", ".partial-journal", ".bad.tsv", ".dali-index")
+RESERVED_SUFFIXES = (".partial", ".partial-journal", ".bad.tsv", ".dali-index")
 """Suffixes of the files kept beside a store; no store's own name has one."""
 MAX_SHARDS = 99_999  # five digits in a name
-_MOST_SHOWN = 5  # files in a message
+_MAX_SHOWN = 5  # files in a message
 _SHARD = re.compile(r"(.*[^.].*)-([0-9]{5})-of-([0-9]{5})(\.[^.]*)?", re.DOTALL)
 
 
@@ -71,7 +71,7 @@ def shard_name(file: str | os.PathLike[str]) -> ShardName | None:
 
 
 def set_files(path: Path) -> list[Path]:
-    """The shards converted to the name ``path``, whatever their number; empty if there are none.
+    """The shards of all sets with the name ``path``, whatever their number; empty if there are none.
 
     Raises:
         OSError: the folder cannot be listed.
@@ -83,8 +83,8 @@ def set_files(path: Path) -> list[Path]:
 def shard_files(path: str | os.PathLike[str]) -> list[Path] | None:
     """The files of the set that ``path`` names, in order; None if it does not name a set.
 
-    A set is named by the name it was converted to (``train.lmdb`` for ``train-00000-of-00004.lmdb`` and so on), by
-    a glob pattern (``train-*.lmdb``), or by the folder that holds its shards and no other store. If a folder or
+    A set may be given by the name it was converted to (``train.lmdb`` for ``train-00000-of-00004.lmdb`` ...), by a
+    glob pattern (``train-*.lmdb``), or by the folder that holds its shards and no other store. If a folder or
     pattern matches more than that, all of it is returned, and ``ShardedStore`` rejects it.
 
     Raises:
@@ -102,15 +102,19 @@ def shard_files(path: str | os.PathLike[str]) -> list[Path] | None:
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:  # so it does not exist
             return None
-        raise StoreError(refusal(path.parent, "cannot be listed", error)) from error
+        raise StoreError(describe_os_error(path.parent, "cannot be listed", error)) from error
     if not found and glob.has_magic(str(path)):
-        found = sorted((Path(file) for file in glob.glob(str(path)) if not file.endswith(BESIDE)), key=_in_order)
+        matches = (Path(file) for file in glob.glob(str(path)) if not file.endswith(RESERVED_SUFFIXES))
+        found = sorted(matches, key=_sort_key)
     return found or None
 
 
 def _shards_in(folder: Path, *, set_name: str | None = None) -> list[Path]:
-    """The shards in a folder, by set and position: all, or one set's. Parquet shards have such names, too."""
-    names = (name for name in os.listdir(folder) if not name.endswith(BESIDE))
+    """The shards in a folder, by set and position: all, or those of sets with one name.
+
+    Parquet shards are named in the same way, so a set without any LMDB file is left out.
+    """
+    names = (name for name in os.listdir(folder) if not name.endswith(RESERVED_SUFFIXES))
     named = [(shard, folder / name) for name in names if (shard := shard_name(name))]
     sets = [
         [file for _, file in one]
@@ -121,13 +125,13 @@ def _shards_in(folder: Path, *, set_name: str | None = None) -> list[Path]:
 
 
 def _with_other_stores(folder: Path, shards: list[Path]) -> list[Path]:
-    """Shards, and any other LMDB files in their folder; there should be none."""
+    """Shards, then all other LMDB files in their folder; there should be no others."""
     suffixes = {".mdb", *(file.suffix for file in shards)}
     others = {folder / name for name in os.listdir(folder) if os.path.splitext(name)[1] in suffixes}
     return shards and shards + sorted(filter(is_lmdb, others.difference(shards)))
 
 
-def _in_order(file: Path) -> tuple[ShardName, Path]:
+def _sort_key(file: Path) -> tuple[ShardName, Path]:
     return shard_name(file) or ShardName("", 0, 0), file
 
 
@@ -152,7 +156,7 @@ class ShardedStore(Store):
         if not files:
             raise StoreNotFoundError(f"{path}: no shards there; expected files like NAME-00000-of-00004.lmdb")
         _check_one_set(self.path, files)
-        lack = lack_of_descriptors(len(files))  # a map keeps its file open
+        lack = ensure_descriptors(len(files))  # a map keeps its file open
         if lack is not None:
             raise StoreError(f"{path}: a set of {len(files)} shards {lack}")
         self.shards = [FileStore(file) for file in files]
@@ -181,15 +185,15 @@ class ShardedStore(Store):
 
     def gather(self, name: str, records: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
         result = np.empty(len(records), dtype=layout.INDEX_DTYPES[name])
-        for shard, places, inside in self.split(records):
-            result[places] = shard.gather(name, inside)
+        for shard, at, inside in self.split(records):
+            result[at] = shard.gather(name, inside)
         return result
 
     def arrays(self, records: npt.NDArray[np.int64]) -> list[npt.NDArray[np.uint8]]:
         result: list[Any] = [None] * len(records)
-        for shard, places, inside in self.split(records):
-            for place, array in zip(places.tolist(), shard.arrays(inside), strict=True):
-                result[place] = array
+        for shard, at, inside in self.split(records):
+            for row, array in zip(at.tolist(), shard.arrays(inside), strict=True):
+                result[row] = array
         return result
 
     def byte_ranges(
@@ -201,23 +205,23 @@ class ShardedStore(Store):
         chunks = [chunk for shard in self.shards for chunk in shard.names().chunks]
         return pa.chunked_array(chunks, pa.large_string())
 
-    def let_go(self) -> None:
+    def release_pages(self) -> None:
         for shard in self.shards:
-            shard.let_go()
+            shard.release_pages()
 
     def split(
         self, records: npt.NDArray[np.int64]
     ) -> list[tuple[FileStore, npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
-        """Group records by shard: (shard, their places in ``records``, their indices inside the shard)."""
+        """Group records by shard: (shard, their rows in ``records``, their indices inside the shard)."""
         which = np.searchsorted(self._starts, records, side="right") - 1
         return [
-            (self.shards[index], places, records[places] - self._starts[index])
+            (self.shards[index], rows, records[rows] - self._starts[index])
             for index in np.unique(which)
-            for places in [np.flatnonzero(which == index)]
+            for rows in [np.flatnonzero(which == index)]
         ]
 
     def name(self, index: int) -> str:
-        self._checked(index)
+        self._checked_index(index)
         shard, _, inside = self.split(np.array([index]))[0]
         return shard.name(int(inside[0]))
 
@@ -229,10 +233,10 @@ def _check_one_set(path: Path, files: Sequence[Path]) -> None:
         shard = shard_name(file)
         first.setdefault(None if shard is None else (shard.set_name, shard.num_shards), file)
     if len(first) > 1:
-        shown = list(first.values())[:_MOST_SHOWN]
+        shown = list(first.values())[:_MAX_SHOWN]
         found = " and ".join(file.name for file in shown)
         names = " or ".join(repr(_name_of_set(file)) for file in shown)
-        raise StoreFormatError(f"{path}: matches {found}, expected the shards of one set; name {names}")
+        raise StoreFormatError(f"{path}: matches {found}, expected the shards of one set; give {names}")
 
 
 def _name_of_set(file: Path) -> str:
@@ -246,17 +250,17 @@ def _check_set(path: Path, shards: Sequence[FileStore]) -> None:
     infos = [shard.meta.shard or {} for shard in shards]
     if {} in infos:
         alone = shards[infos.index({})].path
-        raise StoreFormatError(f"{path}: {alone} is a store of its own, not a shard; name that file")
+        raise StoreFormatError(f"{path}: {alone} is a store of its own, not a shard; open that file instead")
     for shard, info in zip(shards, infos, strict=True):
         if info.get("set") != infos[0].get("set") or shard.classes != shards[0].classes:
             raise StoreFormatError(
-                f"{path}: {shard.path.name} belongs to another conversion than {shards[0].path.name}; "
+                f"{path}: {shard.path.name} belongs to a different conversion from {shards[0].path.name}; "
                 "keep only the shards of one conversion there"
             )
     indices, count = [info.get("index") for info in infos], infos[0].get("count")
     if indices != list(range(len(shards))) or count != len(shards):
         missing = sorted(set(range(count if isinstance(count, int) else 0)) - set(indices))
-        what = f"missing: {missing[:_MOST_SHOWN]}" if missing else "their names do not match their contents"
+        what = f"missing: {missing[:_MAX_SHOWN]}" if missing else "their names do not match their contents"
         raise StoreFormatError(
             f"{path}: {len(shards)} shards, expected {count} in order; {what}; "
             "run the conversion again, or copy the missing files under their own names"

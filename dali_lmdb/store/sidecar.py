@@ -27,7 +27,7 @@ from dali_lmdb.store.regular import check_regular
 
 __all__ = ["Columns", "Stamp", "load", "one_at_a_time", "save", "sidecar_path"]
 
-_VERSION = 2  # incremented when the same database would get other columns
+_VERSION = 2  # to be raised whenever the same database would get different columns
 _STAMP_KEY, _CRC_KEY = b"made_from", b"crc32"
 _log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def load(database: Path, stamp: Stamp) -> Columns | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, StoreFormatError) as error:  # ValueError: an empty file
-        _log.info("%s is ignored: %s", sidecar_path(database), error)
+        _log.info("ignoring %s: %s", sidecar_path(database), error)
         return None
     batch = from_ipc(map_, INDEX_SCHEMA, num_records=stamp.num_records)
     metadata = {} if batch is None else batch.schema.metadata or {}

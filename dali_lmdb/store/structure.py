@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from dali_lmdb.disk import refusal
+from dali_lmdb.disk import describe_os_error
 from dali_lmdb.errors import StoreError
 
 __all__ = ["check_structure"]
@@ -27,6 +27,6 @@ def check_structure(path: str | os.PathLike[str]) -> list[str]:
         problems: list[str] = verify(os.fspath(path), subdir=False)  # type: ignore[no-untyped-call]
         return [f"structure: {problem}" for problem in problems]
     except OSError as error:
-        raise StoreError(refusal(path, "cannot be read", error)) from error
+        raise StoreError(describe_os_error(path, "cannot be read", error)) from error
     except Exception as error:  # a damaged file may break any assumption of the walk
         return [f"structure: {error or type(error).__name__}"]

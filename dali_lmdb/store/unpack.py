@@ -13,7 +13,7 @@ pickle, protocols 2 to 5
 msgpack
     One integer, or one array of integers, bin and str: https://github.com/msgpack/msgpack/blob/master/spec.md
 pa.serialize
-    Gone since pyarrow 12: a prefix of counts, then an Arrow IPC stream of one column and one row.
+    Removed in pyarrow 12. A prefix of counts, then an Arrow IPC stream of one column and one row.
 
     ==============  ===========  ======================  =======================================================
     pyarrow         zero prefix  message framing         the value
@@ -124,7 +124,7 @@ _PICKLE_INTS = {ord("K"): _U8, ord("M"): _U16, ord("J"): _I32}  # BININT1, BININ
 _PICKLE_TUPLES = {ord(")"): 0, 0x85: 1, 0x86: 2, 0x87: 3}  # EMPTY_TUPLE, TUPLE1, TUPLE2, TUPLE3
 _PICKLE_PUTS = {ord("q"): _U8, ord("r"): _U32}  # BINPUT, LONG_BINPUT
 _PICKLE_GETS = {ord("h"): _U8, ord("j"): _U32}  # BINGET, LONG_BINGET
-_PICKLE_PASSED = {0x80: _U8, 0x95: _U64}  # PROTO, FRAME
+_PICKLE_SKIPPED = {0x80: _U8, 0x95: _U64}  # PROTO, FRAME
 _MARK, _STOP, _GLOBAL, _REDUCE, _STACK_GLOBAL = ord("("), ord("."), ord("c"), ord("R"), 0x93
 _TUPLE, _EMPTY_LIST, _APPEND, _APPENDS, _MEMOIZE, _LONG1 = ord("t"), ord("]"), ord("a"), ord("e"), 0x94, 0x8A
 # How protocol 2 writes bytes (save_bytes in the standard library's pickle.py); on the stack, these represent the
@@ -169,8 +169,8 @@ class _PickleReader(_Reader):
         elif code in _PICKLE_TUPLES:
             items = [self.stack.pop() for _ in range(_PICKLE_TUPLES[code])]
             self.stack.append(items[::-1])
-        elif code in _PICKLE_PASSED:
-            self.take(_PICKLE_PASSED[code])
+        elif code in _PICKLE_SKIPPED:
+            self.take(_PICKLE_SKIPPED[code])
         elif code == _REDUCE:
             self.call()
         elif code == _EMPTY_LIST:

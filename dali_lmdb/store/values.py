@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 __all__ = ["read_values"]
 
+# Values are close together if the range that they span is at most twice their size, plus this.
 _ADVISED_SLACK_BYTES = 16 << 20
 
 
@@ -20,8 +21,8 @@ def read_values(
 ) -> Iterator[bytes | OSError]:
     """Yield values in the given order; in place of one that cannot be read, the error.
 
-    They are read with ``pread``, since mapped pages add to RSS. The kernel is asked to read values that are close
-    together ahead. A value is shorter than its length if the file ends there.
+    They are read with ``pread``, since mapped pages add to RSS. If they are close together, the kernel is asked to
+    read all of them ahead. A value is shorter than its length if the file ends there.
 
     Args:
         path: the LMDB file.

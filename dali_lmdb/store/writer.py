@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from dali_lmdb.disk import refusal
+from dali_lmdb.disk import describe_os_error
 from dali_lmdb.errors import ConversionError, StoreDamagedError, StoreError, StoreFormatError
 from dali_lmdb.store import layout
 from dali_lmdb.store.checksum import crc32
@@ -28,7 +28,7 @@ from dali_lmdb.store.values import read_values
 __all__ = ["StoreWriter"]
 
 # Address space only: the file grows by what is written. Each access of LMDB to the map also maps the pages around
-# it; setting a new size remaps the file, so that they do not add up in RSS (0.2 GB per GB written).
+# it, which add to RSS (0.2 GB per GB written) until a new size is set: that maps the file again.
 _MAP_STEP_BYTES = 128 << 20
 _PAGE_BYTES = 4096
 _META_BYTES = 1 << 20  # limit for the metadata without class names
@@ -71,7 +71,7 @@ class StoreWriter:
         self.path = Path(path)
         self._piece_records = piece_records
         self._transaction_bytes, self._flush_bytes = transaction_bytes, flush_bytes
-        self.num_records, self.finished = _what_is_there(self.path)
+        self.num_records, self.finished = _inspect_partial(self.path)
         try:
             # The converter holds its own lock; LMDB's would leave a second file behind.
             self._env = lmdb.open(
@@ -84,14 +84,14 @@ class StoreWriter:
                 readahead=False,
             )
         except (lmdb.Error, OSError) as error:
-            raise self._refused(error) from error
+            raise self._write_error(error) from error
         try:
-            self._need_bytes = os.path.getsize(path)
+            self._needed_bytes = os.path.getsize(path)
             # Not the environment's sync: that reads the map, which may be remapped meanwhile.
             self._descriptor = os.open(path, os.O_RDONLY)
         except OSError as error:
             self._env.close()
-            raise self._refused(error) from error
+            raise self._write_error(error) from error
         self._flusher = ThreadPoolExecutor(1)
         self._flush: Future[None] | None = None
         self._unflushed_bytes = 0
@@ -116,7 +116,7 @@ class StoreWriter:
                     num_bytes += len(values[done]) + _VALUE_BYTES
                     index, done = index + 1, done + 1
             self.num_records = index
-            self._flush_sometimes(num_bytes)
+            self._maybe_flush(num_bytes)
 
     def sync(self) -> None:
         """Wait until everything committed is on disk.
@@ -129,7 +129,7 @@ class StoreWriter:
                 self._flush.result()  # the kernel reports a disk error only once
             self._env.sync(True)
         except (lmdb.Error, OSError) as error:
-            raise self._refused(error) from error
+            raise self._write_error(error) from error
 
     def record_extents(self, start: int, stop: int) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint32]]:
         """Offsets and lengths of committed records, as ``PageFile.record_extents``.
@@ -179,7 +179,7 @@ class StoreWriter:
         with self._writing() as transaction:
             transaction.put(layout.index_key(piece), index)
             transaction.put(layout.names_key(piece), name_stream)
-        self._flush_sometimes(index.size + name_stream.size)
+        self._maybe_flush(index.size + name_stream.size)
         self._index_crc32.append(crc32(index))
         self._names_crc32.append(crc32(name_stream))
         self._fingerprint.add(columns["label"], columns["crc32"])
@@ -219,7 +219,7 @@ class StoreWriter:
         os.close(self._descriptor)
         self._env.close()
 
-    def _flush_sometimes(self, num_bytes: int) -> None:
+    def _maybe_flush(self, num_bytes: int) -> None:
         self._unflushed_bytes += num_bytes
         if self._unflushed_bytes < self._flush_bytes or (self._flush is not None and not self._flush.done()):
             return
@@ -227,20 +227,20 @@ class StoreWriter:
             if self._flush is not None:
                 self._flush.result()
         except OSError as error:
-            raise self._refused(error) from error
+            raise self._write_error(error) from error
         self._unflushed_bytes = 0
         self._flush = self._flusher.submit(os.fdatasync, self._descriptor)
 
     def _reserve(self, num_bytes: int) -> None:
-        self._need_bytes += num_bytes
+        self._needed_bytes += num_bytes
         size = self._env.info()["map_size"]
-        if self._need_bytes > size:
+        if self._needed_bytes > size:
             try:
-                self._env.set_mapsize((self._need_bytes // _MAP_STEP_BYTES + 1) * _MAP_STEP_BYTES)
+                self._env.set_mapsize((self._needed_bytes // _MAP_STEP_BYTES + 1) * _MAP_STEP_BYTES)
             except lmdb.Error as error:
-                raise self._refused(error) from error
+                raise self._write_error(error) from error
 
-    def _refused(self, error: BaseException) -> ConversionError:
+    def _write_error(self, error: BaseException) -> ConversionError:
         then = "then run the same command again to resume"
         code = (error.errno if isinstance(error, OSError) else getattr(error, "code", 0)) or 0
         if code in (errno.EIO, errno.ENOSPC, 0):
@@ -253,17 +253,17 @@ class StoreWriter:
             )
         if code > 0:
             cause = OSError(code, os.strerror(code))
-            return ConversionError(refusal(self.path, "cannot be written", cause, then=then))
+            return ConversionError(describe_os_error(self.path, "cannot be written", cause, then=then))
         return ConversionError(f"{self.path}: cannot be written: {error}; use --restart")
 
     @contextmanager
     def _writing(self) -> Iterator[lmdb.Transaction]:
-        """Open a write transaction; it fails, also at commit, with ``ConversionError``."""
+        """Open a write transaction; its errors, including those at commit, become ``ConversionError``."""
         try:
             with self._env.begin(write=True) as transaction:
                 yield transaction
         except (lmdb.Error, OSError) as error:
-            raise self._refused(error) from error
+            raise self._write_error(error) from error
 
     def __enter__(self) -> StoreWriter:
         return self
@@ -278,7 +278,7 @@ def _checksum(value: bytes | OSError) -> int:
     return crc32(value)
 
 
-def _what_is_there(path: Path) -> tuple[int, bool]:
+def _inspect_partial(path: Path) -> tuple[int, bool]:
     """Number of records in a partial file, and whether it is finished.
 
     Refuses a file whose tree is damaged, as after a power cut: liblmdb would trust it.

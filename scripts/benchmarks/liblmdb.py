@@ -10,7 +10,7 @@ from pathlib import Path
 
 import lmdb
 
-from dali_lmdb.disk import refusal
+from dali_lmdb.disk import describe_os_error
 from dali_lmdb.errors import StoreError, StoreFormatError
 from dali_lmdb.store import layout
 from dali_lmdb.store.base import Store
@@ -61,7 +61,7 @@ def _transaction(path: Path) -> Iterator[lmdb.Transaction]:
         code = getattr(error, "code", 0)  # the system's errno; LMDB's own are negative, py-lmdb's are 0
         if code > 0:
             cause = OSError(code, os.strerror(code))
-            raise StoreError(refusal(path, "liblmdb cannot open it", cause)) from error
+            raise StoreError(describe_os_error(path, "liblmdb cannot open it", cause)) from error
         raise StoreError(f"{path}: liblmdb cannot open it: {error}; close it elsewhere in this process") from error
     try:
         with environment.begin(buffers=True) as transaction:

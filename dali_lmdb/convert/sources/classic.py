@@ -13,7 +13,7 @@ from dali_lmdb.store.classic import ClassicStore
 
 __all__ = ["ClassicSource"]
 
-_AT_A_TIME = 1024  # records; a glance at one maps up to 64 KB around each of its ends
+_AT_A_TIME = 1024  # records; peeking at one maps up to 64 KB around each of its ends
 
 
 class ClassicSource(Source):
@@ -35,12 +35,12 @@ class ClassicSource(Source):
     @property
     def classes(self) -> list[str]:
         for index in range(self._num_seen, len(self._store)):  # none are left once the items were listed
-            self._glance(index)
+            self._peek(index)
         return [str(label) for label in range(self._max_label + 1)]
 
     def items(self) -> Iterator[Item]:
         for index in range(len(self._store)):
-            label, name = self._glance(index)
+            label, name = self._peek(index)
             yield Item(name, label, partial(self._read, index))
 
     def count(self) -> int:
@@ -55,11 +55,11 @@ class ClassicSource(Source):
             "mtime_ns": status.st_mtime_ns,
         }
 
-    def _glance(self, index: int) -> tuple[int, str]:
+    def _peek(self, index: int) -> tuple[int, str]:
         """Label and name of a record, from the ends of its value; the image between them is not read."""
         if index % _AT_A_TIME == 0:
-            self._store.let_go()
-        label, name = self._store.glance(index)
+            self._store.release_pages()
+        label, name = self._store.peek(index)
         if index == self._num_seen:
             self._num_seen, self._max_label = index + 1, max(self._max_label, label)
         return label, name

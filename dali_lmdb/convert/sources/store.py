@@ -98,7 +98,7 @@ class StoreSource(Source):
                 taken &= num_before[labels] + _rank_in_class(labels) < self._per_class
                 num_before += np.bincount(labels, minlength=num_classes)
             yield records[taken], new_labels[taken]
-            self._store.let_go()
+            self._store.release_pages()
 
     def _read(self, index: int) -> bytes:
         try:
