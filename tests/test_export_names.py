@@ -20,8 +20,8 @@ def command(*words, **options):
     ("name", "reason"),
     [
         ("/a/airfield", "has a slash"),
-        ("x" * 256, "needs 256 bytes, a file's name has at most 255"),
-        ("日" * 86, "needs 258 bytes, a file's name has at most 255"),
+        ("x" * 256, "needs 256 bytes, file names there have at most 255"),
+        ("日" * 86, "needs 258 bytes, file names there have at most 255"),
         (".", "is not a plain path"),
     ],
     ids=["slash", "long", "long in UTF-8", "dot"],

@@ -1,6 +1,6 @@
 """Image files that DALI decodes to the same pixels as Pillow's ``convert("RGB")``.
 
-Without an error, DALI returns other pixels for
+DALI silently returns different pixels for
 
 * 16-bit grey images, which it scales to 8 bit and Pillow clips at 255;
 * TIFFs of floats, in CIELAB or YCbCr, with premultiplied alpha, or with an orientation, which Pillow applies;
@@ -8,7 +8,7 @@ Without an error, DALI returns other pixels for
 * BMPs with 16 bits per pixel, and PNMs whose maximum is not 255, which it scales differently or not at all;
 * some JPEG 2000 files.
 
-Which of its decoders handles a TIFF depends on the machine. So this module lists what is known to agree;
+Which of DALI's decoders handles a TIFF depends on the machine. So this module lists what is known to agree;
 everything else has to be decoded by Pillow.
 """
 

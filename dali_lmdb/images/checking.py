@@ -13,35 +13,39 @@ def check_decodes(data: bytes, *, max_pixels: int | None) -> None:
     """Decode an image fully, and reject what libjpeg only warns about.
 
     Pillow ignores libjpeg's warnings (data that ends early, bad Huffman codes, bytes left over) and shows grey
-    or garbage for the rest of such an image; simplejpeg's strict mode reports them. So Pillow parses a JPEG and
-    simplejpeg decodes it; what TurboJPEG does not take, and all else, Pillow decodes.
+    or garbage for the rest of such an image; simplejpeg's strict mode reports them. So Pillow parses JPEGs, and
+    simplejpeg decodes them. Pillow decodes everything else, including JPEGs that TurboJPEG does not support.
 
     Args:
-        max_pixels: as ``read_header``; None where that has checked it.
+        max_pixels: as for ``read_header``; None if that has already checked it.
 
     Raises:
-        BadImageError: it does not decode, or not without a warning.
+        BadImageError: it cannot be decoded, or only with a warning.
     """
     try:
         with open_image(data, max_pixels=max_pixels) as image:
             components = len(image.getbands())
             if data[:2] != b"\xff\xd8" or not _decodes_strictly(data, components=components):
-                # All entropy-coded data is read; of a JPEG, only the inverse transform is done at 1/8 of the size.
+                # A JPEG at 1/8 of its size: that reads all of its data, and saves most of the inverse transform.
                 image.draft("L", (1, 1))
                 image.load()
     except BadImageError:
         raise
     except Exception as error:  # Pillow's decoders raise almost anything on damaged files
-        raise BadImageError.of(error, what="does not decode: ") from error
+        raise BadImageError.of(error, what="cannot be decoded: ") from error
 
 
 def _decodes_strictly(data: bytes, *, components: int) -> bool:
-    """Whether TurboJPEG takes this kind of JPEG; it then decoded it, at 1/8 of the size, without a warning."""
+    """Decode a JPEG with TurboJPEG, at 1/8 of the size; return False if it does not support this kind of JPEG.
+
+    Raises:
+        BadImageError: it cannot be decoded, or only with a warning.
+    """
     colorspace = "CMYK" if components == 4 else "GRAY"
     try:
         simplejpeg.decode_jpeg(data, colorspace, min_height=1, min_width=1, min_factor=8, strict=True)
     except ValueError as error:
-        # TurboJPEG's own limits (unusual chroma sampling, two components) are no damage.
+        # TurboJPEG's own limits (unusual chroma sampling, two components) are not damage.
         if str(error).startswith("tj"):
             return False
         raise BadImageError(f"damaged: {error}") from error

@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from types import FunctionType, SimpleNamespace
 from typing import Any
 
-# Importing a plugin registers its kind in Image.OPEN.
+# Importing a plugin registers its format in Image.OPEN.
 from PIL import (  # noqa: F401
     AvifImagePlugin,
     BmpImagePlugin,
@@ -38,7 +38,7 @@ class BadImageError(Exception):
 
     @classmethod
     def of(cls, error: Exception, *, what: str = "") -> BadImageError:
-        """Convert an error of Pillow, keeping its reason."""
+        """Convert one of Pillow's errors, keeping its reason."""
         return cls(what + (" ".join(str(error).split()) or type(error).__name__))
 
 

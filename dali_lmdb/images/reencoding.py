@@ -28,21 +28,21 @@ class Change(enum.IntFlag):
 def change_image(
     data: bytes, header: Header, *, transcode: bool, resize: int | None, quality: int, max_pixels: int
 ) -> tuple[bytes, Header, Change]:
-    """Re-encode an image if one of the two is asked for and it needs it; most images are returned as they are.
+    """Transcode or shrink an image if that is requested and needed; all others are returned unchanged.
 
     Args:
         data, header: the image.
-        transcode: make images that the GPU cannot decode, and CMYK ones, baseline RGB JPEGs.
+        transcode: re-encode images that the GPU cannot decode, and CMYK ones, as baseline RGB JPEGs.
         resize: shrink images whose shorter side is longer than this, in pixels.
         quality: of the JPEG that is written, 1 to 100.
-        max_pixels: as ``read_header``.
+        max_pixels: as for ``read_header``.
 
     Returns:
         (data, header, what was done); the EXIF orientation is neither applied nor kept, as in
         ``Image.convert("RGB")``.
 
     Raises:
-        BadImageError: it needs re-encoding but does not decode.
+        BadImageError: it must be re-encoded but cannot be decoded.
     """
     change = Change.NONE
     if transcode and (header.kind == Kind.JPEG_CMYK or not header.kind.decodes_on_gpu):

@@ -16,7 +16,7 @@ from dali_lmdb.images.checking import check_decodes
 from dali_lmdb.images.header import read_header
 from dali_lmdb.images.kinds import Kind
 from dali_lmdb.images.opening import BadImageError, pixel_limit
-from dali_lmdb.inspect.records import Progress, in_order, repeated, runs
+from dali_lmdb.inspect.records import Progress, ProgressCallback, duplicates, in_order, runs
 from dali_lmdb.store import FileStore, Store, layout
 from dali_lmdb.store.checksum import crc32
 from dali_lmdb.store.fingerprint import fingerprint
@@ -26,14 +26,13 @@ from dali_lmdb.store.pages import Extent, PageFile
 from dali_lmdb.store.structure import check_structure
 from dali_lmdb.store.values import read_values
 
-__all__ = ["MAX_LISTED", "FileCheck", "Findings", "PayloadCheck", "Show"]
+__all__ = ["MAX_LISTED", "FileCheck", "Findings", "PayloadCheck"]
 
 MAX_LISTED = 10_000
 """Number of damage lines that are listed; further ones are only counted."""
 
-Show = Callable[[Progress], None]
 _UNINSPECTED = {"kind": Kind.UNKNOWN, "height": 0, "width": 0}
-"""What the index says of images stored with ``--check none``."""
+"""What the index holds for images stored with ``--check none``."""
 
 
 @dataclass
@@ -53,10 +52,13 @@ class Findings:
 
 
 class _Check:
-    """What the checks of both kinds of file have in common."""
+    """Base class of the checks: reads all records in threads and reports progress."""
 
-    def __init__(self, path: Path, findings: Findings, *, decode: bool, threads: int, show: Show | None) -> None:
-        self.path, self.findings, self.decode, self.threads, self.show = path, findings, decode, threads, show
+    def __init__(
+        self, path: Path, findings: Findings, *, decode: bool, threads: int, progress: ProgressCallback | None
+    ) -> None:
+        self.path, self.findings = path, findings
+        self.decode, self.threads, self.progress = decode, threads, progress
 
     def _check_records(self, check_run: Callable[[range], Findings], total: int) -> None:
         """Check all records, some at a time, in threads."""
@@ -69,8 +71,8 @@ class _Check:
             self._report_progress("reading", run.stop, total)
 
     def _report_progress(self, phase: str, done: int, total: int) -> None:
-        if self.show is not None:
-            self.show(Progress(f"{phase} of {self.path.name}", done, total, self.findings.num_bytes))
+        if self.progress is not None:
+            self.progress(Progress(f"{phase} of {self.path.name}", done, total, self.findings.num_bytes))
 
     def _decoding_problem(self, data: bytes, max_pixels: int | None) -> str | None:
         try:
@@ -99,14 +101,15 @@ class FileCheck(_Check):
         self._check_meta()
         self._check_names()
         self.offsets = self._find_records()
-        # That readers cannot find records follows from damage already listed, if there is any.
+        # If damage has been found already, it is the reason why readers cannot find records.
         self._check_offsets(report=self.findings.num_damage == num_before)
         self._check_labels()
         self._check_records(self._check_run, self.meta.num_records)
-        unseen = np.all([self.columns[name] == value for name, value in _UNINSPECTED.items()], axis=0)
-        if unseen.any():
+        uninspected = np.all([self.columns[name] == value for name, value in _UNINSPECTED.items()], axis=0)
+        if uninspected.any():
             self.findings.notes.append(
-                f"{self.path}: {unseen.sum():,} records were stored uninspected; their kind and size are unknown"
+                f"{self.path}: {uninspected.sum():,} records were stored uninspected; "
+                "their kind and size are unknown"
             )
 
     def _open(self) -> None:
@@ -122,7 +125,7 @@ class FileCheck(_Check):
         labels, meta = self.columns["label"], self.meta
         found = fingerprint([(labels, self.columns["crc32"])])
         if found != meta.fingerprint:
-            self.findings.add(f"{self.path}: fingerprint {meta.fingerprint}, that of the index is {found}")
+            self.findings.add(f"{self.path}: fingerprint {meta.fingerprint}, the index has {found}")
         if len(set(meta.classes)) < len(meta.classes):
             self.findings.add(f"{self.path}: duplicate class names")
         expected = meta.num_records + 2 * len(meta.pieces()) + 1  # index, names and meta
@@ -135,11 +138,11 @@ class FileCheck(_Check):
         except StoreDamagedError as error:
             self.findings.add(str(error))
             return
-        for record, earlier in repeated(self.names):
+        for record, earlier in duplicates(self.names):
             self.findings.add(self._line(record, f"the same name as record {earlier}"))
 
     def _find_records(self) -> npt.NDArray[np.uint64]:
-        """Check keys and lengths; return each value's offset, 0 if there is none to read."""
+        """Check keys and lengths; return each value's offset, or 0 if it cannot be read."""
         num_records = self.meta.num_records
         try:
             offsets, lengths = self.pages.record_extents(0, num_records)
@@ -171,20 +174,20 @@ class FileCheck(_Check):
         return offsets, lengths
 
     def _check_offsets(self, *, report: bool) -> None:
-        """Check that readers find the records; offsets in the index may be stale if readers detect that."""
+        """Check that readers find the records; stale offsets in the index are harmless if readers detect them."""
         try:
-            taken, _ = FileStore(self.path).extents(np.arange(self.meta.num_records))
+            used, _ = FileStore(self.path).extents(np.arange(self.meta.num_records))
         except StoreDamagedError as error:
             if report:
                 self.findings.add(str(error))
             return
         found = self.offsets
-        for record in np.flatnonzero((found != 0) & (taken != found)).tolist():
+        for record in np.flatnonzero((found != 0) & (used != found)).tolist():
             self.findings.add(
-                self._line(record, f"is at offset {found[record]}, readers use offset {taken[record]}")
+                self._line(record, f"is at offset {found[record]}, readers use offset {used[record]}")
             )
         written = self.columns["file_offset"]
-        num_stale = np.count_nonzero((written != 0) & (written != taken))
+        num_stale = np.count_nonzero((written != 0) & (written != used))
         if num_stale:
             self.findings.notes.append(
                 f"{self.path}: {num_stale:,} file offsets are stale, as in a compacted copy; readers look them up"

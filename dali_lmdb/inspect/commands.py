@@ -39,10 +39,10 @@ def info_command(store: str, *, as_json: bool) -> None:
 def verify_command(store: str, *, decode: bool, threads: int | None, as_json: bool) -> None:
     """Check every checksum, key and column of STORE.
 
-    Exits with 1 and prints a line for each problem if it is damaged, and with 0 if it is not.
+    Prints a line for each problem. The exit code is 1 if STORE is damaged, otherwise 0.
     """
     with ProgressBar(quiet=as_json, unit="records") as bar:
-        found = verify(store, decode=decode, num_threads=threads, progress=_shown_by(bar))
+        found = verify(store, decode=decode, num_threads=threads, progress=_report_to(bar))
     if as_json:
         print_result(json.dumps({"clean": found.clean, **asdict(found)}))
     else:
@@ -61,7 +61,7 @@ def verify_command(store: str, *, decode: bool, threads: int | None, as_json: bo
     "--shard-size-bytes",
     type=click.IntRange(min=1),
     metavar="N",
-    help=f"With --tar: start a new shard before one gets larger than N.  [default: {SHARD_SIZE_BYTES}]",
+    help=f"With --tar: start a new shard before the current one exceeds N bytes.  [default: {SHARD_SIZE_BYTES}]",
 )
 @click.option(
     "--per-shard",
@@ -85,7 +85,7 @@ def export_command(
                 tar=tar,
                 shard_size_bytes=shard_size_bytes,
                 per_shard=per_shard,
-                progress=_shown_by(bar),
+                progress=_report_to(bar),
             )
         except KeyboardInterrupt:
             sentence = "Stopped. Nothing was left behind; run the same command again to start over."
@@ -95,7 +95,7 @@ def export_command(
     print_result(done_line, done=done.folder)
 
 
-def _shown_by(bar: ProgressBar) -> Callable[[Progress], None]:
+def _report_to(bar: ProgressBar) -> Callable[[Progress], None]:
     return lambda progress: bar.show(*progress)
 
 
@@ -105,7 +105,7 @@ def _verdict(found: Verification) -> str:
         return f"{found.store}: clean: {checked} in {found.seconds:.1f} s"
     listed = len(found.damage)
     more = f" ({found.num_damage - listed:,} more not listed)" if found.num_damage > listed else ""
-    return f"{found.store}: damaged: {found.num_damage:,} findings{more}; {checked} in {found.seconds:.1f} s"
+    return f"{found.store}: damaged: {found.num_damage:,} problems{more}; {checked} in {found.seconds:.1f} s"
 
 
 def _table(found: StoreInfo) -> str:
@@ -118,7 +118,7 @@ def _table(found: StoreInfo) -> str:
         ("kinds", ", ".join(f"{kind} {count:,}" for kind, count in found.kinds.items()) or "none"),
         ("on the GPU", f"nvJPEG decodes {found.decoders.gpu:,}"),
         ("on the CPU", f"{found.decoders.cpu:,} fall back to a CPU decoder{_by_pillow(found)}"),
-        ("no decoder", f"{found.decoders.none:,}{_not_looked_at(found)}"),
+        ("no decoder", f"{found.decoders.none:,}{_uninspected(found)}"),
         ("changed", f"{found.transcoded:,} transcoded, {found.resized:,} resized"),
         ("bytes", f"{found.num_bytes:,}" + _spread(", per record", found.record_bytes)),
         ("file bytes", f"{found.file_bytes:,}"),
@@ -150,7 +150,7 @@ def _by_pillow(found: StoreInfo) -> str:
     return f", {found.by_pillow:,} of them to Pillow, which is slow; convert with --transcode to make them JPEGs"
 
 
-def _not_looked_at(found: StoreInfo) -> str:
+def _uninspected(found: StoreInfo) -> str:
     return f", {found.not_looked_at:,} of them not inspected (--check none)" if found.not_looked_at else ""
 
 

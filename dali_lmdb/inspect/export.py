@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import tarfile
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -18,12 +18,8 @@ import numpy as np
 from dali_lmdb.disk import sync_folder
 from dali_lmdb.errors import ConversionError, RecordError
 from dali_lmdb.images.names import is_image_name
-from dali_lmdb.inspect.paths import extension_of, record_paths, tells_case_apart
-from dali_lmdb.inspect.records import (
-    Progress,
-    in_order,
-    runs,
-)
+from dali_lmdb.inspect.paths import extension_of, is_case_sensitive, record_paths
+from dali_lmdb.inspect.records import Progress, ProgressCallback, in_order, runs
 from dali_lmdb.store import Store, open_store
 from dali_lmdb.threads import threads_to_read
 
@@ -36,7 +32,6 @@ _EXTENSION = re.compile(r"\.[a-z0-9]{1,8}")
 _TAR_END_BYTES = 2 * tarfile.BLOCKSIZE  # two empty blocks
 _CLASSES_FILE = "classes.txt"
 
-_Show = Callable[[Progress], None]
 _Written = Generator[tuple[int, int], None, None]
 """(records, bytes) of each run of records that is written."""
 
@@ -62,20 +57,20 @@ def export(
     shard_size_bytes: int | None = None,
     per_shard: int | None = None,
     num_threads: int | None = None,
-    progress: _Show | None = None,
+    progress: ProgressCallback | None = None,
 ) -> ExportSummary:
     """Write a store's images as files named like its records, each in its class's folder.
 
-    A name that does not end as an image's gets the extension of the image's kind: the folder can be converted.
+    A name without an image's extension gets that of the image's kind, so that the folder can be converted again.
     Names are checked before anything is written. Files are written to ``FOLDER.partial``, which is renamed to
     ``FOLDER`` at the end, or removed on an error or an interrupt.
 
     Args:
         path: a store.
-        folder: must not exist or be empty.
-        tar: write WebDataset shards instead, ``FOLDER/FOLDER-000000.tar`` and so on, of ``000000041.jpg`` and
-            ``000000041.cls`` (the label) for record 41, and ``classes.txt``. Equal stores give equal shards.
-        shard_size_bytes: start a new shard before one gets larger; by default ``SHARD_SIZE_BYTES``.
+        folder: where to; it must be empty or not exist yet.
+        tar: write WebDataset shards instead, ``FOLDER/FOLDER-000000.tar`` and so on, with ``000000041.jpg`` and
+            ``000000041.cls`` (the label) for record 41, and ``classes.txt``. Equal stores give identical shards.
+        shard_size_bytes: start a new shard before the current one exceeds this; by default ``SHARD_SIZE_BYTES``.
         per_shard: start a new shard after this many records; by default there is no such limit.
         num_threads: number of threads that write files; by default the cores this process may use, at least 4.
         progress: called from time to time.
@@ -153,7 +148,7 @@ def _check_target(target: Path) -> None:
     if not target.is_dir():
         raise ConversionError(f"{target}: exists and is not a folder; choose another name")
     if os.path.ismount(target):
-        raise ConversionError(f"{target}: a mount point cannot be replaced; name a folder inside it")
+        raise ConversionError(f"{target}: a mount point cannot be replaced; give a folder inside it")
     try:
         with os.scandir(target) as entries:
             empty = next(entries, None) is None
@@ -176,7 +171,7 @@ def _sync_file_system(folder: Path) -> None:
 def _write_files(store: Store, folder: Path, *, num_threads: int) -> _Written:
     """Write each record to ``class/file`` in threads."""
     paths = record_paths(
-        store, fold_case=not tells_case_apart(folder), max_name_bytes=os.pathconf(folder, "PC_NAME_MAX")
+        store, fold_case=not is_case_sensitive(folder), max_name_bytes=os.pathconf(folder, "PC_NAME_MAX")
     )
     folders = set(store.classes)  # even without records, so that labels stay the same
     for chunk in paths.chunks:

@@ -12,10 +12,10 @@ import pyarrow.compute as pc
 from dali_lmdb.errors import ConversionError, RecordError
 from dali_lmdb.images.kinds import Kind
 from dali_lmdb.images.names import is_image_name
-from dali_lmdb.inspect.records import repeated
+from dali_lmdb.inspect.records import duplicates
 from dali_lmdb.store import Store
 
-__all__ = ["extension_of", "record_paths", "tells_case_apart"]
+__all__ = ["extension_of", "is_case_sensitive", "record_paths"]
 
 _USE_TAR = "export it with --tar, which does not use names"
 _SHOWN = 80  # characters of a name in a message
@@ -37,9 +37,9 @@ def extension_of(kind: int) -> str:
 
 
 def record_paths(store: Store, *, fold_case: bool, max_name_bytes: int = 255) -> pa.ChunkedArray:
-    """Each record's path inside a folder: its name, below its class's folder unless it begins with that.
+    """Return a path for each record: its class's folder, then its name (which may begin with that folder already).
 
-    A name that does not end as an image's, such as one made of a row's number, gets its kind's extension.
+    A name without an image's extension, such as one made of a row's number, gets that of the record's kind.
 
     Args:
         fold_case: treat names that differ only in case as the same file.
@@ -99,7 +99,7 @@ def _path_problem(name: str, max_name_bytes: int) -> str | None:
     except UnicodeEncodeError:
         return "is not Unicode text"
     if longest > max_name_bytes:
-        return f"needs {longest} bytes, a file's name has at most {max_name_bytes} there"
+        return f"needs {longest} bytes, file names there have at most {max_name_bytes}"
     return None
 
 
@@ -118,7 +118,7 @@ def _check_different(store: Store, paths: pa.ChunkedArray, *, fold_case: bool) -
                     f"{store.path}: folders {other!r} and {folder!r} are the same on this file system; {_USE_TAR}"
                 )
         folders, paths = set(folded), pc.utf8_lower(paths)
-    again = repeated(paths)
+    again = duplicates(paths)
     if again:
         record, earlier = again[0]
         raise RecordError(
@@ -133,8 +133,8 @@ def _check_different(store: Store, paths: pa.ChunkedArray, *, fold_case: bool) -
         )
 
 
-def tells_case_apart(folder: Path) -> bool:
-    """Return whether a file system distinguishes the names ``a`` and ``A``."""
+def is_case_sensitive(folder: Path) -> bool:
+    """Return whether the file system of a folder distinguishes the names ``a`` and ``A``."""
     probe = folder / "case"
     probe.touch()
     try:

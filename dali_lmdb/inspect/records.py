@@ -12,12 +12,13 @@ import pyarrow as pa
 
 __all__ = [
     "Progress",
+    "ProgressCallback",
+    "duplicates",
     "in_order",
-    "repeated",
     "runs",
 ]
 
-_RUN_RECORDS = 256  # 28 MB of ImageNet photos; a thread holds one record of them at a time
+_RUN_RECORDS = 256  # 28 MB of ImageNet photos; a thread holds only one of them at a time
 
 _Task = TypeVar("_Task")
 _Result = TypeVar("_Result")
@@ -34,13 +35,16 @@ class Progress(NamedTuple):
     """Size of the records done."""
 
 
-def repeated(names: pa.Array | pa.ChunkedArray) -> list[tuple[int, int]]:
-    """(record, the earlier record) for each name that occurred before."""
+ProgressCallback = Callable[[Progress], None]
+
+
+def duplicates(names: pa.Array | pa.ChunkedArray) -> list[tuple[int, int]]:
+    """Find records that share a name with an earlier one: (record, first record with that name)."""
     codes = names.dictionary_encode()
     chunks = codes.unify_dictionaries().chunks if isinstance(codes, pa.ChunkedArray) else [codes]
     indices = np.concatenate([chunk.indices.to_numpy() for chunk in chunks] or [np.empty(0, np.int32)])
-    _, first, places = np.unique(indices, return_index=True, return_inverse=True)
-    earlier = first[places]
+    _, first, groups = np.unique(indices, return_index=True, return_inverse=True)
+    earlier = first[groups]
     return [(int(record), int(earlier[record])) for record in np.flatnonzero(earlier != np.arange(len(indices)))]
 
 

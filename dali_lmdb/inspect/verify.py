@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from dali_lmdb.errors import StoreDamagedError, one_line
-from dali_lmdb.inspect.checks import FileCheck, Findings, PayloadCheck, Show
+from dali_lmdb.inspect.checks import FileCheck, Findings, PayloadCheck
+from dali_lmdb.inspect.records import ProgressCallback
 from dali_lmdb.store import layout, open_store
 from dali_lmdb.store.classic import database_file
 from dali_lmdb.store.pages import PageFile
@@ -51,13 +52,13 @@ def verify(
     *,
     decode: bool = False,
     num_threads: int | None = None,
-    progress: Show | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Verification:
     """Check a store from end to end; damage is listed, not raised.
 
-    This checks the B-tree, the checksums of index, names and records, that keys are 0, 1, 2 ..., that lengths,
-    sizes and kinds in the index match the records, labels, names and the fingerprint. For a classic database,
-    which has no checksums, it only checks that each record can be read.
+    This checks the B-tree, the checksums (of metadata, index, names and records), the keys, labels, names and
+    fingerprint, and whether the lengths, sizes and kinds in the index match the records. A classic database has no
+    checksums: this only checks that each of its records can be read.
 
     Args:
         path: a store.
@@ -72,9 +73,9 @@ def verify(
     findings = Findings()
     threads = num_threads or threads_to_read()
     with warnings.catch_warnings():
-        # Pillow warns of damaged metadata in images, which is not damage to the store.
+        # Pillow warns about damaged metadata in images, which is not damage to the store.
         warnings.simplefilter("ignore", UserWarning)
-        for check in _checks(Path(path), findings, decode=decode, threads=threads, show=progress):
+        for check in _checks(Path(path), findings, decode=decode, threads=threads, progress=progress):
             check.run()
     return Verification(
         store=str(path),
@@ -92,7 +93,7 @@ def _checks(path: Path, findings: Findings, **options: Any) -> Iterator[FileChec
     """Yield a check for each file; files are not opened as a store first, since damage may prevent that."""
     files = shard_files(path)
     if files:
-        # The checks report damage; an incomplete set cannot be checked.
+        # Raises for an incomplete set, which cannot be checked; damage is reported by the checks.
         with contextlib.suppress(StoreDamagedError):
             open_store(path)
     elif (file := database_file(path)).is_file() and _has_meta(file):
