@@ -203,7 +203,7 @@ class WrappingSampler(EpochSampler):
     ids=lambda s: type(s).__name__,
 )
 def test_a_sampler_that_already_deals_to_ranks_is_refused(sampler):
-    with pytest.raises(ValueError, match=r"which divides records among ranks; so does the loader itself"):
+    with pytest.raises(ValueError, match=r"which divides records among ranks, as the loader does itself"):
         sampling(sampler=sampler)
 
 

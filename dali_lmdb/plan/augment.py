@@ -31,7 +31,7 @@ _DRAW_ERASE_WINDOW = 50  # to 89
 
 
 def _rounds_of(tries: int) -> tuple[range, range]:
-    """Most crops fit on the first try; the other tries are drawn in one call."""
+    """Split tries into rounds: the first one, on which most crops fit, and all others, drawn in one call."""
     return range(1), range(1, tries)
 
 
@@ -81,7 +81,7 @@ class Augmentation(NamedTuple):
 def _augmentation(
     anchors: Ints, shapes: Ints, roi_start: Reals, roi_end: Reals, size: int, **others: npt.NDArray[Any]
 ) -> Augmentation:
-    """An augmentation; fields that are not given change nothing."""
+    """Make an augmentation in which fields that are not given change nothing."""
     n = len(anchors)
     ones, zeros, corners = np.ones(n, np.float32), np.zeros(n, np.float32), np.zeros((n, 2), np.float32)
     plain = Augmentation(
@@ -103,6 +103,8 @@ def _augmentation(
 
 @dataclass(frozen=True, kw_only=True)
 class _Output:
+    """The settings that training and evaluation share."""
+
     size: int = 224
     """Height and width of the output, in pixels."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
@@ -140,8 +142,9 @@ class _Output:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainTransform(_Output):
-    """Random resized crop and horizontal flip, as torchvision's RandomResizedCrop and RandomHorizontalFlip;
-    colour jitter, grayscale and random erasing if asked for.
+    """Random resized crop and horizontal flip, as torchvision's RandomResizedCrop and RandomHorizontalFlip.
+
+    Colour jitter, grayscale and random erasing are off by default.
 
     Raises:
         ValueError: a setting is out of range.
@@ -154,7 +157,7 @@ class TrainTransform(_Output):
     flip: float = 0.5
     """Probability of a horizontal flip."""
     size_schedule: tuple[tuple[int, int], ...] = ()
-    """(epoch, size) pairs, epochs rising: from that epoch on, this size instead of ``size``."""
+    """(epoch, size) pairs with increasing epochs: from that epoch on, this size instead of ``size``."""
     brightness: float = 0.0
     """The factor is uniform in [max(0, 1 - brightness), 1 + brightness], as in torchvision's ColorJitter.
     Brightness, contrast, saturation and hue are applied by one linear map, DALI's ``color_twist``: contrast about
@@ -190,7 +193,9 @@ class TrainTransform(_Output):
             raise ValueError(f"hue is {self.hue}, expected 0 to 0.5")
         epochs = [epoch for epoch, _ in self.size_schedule]
         if epochs != sorted(set(epochs)) or any(size < 1 for _, size in self.size_schedule):
-            raise ValueError(f"size_schedule is {self.size_schedule}, expected (epoch, size) pairs, epochs rising")
+            raise ValueError(
+                f"size_schedule is {self.size_schedule}, expected (epoch, size) pairs with increasing epochs"
+            )
 
     @property
     def largest_size(self) -> int:
@@ -237,10 +242,10 @@ class TrainTransform(_Output):
         """Choose windows as torchvision's RandomResizedCrop.get_params: ten tries, then the largest central
         window within the aspect limits."""
         anchors, shapes = np.empty((len(records), 2), np.int32), np.empty((len(records), 2), np.int32)
-        open_ = np.arange(len(records))
+        pending = np.arange(len(records))
         for tries in _rounds_of(_CROP_TRIES):
-            image_height, image_width = heights[open_], widths[open_]
-            area, aspect, y, x = _window_draws(key, records[open_], _DRAW_CROP, tries)
+            image_height, image_width = heights[pending], widths[pending]
+            area, aspect, y, x = _window_draws(key, records[pending], _DRAW_CROP, tries)
             target = image_height.astype(np.float64) * image_width * _between(area, self.scale)
             aspect_ratio = _log_between(aspect, self.ratio)
             width = np.rint(np.sqrt(target * aspect_ratio))
@@ -249,11 +254,11 @@ class TrainTransform(_Output):
             top = np.floor(y * (image_height - height + 1))
             left = np.floor(x * (image_width - width + 1))
             chosen, window = _first_fitting(fits, top, left, height, width)
-            anchors[open_[chosen]], shapes[open_[chosen]] = window[:, :2], window[:, 2:]
-            open_ = open_[~chosen]
-            if len(open_) == 0:
+            anchors[pending[chosen]], shapes[pending[chosen]] = window[:, :2], window[:, 2:]
+            pending = pending[~chosen]
+            if len(pending) == 0:
                 return anchors, shapes
-        anchors[open_], shapes[open_] = self._central_windows(heights[open_], widths[open_])
+        anchors[pending], shapes[pending] = self._central_windows(heights[pending], widths[pending])
         return anchors, shapes
 
     def _central_windows(self, heights: Ints, widths: Ints) -> tuple[Ints, Ints]:
@@ -282,9 +287,9 @@ class TrainTransform(_Output):
     def _erased(self, records: npt.NDArray[np.int64], size: int, key: np.uint64) -> dict[str, npt.NDArray[Any]]:
         """Choose rectangles as torchvision's RandomErasing.get_params: ten tries, else nothing is erased."""
         anchors, shapes = np.zeros((len(records), 2), np.float32), np.zeros((len(records), 2), np.float32)
-        open_ = np.flatnonzero(uniform(key, records, _DRAW_ERASE) < self.erase)
+        pending = np.flatnonzero(uniform(key, records, _DRAW_ERASE) < self.erase)
         for tries in _rounds_of(_ERASE_TRIES):
-            area, aspect, y, x = _window_draws(key, records[open_], _DRAW_ERASE_WINDOW, tries)
+            area, aspect, y, x = _window_draws(key, records[pending], _DRAW_ERASE_WINDOW, tries)
             target = size * size * _between(area, self.erase_scale)
             aspect_ratio = _log_between(aspect, self.erase_ratio)
             height = np.rint(np.sqrt(target * aspect_ratio))
@@ -292,8 +297,8 @@ class TrainTransform(_Output):
             fits = (height < size) & (width < size)
             top, left = np.floor(y * (size - height + 1)), np.floor(x * (size - width + 1))
             chosen, window = _first_fitting(fits, top, left, height, width)
-            anchors[open_[chosen]], shapes[open_[chosen]] = window[:, :2], window[:, 2:]
-            open_ = open_[~chosen]
+            anchors[pending[chosen]], shapes[pending[chosen]] = window[:, :2], window[:, 2:]
+            pending = pending[~chosen]
         return {"erase_anchor": anchors, "erase_shape": shapes}
 
 

@@ -26,9 +26,9 @@ class BatchPlan:
 
     epoch: int
     start: int
-    """Positions of the epoch consumed, over all ranks, before this step."""
+    """Number of positions of the epoch that all ranks together have consumed before this step."""
     end: int
-    """Positions consumed after it."""
+    """Likewise, after it."""
     records: npt.NDArray[np.int64]
     """Record indices, shape (n,)."""
 
@@ -40,7 +40,7 @@ class Planner:
         store: where labels and sizes come from.
         transform: how images are augmented.
         steps: how positions are divided among ranks.
-        sampling: which record each position has.
+        sampling: which record is at each position.
         seed: seed of the augmentation.
     """
 
@@ -71,9 +71,9 @@ class Planner:
         return plan.epoch, plan.end
 
     def plans_from(self, epoch: int, start: int) -> Iterator[BatchPlan]:
-        """Endless steps from a place on, epoch after epoch; there must be one at the place itself.
+        """Yield steps endlessly, epoch after epoch, from a place at which this rank has a step.
 
-        If a whole epoch has no step for this rank, the last one is repeated as if it were of later epochs.
+        If a whole epoch has no step for this rank, the last one is repeated with the numbers of later epochs.
         """
         plan = None
         while plan is None or self.steps.num_steps():
@@ -86,7 +86,7 @@ class Planner:
             yield plan
 
     def following(self, plan: BatchPlan) -> Iterator[int]:
-        """The records after a step in its epoch's order, then those from the epoch's beginning."""
+        """Yield the records after a step in its epoch's order, then those from the epoch's beginning."""
         count = self.steps.num_positions
         for offset in range(count):
             yield int(self.sampling.records(np.array([(plan.end + offset) % count]), epoch=plan.epoch)[0])

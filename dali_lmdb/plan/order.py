@@ -93,7 +93,7 @@ class EpochOrder:
         whole_blocks = self.num_records // BLOCK_RECORDS
         movable = blocks < whole_blocks
         if whole_blocks:
-            # Another key than the windows': theirs hash window numbers, which are small.
+            # Differs from the key of every window, since only (small) window numbers are mixed into those.
             block_key = np.array([~key])
             moved = _permute(
                 np.where(movable, blocks, 0), np.array([whole_blocks]), block_key, largest=whole_blocks
@@ -106,7 +106,7 @@ def epoch_order(num_records: int, *, seed: int, epoch: int, shuffle: Shuffle = "
     """The order of one epoch, the same in every process, today and after a resume.
 
     Args:
-        num_records: 1 to 2^40.
+        num_records: 0 to 2^40.
         seed, epoch: any integers; each pair gives a different order.
         shuffle: ``"full"``: any record anywhere. ``"block"``: blocks of ``BLOCK_RECORDS`` consecutive
             records in random order, their records shuffled within windows of ``WINDOW_BLOCKS`` blocks; for
@@ -139,7 +139,7 @@ class StepPlan:
 
     Args:
         num_positions: records of an epoch.
-        batch_size: records of one rank's step, at most.
+        batch_size: largest number of records in one rank's step.
         rank, world_size: torch.distributed's.
         last_batch: what happens to the positions that do not fill a global step. With ``"short"`` and fewer
             of them than ranks, some ranks have no such step.

@@ -1,4 +1,4 @@
-"""Map epoch positions to records: every record once, or as a sampler, a list or weights say."""
+"""Map epoch positions to records: every record once, or those of a list, a sampler or weighted draws."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Sampling(Protocol):
 
     @property
     def identity(self) -> str:
-        """Must be equal for a saved state to fit."""
+        """Identifies the order; a saved state fits only a sampling with the same one."""
 
     def records(self, positions: npt.NDArray[np.int64], *, epoch: int) -> npt.NDArray[np.int64]:
         """Records at some positions: int64 of the same shape (n,)."""
@@ -79,9 +79,9 @@ class Weighted:
 class Sampled:
     """The records of a PyTorch ``Sampler``; its ``set_epoch`` is called if it has one.
 
-    It must give the records of all ranks, the same on every rank and again after a resume, so seed its generator
-    by the epoch. It is called from a thread of the loader, and for the next epoch before the current one is over.
-    On resuming only its class and its length are compared: nothing else of it can be seen.
+    It must yield the records of all ranks, the same ones on each rank and after a resume, so seed its generator by
+    the epoch. It is called from a thread of the loader, and for the next epoch before the current one is over.
+    On resuming, only its class and its length can be compared.
     """
 
     def __init__(self, sampler: Any, *, num_records: int) -> None:
@@ -144,7 +144,7 @@ def sampling_of(
         given = "sampler" if weights is None else "weights"
         raise ValueError(f"shuffle is {shuffle!r}, but {given} decides the order; leave shuffle out")
     if weights is None:
-        _refuse_a_ranks_part(sampler)
+        _reject_distributed(sampler)
         if not hasattr(sampler, "__len__"):
             raise ValueError(
                 f"sampler is {sampler!r}, which has no len(); give a list of record indices, or a Sampler that has"
@@ -161,7 +161,7 @@ def sampling_of(
     return Weighted(array, seed=seed)
 
 
-def _refuse_a_ranks_part(sampler: Any) -> None:
+def _reject_distributed(sampler: Any) -> None:
     """Refuse samplers that divide records among ranks: divided again, most of them would be lost.
 
     ``num_replicas`` is an attribute of torch's ``DistributedSampler`` and of those that follow its interface
@@ -171,15 +171,15 @@ def _refuse_a_ranks_part(sampler: Any) -> None:
         if hasattr(sampler, name):
             raise ValueError(
                 f"sampler is a {type(sampler).__name__} ({name}={getattr(sampler, name)!r}), which divides "
-                "records among ranks; so does the loader itself: leave sampler out, or give one that gives the "
+                "records among ranks, as the loader does itself: leave sampler out, or give one that yields the "
                 "records of all ranks, the same on each"
             )
-    if hasattr(sampler, "sampler"):  # that it wraps
-        _refuse_a_ranks_part(sampler.sampler)
+    if hasattr(sampler, "sampler"):  # it wraps another
+        _reject_distributed(sampler.sampler)
 
 
 def _is_listed(indices: Iterable[int]) -> bool:
-    """Whether they are a sequence, or convertible to an array, as torch's tensors are."""
+    """Return whether indices are a sequence, or convertible to an array, as torch's tensors are."""
     return isinstance(indices, Sequence) or hasattr(indices, "__array__")
 
 

@@ -20,7 +20,7 @@ class LoaderState:
     seed: int
     epoch: int
     position: int
-    """Positions of the epoch consumed, over all ranks."""
+    """Number of positions of the epoch that all ranks together have consumed."""
     order: str
     """``Sampling.identity``."""
     fingerprint: str
@@ -29,12 +29,12 @@ class LoaderState:
     """Number of positions in an epoch."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types, for a checkpoint."""
+        """Convert to plain types, for a checkpoint."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LoaderState:
-        """Back from ``to_dict``.
+        """Restore what ``to_dict`` returned.
 
         Raises:
             StateError: not such a dictionary.
@@ -51,6 +51,9 @@ class LoaderState:
 
     def check_against(self, own: LoaderState, *, where: str) -> None:
         """Compare with the state of the loader that resumes from it.
+
+        Args:
+            where: names the loader in messages.
 
         Raises:
             StateError: another data set, seed or order; the message prints both sides.
