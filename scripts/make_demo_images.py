@@ -126,7 +126,7 @@ def demo_jpeg(label: int, generator: np.random.Generator, *, num_classes: int) -
 
 def _natural_noise(height: int, width: int, generator: np.random.Generator) -> FloatArray:
     """Noise whose amplitude falls as 1/frequency, as in photos; RGB in [0, 1], shape (height, width, 3)."""
-    size = 512  # a power of two is the Fourier transform's fastest size; the largest image fits in
+    size = 512  # a power of two is the Fourier transform's fastest size; the largest image fits into it
     frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None, :]).astype(np.float32)
     frequency[0, 0] = np.inf
     planes = []

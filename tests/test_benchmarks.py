@@ -77,7 +77,7 @@ def test_every_way_reads_every_record_in_every_round(name, request):
 def test_every_window_reads_from_storage(store):
     page_cache.drop(store)
     middle = np.arange(10, 20)  # opening a store touches its first and last pages and their neighbours
-    if any(page_cache.in_memory(*part).any() for part in open_store(store).byte_ranges(middle)):
+    if any(page_cache.is_cached(*part).any() for part in open_store(store).byte_ranges(middle)):
         pytest.skip("the temporary folder is on a file system that has no storage behind it")
     result = compare_cold(store, settings=QUICK)
     for one in result.rounds:
@@ -126,11 +126,11 @@ def test_dropped_file_is_not_in_memory_until_it_is_read(tmp_path):
     path.write_bytes(bytes(4 << 20))
     offsets, lengths = np.array([0, 1 << 20], np.uint64), np.array([5000, 1 << 20], np.uint32)
     page_cache.drop(path)
-    if page_cache.in_memory(path, offsets, lengths).any():
+    if page_cache.is_cached(path, offsets, lengths).any():
         pytest.skip("the temporary folder is on a file system that has no storage behind it")
     read_before = page_cache.bytes_from_device()
     path.read_bytes()
-    assert page_cache.in_memory(path, offsets, lengths).tolist() == [[True, True], [True, True]]
+    assert page_cache.is_cached(path, offsets, lengths).tolist() == [[True, True], [True, True]]
     read_after = page_cache.bytes_from_device()
     if read_before is not None:
         assert read_after - read_before >= 4 << 20
@@ -141,12 +141,12 @@ def test_first_and_last_page_are_looked_at_each_for_itself(tmp_path):
     path.write_bytes(bytes(4 << 20))
     page_cache.drop(path)
     offsets, lengths = np.array([10_000], np.uint64), np.array([3 << 20], np.uint32)
-    if page_cache.in_memory(path, offsets, lengths).any():
+    if page_cache.is_cached(path, offsets, lengths).any():
         pytest.skip("the temporary folder is on a file system that has no storage behind it")
     with open(path, "rb", buffering=0) as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
         os.pread(file.fileno(), 1, 10_000)
-        assert page_cache.in_memory(path, offsets, lengths).tolist() == [[True, False]]
+        assert page_cache.is_cached(path, offsets, lengths).tolist() == [[True, False]]
 
 
 @pytest.mark.skipif(not MEMORY_FILES.is_dir(), reason="no tmpfs at /dev/shm")

@@ -54,7 +54,7 @@ def readahead(store):
 
 def warm_part(store, records):
     [(path, offsets, lengths)] = open_store(store).byte_ranges(records)
-    return page_cache.in_memory(path, offsets, lengths).mean()
+    return page_cache.is_cached(path, offsets, lengths).mean()
 
 
 def test_a_store_that_is_gone_is_an_error_that_says_so(store, tmp_path):

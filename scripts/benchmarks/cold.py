@@ -1,9 +1,9 @@
 """Measure records/s read in random order from storage, with a cold page cache: ``cold.py STORE``.
 
-Each round has one window for each way, in an order that is reversed from round to round. Every window of a round
-reads the same records in the same order; before each, the store's pages are dropped from the page cache, and the
-part that is cached nevertheless is measured and reported. A window begins with the first request and ends when
-all records are read or its time is over.
+Each round measures every way of reading (see ``COLD_WAYS``) in a window of its own, in an order that is reversed
+from round to round. Every window of a round reads the same records in the same order; before each, the store's
+pages are dropped from the page cache, and the part that stays cached is measured and reported. A window begins
+with the first request and ends when all records are read or its time is over.
 
 ``loader`` is the part of ``DaliLoader`` before DALI: plan, crops, readahead, prefetcher. It returns views of bytes
 in the page cache, which is checked at the end of the window; ``get`` touches every page of such views, ``pread``
@@ -53,7 +53,7 @@ COLD_WAYS = {
 """The ways that are measured, in the order of the table."""
 
 _PAGE_BYTES = 4096
-_FEW = 0.01  # fraction of the records: some share pages with what opening the store reads
+_MAX_WARM = 0.01  # fraction of the records that may be cached: some share pages with what opening the store reads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ class ColdWindow:
     used_bytes: int
     """Size of the records."""
     read_bytes: int | None
-    """Bytes that this process read from storage, with readahead; None if the system does not tell."""
+    """Bytes that this process read from storage, with readahead; None if the kernel does not report it."""
     warm_before: float
     """Fraction of the records in the page cache before, by their first and last pages; ideally 0."""
     warm_after: float
@@ -101,7 +101,7 @@ class ColdComparison(Measured):
     @property
     def is_cold(self) -> bool:
         """True if dropping the page cache worked, so that the figures measure storage."""
-        return self.warm_before <= _FEW
+        return self.warm_before <= _MAX_WARM
 
     @property
     def warm_before(self) -> float:
@@ -203,7 +203,7 @@ def _window(way: str, store: Store, records: npt.NDArray[np.int64], settings: Re
 
 def _warm(store: Store, records: npt.NDArray[np.int64]) -> float:
     """Fraction of some records in the page cache, by their first and last pages."""
-    return float(np.concatenate([page_cache.in_memory(*part) for part in store.byte_ranges(records)]).mean())
+    return float(np.concatenate([page_cache.is_cached(*part) for part in store.byte_ranges(records)]).mean())
 
 
 def _touch(values: memoryview) -> None:
@@ -343,8 +343,8 @@ def _table(result: ColdComparison) -> str:
         notes += [
             "",
             f"NOT COLD: {result.warm_before:.0%} of the records were in the page cache before they were read,",
-            "although it was asked to drop them: the file system is in memory (tmpfs), another process has the",
-            "store open, or you do not own it and the kernel does not tell.",
+            "although the kernel was asked to drop them: the file system is in memory (tmpfs), another process",
+            "has the store open, or you do not own the file, so that the kernel does not report it.",
         ]
     return "\n".join([head, columns, *rows, "", *notes])
 

@@ -103,7 +103,7 @@ def measure_handover(
         sampling=part,
         seed=0,
     )
-    _bring_into_memory(opened, part)
+    _warm_page_cache(opened, part)
     prefetcher = Prefetcher(planner, partial(feed_without_copy, planner=planner), epoch=0, start=0)
     try:
         with _one_core():
@@ -125,7 +125,7 @@ def measure_handover(
     )
 
 
-def _bring_into_memory(store: Store, part: Listed) -> None:
+def _warm_page_cache(store: Store, part: Listed) -> None:
     readahead = Readahead(store)
     try:
         readahead.wait(part.records(np.arange(part.num_positions), epoch=0))

@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["bytes_from_device", "drop", "in_memory"]
+__all__ = ["bytes_from_device", "drop", "is_cached"]
 
 
 def drop(path: Path) -> None:
     """Ask the kernel to drop a file's pages.
 
     It keeps pages that a process has mapped and accessed, and all pages of a file system without storage, such
-    as tmpfs: see ``in_memory``.
+    as tmpfs: see ``is_cached``.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -27,7 +27,7 @@ def drop(path: Path) -> None:
         os.close(descriptor)
 
 
-def in_memory(
+def is_cached(
     path: Path, offsets: npt.NDArray[np.uint64], lengths: npt.NDArray[np.uint32]
 ) -> npt.NDArray[np.bool_]:
     """Return whether the first and last page of each byte range are in the page cache; bool of shape (n, 2).
@@ -35,7 +35,7 @@ def in_memory(
     mincore(2) tells this only to users who own or may write the file; for others, every page is reported present.
 
     Raises:
-        OSError: the kernel does not tell.
+        OSError: the kernel does not report it.
     """
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as map_:
         data = np.frombuffer(map_, dtype=np.uint8)
@@ -51,7 +51,7 @@ def in_memory(
 
 
 def bytes_from_device() -> int | None:
-    """Bytes read from storage for this process so far; None if the system does not tell."""
+    """Bytes read from storage for this process so far; None if the kernel does not report it."""
     try:
         with open("/proc/self/io", encoding="ascii") as file:
             return next((int(line.split()[1]) for line in file if line.startswith("read_bytes:")), None)

@@ -1,4 +1,4 @@
-"""What the benchmarks without decoding share: their settings, options and records."""
+"""Settings, options and records that the benchmarks without decoding share."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ReadingSettings:
     seconds: float = 5.0
     """Length of a window, in seconds."""
     records: int = 10_000
-    """Number of records to read, chosen at random, at most all; they must fit in the page cache."""
+    """Number of records to read, chosen at random: at most the store's, and they must fit in the page cache."""
 
     def fitted_to(self, store: Store) -> ReadingSettings:
         """These settings with at most as many records as the store has.
@@ -47,7 +47,7 @@ class ReadingSettings:
 def reading_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add STORE, an option for each of ``ReadingSettings`` and ``--json`` to a command."""
     option, at_least_1 = option_of(ReadingSettings), click.IntRange(min=1)
-    for decorate in (  # as decorators apply: the last comes first in the help
+    for decorate in (  # the decorator that is applied last comes first in the help
         click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object."),
         option("--records", type=at_least_1, help="Number of records to read, chosen at random."),
         option("--seconds", type=click.FloatRange(min=0, min_open=True), help="Length of a window, in seconds."),
