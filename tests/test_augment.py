@@ -235,6 +235,21 @@ def test_erased_rectangles_are_distributed_as_torchvisions(scale, ratio):
     assert (ours[:, :2] + ours[:, 2:] <= 100).all()
 
 
+def test_a_flip_does_not_change_which_pixels_of_the_output_are_erased():
+    never, always = (augment(TrainTransform(flip=flip, erase=0.5), [(50, 60)] * 1000) for flip in (0, 1))
+    assert np.array_equal(never.erase_shape, always.erase_shape)
+    assert np.array_equal(never.erase_anchor[:, 0], always.erase_anchor[:, 0])
+    erased = never.erase_shape[:, 1] > 0
+    ends = never.erase_anchor[:, 1] + never.erase_shape[:, 1]
+    assert np.array_equal(always.erase_anchor[erased, 1], 224 - ends[erased])
+    assert not always.erase_anchor[~erased].any()
+
+
+def test_the_erased_colour_is_the_rounded_mean():
+    assert TrainTransform().erased_color == (124, 116, 104)
+    assert TrainTransform(mean=(-1, 0.5, 2)).erased_color == (0, 128, 255)
+
+
 def test_rectangles_are_erased_with_their_probability():
     for probability in (0, 0.25, 1):
         found = augment(TrainTransform(erase=probability), [(50, 60)] * 10_000)

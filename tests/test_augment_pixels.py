@@ -298,20 +298,47 @@ def assert_alike_to_torchvision(images, expected):
     assert (found <= 8).float().mean() > 0.999
 
 
+MEAN_GREYS = torch.tensor([124.0, 116.0, 104.0])  # 255 x IMAGENET_MEAN, rounded
+MEAN_COLORS = {
+    "uint8": MEAN_GREYS,
+    "float32": (MEAN_GREYS / 255 - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_STD),
+}
+MEAN_COLORS["float16"] = MEAN_COLORS["float32"].half()
+
+
+def erased_windows(path, transform, keys):
+    """The (top, left, height, width) in the output of each image's erased rectangle, by (epoch, record)."""
+    plans = planned(path, transform, keys)
+    windows = np.concatenate([plans.erase_anchor, plans.erase_shape], axis=1).astype(int)
+    flipped = plans.mirror == 1  # planned for the image before its flip
+    windows[flipped, 1] = transform.size - windows[flipped, 1] - windows[flipped, 3]
+    return dict(zip(keys, windows.tolist(), strict=True))
+
+
 @pytest.mark.parametrize("make", [dali, classic])
-@pytest.mark.parametrize("dtype", ["uint8", "float32"])
-def test_erasing_is_torchvisions_with_the_mean_colour(picture_path, make, dtype):
-    transform = TrainTransform(size=64, erase=0.7)
-    plain = epochs_of(make, picture_path, TrainTransform(size=64), dtype=dtype)
-    images = epochs_of(make, picture_path, transform, dtype=dtype)
-    plans = planned(picture_path, transform, plain)
-    mean = (255 * torch.tensor(IMAGENET_MEAN)).round().to(torch.uint8) if dtype == "uint8" else torch.zeros(3)
-    erased = 0
-    for key, corner, shape in zip(plain, plans.erase_anchor, plans.erase_shape, strict=True):
-        window = [int(number) for number in (*corner, *shape)]
-        assert torch.equal(images[key], F.erase(plain[key], *window, mean.reshape(3, 1, 1)))
-        erased += shape.all()
-    assert 8 < erased < 24
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("dtype", MEAN_COLORS)
+def test_erasing_is_torchvisions_with_the_mean_colour(picture_path, make, dtype, layout):
+    transform, arguments = TrainTransform(size=64, erase=0.7), {"dtype": dtype, "layout": layout}
+    plain = epochs_of(make, picture_path, TrainTransform(size=64), **arguments)
+    images = epochs_of(make, picture_path, transform, **arguments)
+    windows = erased_windows(picture_path, transform, list(plain))
+    for key, window in windows.items():
+        expected = F.erase(plain[key], *window, MEAN_COLORS[dtype].to(plain[key].dtype).reshape(3, 1, 1))
+        assert torch.allclose(images[key].float(), expected.float(), rtol=2e-3, atol=1e-6)
+        untouched = F.erase(images[key], *window, torch.zeros(3, 1, 1))
+        assert torch.equal(untouched, F.erase(plain[key], *window, torch.zeros(3, 1, 1)))
+    assert 8 < sum(height > 0 for _, _, height, _ in windows.values()) < 24
+
+
+@pytest.mark.parametrize("dtype", MEAN_COLORS)
+def test_both_backends_erase_the_same_pixels_with_the_same_value(picture_path, dtype):
+    transform = TrainTransform(size=64, erase=1.0)
+    ours, theirs = (epochs_of(make, picture_path, transform, dtype=dtype) for make in (dali, classic))
+    for key, (top, left, height, width) in erased_windows(picture_path, transform, list(theirs)).items():
+        erased = [image[key][:, top : top + height, left : left + width] for image in (ours, theirs)]
+        assert erased[0].numel() > 0
+        assert torch.allclose(*erased, rtol=2e-3 if dtype == "float16" else 1e-5, atol=1e-6)
 
 
 # --- distributions, measured in pixels

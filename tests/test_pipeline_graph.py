@@ -67,8 +67,7 @@ def numbers(text):
 
 
 DECODERS = {"image": ["decoders__Image", "Slice"], "window": ["decoders__ImageSlice"]}
-TWISTS = {"train": [], "eval": [], "jitter": ["ColorTwist"]}
-ERASES = {"train": [], "eval": [], "jitter": ["Erase"]}
+MAYBE = {"train": [], "eval": [], "jitter": ["ColorTwist", "Erase"]}
 DEVICES = [("cuda", "gpu"), ("cuda", "cpu"), ("cpu", "cpu")]  # and where they decode
 
 
@@ -83,7 +82,7 @@ def test_every_graph_is_of_these_operators_on_these_devices(
 ):
     graph = graph_of(device, transform, decode=decode, decode_device=decode_device, dtype=dtype, layout=layout)
     decoders = DECODERS[decode]
-    after = ["Resize", *TWISTS[transform], "CropMirrorNormalize", *ERASES[transform]]
+    after = ["Resize", *MAYBE[transform], "CropMirrorNormalize"]
     decoder_devices = ["mixed", "gpu"] if decode_device == "gpu" else ["cpu", "cpu"]
     devices = ["cpu", *decoder_devices[: len(decoders)], *["gpu" if device == "cuda" else "cpu"] * len(after)]
     devices.insert(1, "cpu")
@@ -179,6 +178,14 @@ def test_floats_are_normalised_as_torchvision_does_and_bytes_are_not():
     assert np.allclose(numbers(arguments["std"]), [255 * value for value in IMAGENET_STD])
     arguments = graph_of("cuda", dtype="uint8").named("CropMirrorNormalize").arguments
     assert (set(numbers(arguments["mean"])), set(numbers(arguments["std"]))) == ({0.0}, {1.0})
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "uint8"])
+def test_rectangles_are_erased_before_normalising_with_whole_numbers(device, dtype):
+    graph = graph_of(device, "jitter", dtype=dtype)
+    assert numbers(graph.named("Erase").arguments["fill_value"]) == [124, 116, 104]
+    assert graph.named("CropMirrorNormalize").inputs[0] == graph.named("Erase").outputs[0]
 
 
 def test_no_operator_draws_random_numbers():

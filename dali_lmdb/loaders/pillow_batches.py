@@ -111,27 +111,19 @@ class PlannedBatches(Dataset[DecodedBatch]):
             except BadImageError as error:
                 failed[record] = str(error)
             else:
-                cropped = _crop(image, transform, augmentation, position)
-                images[record] = self._to_tensor(cropped, augmentation, position)
+                images[record] = self._to_tensor(_augmented(image, transform, augmentation, position))
         return images, {record: failed[record] for record in wanted if record in failed}, num_bytes
 
-    def _to_tensor(self, image: Image.Image, augmentation: Augmentation, position: int) -> torch.Tensor:
-        transform = self.transform
+    def _to_tensor(self, image: Image.Image) -> torch.Tensor:
         if self.dtype == "uint8":
-            tensor: torch.Tensor = F.pil_to_tensor(image)
-            erased = (255 * torch.tensor(transform.mean)).round().to(torch.uint8)
-        else:
-            tensor = F.normalize(F.to_tensor(image), list(transform.mean), list(transform.std))
-            erased = torch.zeros(3)
-        if transform.erases:
-            top, left = augmentation.erase_anchor[position].astype(int).tolist()
-            height, width = augmentation.erase_shape[position].astype(int).tolist()
-            tensor[:, top : top + height, left : left + width] = erased[:, None, None]
+            pixels: torch.Tensor = F.pil_to_tensor(image)
+            return pixels
+        tensor: torch.Tensor = F.normalize(F.to_tensor(image), list(self.transform.mean), list(self.transform.std))
         return tensor.half() if self.dtype == "float16" else tensor
 
 
-def _crop(image: Any, transform: Transform, augmentation: Augmentation, position: int) -> Image.Image:
-    """Apply one image's crop, flip and colour, with torchvision's functions where it has them."""
+def _augmented(image: Any, transform: Transform, augmentation: Augmentation, position: int) -> Image.Image:
+    """Crop, colour, erase and flip one image, with torchvision's functions where it has them."""
     size = augmentation.size[position].astype(int).tolist()
     interpolation = _INTERPOLATIONS[transform.interpolation]
     if not isinstance(transform, TrainTransform):
@@ -142,6 +134,10 @@ def _crop(image: Any, transform: Transform, augmentation: Augmentation, position
     image = F.resize(crop(image, top=top, left=left, height=height, width=width), size, interpolation)
     if transform.changes_color:
         image = _twist_color(image, augmentation, position)
+    if transform.erases:
+        top, left = augmentation.erase_anchor[position].astype(int).tolist()
+        height, width = augmentation.erase_shape[position].astype(int).tolist()
+        image.paste(transform.erased_color, (left, top, left + width, top + height))
     flipped: Image.Image = F.hflip(image) if augmentation.mirror[position] else image
     return flipped
 

@@ -9,12 +9,13 @@ decode     decoders.image     mixed (nvJPEG)           cpu (libjpeg-turbo)
 window     slice              gpu                      cpu
 resize     resize             gpu                      cpu
 colour     color_twist        gpu                      cpu          if the transform has it
-normalise  crop_mirror_...    gpu                      cpu
 erase      erase              gpu                      cpu          if the transform has it
+normalise  crop_mirror_...    gpu                      cpu
 =========  =================  =======================  ========================================
 
 With ``decode="window"``, decoders.image_slice takes the place of decode and window. With ``decode_device="cpu"``,
-both are on the CPU and the windows are copied to the GPU. Flipping is part of normalising.
+both are on the CPU and the windows are copied to the GPU. Flipping is part of normalising. Erasing comes before
+it, on uint8: on the GPU, ``fn.erase`` has no float16.
 """
 
 from __future__ import annotations
@@ -173,13 +174,6 @@ def _normalise_arguments(settings: GraphSettings) -> dict[str, Any]:
     }
 
 
-def _erased_value(settings: GraphSettings) -> list[float]:
-    """The mean colour after normalisation."""
-    if settings.dtype == "uint8":
-        return [float(round(255 * value)) for value in settings.transform.mean]
-    return [0.0]
-
-
 def define_pipeline(source: Callable[[Any], Any], settings: GraphSettings) -> Pipeline:
     """Define the graph without building it, which needs neither a GPU nor a driver.
 
@@ -211,15 +205,16 @@ def define_pipeline(source: Callable[[Any], Any], settings: GraphSettings) -> Pi
                 brightness=given["brightness"],
                 contrast=given["contrast"],
             )
-        images = fn.crop_mirror_normalize(images, mirror=given["mirror"], **_normalise_arguments(settings))
         if settings.transform.erases:
             images = fn.erase(
                 images,
                 anchor=given["erase_anchor"],
                 shape=given["erase_shape"],
                 axis_names="HW",
-                fill_value=_erased_value(settings),
+                # Of uint8, the CPU truncates other values than integers and the GPU rounds them.
+                fill_value=[float(value) for value in settings.transform.erased_color],
             )
+        images = fn.crop_mirror_normalize(images, mirror=given["mirror"], **_normalise_arguments(settings))
         labels, records = given["labels"], given["records"]
         pipeline.set_outputs(images, labels.gpu() if on_gpu else labels, records)
     return pipeline

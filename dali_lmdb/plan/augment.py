@@ -49,7 +49,7 @@ class Augmentation(NamedTuple):
     """How n images are augmented.
 
     Only the window of an image is decoded; the region of interest inside it is resized to the output's size and
-    then flipped, coloured and erased.
+    then coloured, erased and flipped.
     """
 
     anchors: Ints
@@ -73,7 +73,7 @@ class Augmentation(NamedTuple):
     contrast: Reals
     """Factor, float32 of shape (n,); 1 changes nothing."""
     erase_anchor: Reals
-    """Upper left corner (y, x) of the rectangle to erase in the output, in pixels, float32 of shape (n, 2)."""
+    """Upper left corner (y, x) of the rectangle to erase before the flip, in pixels, float32 of shape (n, 2)."""
     erase_shape: Reals
     """Its height and width; 0 where nothing is erased."""
 
@@ -139,6 +139,12 @@ class _Output:
         """Whether rectangles may be erased."""
         return False
 
+    @property
+    def erased_color(self) -> tuple[int, int, int]:
+        """The mean colour, RGB from 0 to 255, rounded, since rectangles are erased before normalising."""
+        red, green, blue = (min(max(round(255 * value), 0), 255) for value in self.mean)
+        return red, green, blue
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainTransform(_Output):
@@ -171,7 +177,8 @@ class TrainTransform(_Output):
     grayscale: float = 0.0
     """Probability of conversion to grey."""
     erase: float = 0.0
-    """Probability that a rectangle is set to the mean colour, as in torchvision's RandomErasing."""
+    """Probability that a rectangle is set to the mean colour (rounded to a whole 1/255), as in torchvision's
+    RandomErasing."""
     erase_scale: tuple[float, float] = (0.02, 0.33)
     """Smallest and largest fraction of the output's area that is erased."""
     erase_ratio: tuple[float, float] = (0.3, 3.3)
@@ -227,13 +234,12 @@ class TrainTransform(_Output):
         size = self.size_at(epoch)
         anchors, shapes = self._crop_windows(records, heights, widths, key)
         roi_end = shapes.astype(np.float32)
-        others: dict[str, npt.NDArray[Any]] = {
-            "mirror": (uniform(key, records, _DRAW_FLIP) < self.flip).astype(np.int32)
-        }
+        mirror = (uniform(key, records, _DRAW_FLIP) < self.flip).astype(np.int32)
+        others: dict[str, npt.NDArray[Any]] = {"mirror": mirror}
         if self.changes_color:
             others |= self._colors(records, key)
         if self.erases:
-            others |= self._erased(records, size, key)
+            others |= self._erased(records, size, mirror, key)
         return _augmentation(anchors, shapes, np.zeros_like(roi_end), roi_end, size, **others)
 
     def _crop_windows(
@@ -284,7 +290,9 @@ class TrainTransform(_Output):
         }
         return {name: values.astype(np.float32) for name, values in colors.items()}
 
-    def _erased(self, records: npt.NDArray[np.int64], size: int, key: np.uint64) -> dict[str, npt.NDArray[Any]]:
+    def _erased(
+        self, records: npt.NDArray[np.int64], size: int, mirror: Ints, key: np.uint64
+    ) -> dict[str, npt.NDArray[Any]]:
         """Choose rectangles as torchvision's RandomErasing.get_params: ten tries, else nothing is erased."""
         anchors, shapes = np.zeros((len(records), 2), np.float32), np.zeros((len(records), 2), np.float32)
         pending = np.flatnonzero(uniform(key, records, _DRAW_ERASE) < self.erase)
@@ -299,6 +307,9 @@ class TrainTransform(_Output):
             chosen, window = _first_fitting(fits, top, left, height, width)
             anchors[pending[chosen]], shapes[pending[chosen]] = window[:, :2], window[:, 2:]
             pending = pending[~chosen]
+        # Drawn in the output, erased before the flip.
+        flipped = (mirror == 1) & (shapes[:, 1] > 0)
+        anchors[flipped, 1] = size - anchors[flipped, 1] - shapes[flipped, 1]
         return {"erase_anchor": anchors, "erase_shape": shapes}
 
 
