@@ -24,6 +24,36 @@ from dali_lmdb.errors import StateError
 from dali_lmdb.loaders.prefetch import Prefetcher
 from dali_lmdb.loaders.torch_loader import TorchLoader
 
+# --- the first batch of a pipeline, which decides how many images the hardware engine gets
+
+
+@pytest.mark.parametrize("first_is_full", [True, False])
+def test_a_short_first_batch_is_padded_for_dali_but_not_handed_out_padded(store_path, first_is_full):
+    """Without the hardware engine nothing is padded, so the loader is told that there is one."""
+    arguments = {"transform": TRAIN, "batch_size": 7, "last_batch": "short", "return_index": True}
+    padded = []
+    with dali_on_the_cpu(store_path, **arguments) as loader, dali_on_the_cpu(store_path, **arguments) as plain:
+        assert not loader._first_is_full
+        loader._first_is_full = first_is_full
+        feed = loader._feed
+
+        def recording(plan):
+            if threading.current_thread() is threading.main_thread():  # plans are fed by another one
+                padded.append(plan.records.tolist())
+            return feed(plan)
+
+        loader._feed = recording
+        state = plain.state_dict() | {"position": 21}  # three records are left
+        for one in (loader, plain):
+            one.load_state_dict(state)
+        found, expected = list(loader), list(plain)
+        assert [len(batch[1]) for batch in found] == [3]
+        for ours, theirs in zip(found[0], expected[0], strict=True):
+            assert torch.equal(ours, theirs)
+        assert epoch_of(loader) == planned(epoch=1, batch_size=7, last_batch="short")
+    assert padded == ([(found[0][2].tolist() * 3)[:7]] if first_is_full else [])
+
+
 # --- resuming
 
 

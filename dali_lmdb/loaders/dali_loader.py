@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from traceback import clear_frames
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from dali_lmdb.errors import RecordError, StoreFormatError
+from dali_lmdb.errors import RecordError
 from dali_lmdb.loaders.bad import OnBad, nothing_decodes, substituted
 from dali_lmdb.loaders.base import Batch, Loader
 from dali_lmdb.loaders.external_source import ExternalSource, InFlight
-from dali_lmdb.loaders.gpu_memory import choose_decoding, held_bytes, preallocation
+from dali_lmdb.loaders.gpu_memory import held_bytes
+from dali_lmdb.loaders.graph_settings import graph_settings, log_decoding, usual_size
 from dali_lmdb.loaders.pillow import pillow_cause
 from dali_lmdb.loaders.pipeline import (
-    GraphSettings,
     feed_without_copy,
     release_unused_memory,
 )
@@ -28,89 +26,12 @@ from dali_lmdb.loaders.prefetch import Feed, Prefetcher
 from dali_lmdb.loaders.probe import Probe, may_be_a_record, raise_explained
 from dali_lmdb.loaders.run import Run
 from dali_lmdb.loaders.settings import DaliSettings, Decode, DecodeDevice, Device, Dtype, Layout, LoaderSettings
-from dali_lmdb.loaders.versions import has_fancy_windows, nvjpeg_version
 from dali_lmdb.plan.augment import Transform
 from dali_lmdb.plan.batches import BatchPlan
 from dali_lmdb.plan.order import LastBatch, Shuffle
 from dali_lmdb.store import Store, open_store
-from dali_lmdb.store.classic import ClassicStore
-from dali_lmdb.threads import threads_per_rank
 
 __all__ = ["DaliLoader"]
-
-_log = logging.getLogger("dali_lmdb")
-
-
-class _UsualSize(NamedTuple):
-    """99th percentiles of a store's sizes: memory is reserved for all of a batch, so one giant must not decide."""
-
-    height: int
-    width: int
-    pixels: int
-    """Of height x width, which is less than the product of both percentiles."""
-
-
-def _usual_size(store: Store) -> _UsualSize:
-    heights, widths = store.column("height"), store.column("width")
-    if not len(store):
-        return _UsualSize(0, 0, 0)
-    # A classic database has sizes of whatever is an image, so there every record is bad.
-    if not heights.any() and not isinstance(store, ClassicStore):
-        raise StoreFormatError(
-            f"{store.path}: the index has no image sizes (it was converted with --check none), which crops "
-            "need; convert it again with --check header"
-        )
-    sizes = heights, widths, heights.astype(np.int64) * widths
-    return _UsualSize(*(int(np.quantile(values, 0.99, method="higher")) for values in sizes))
-
-
-def _graph_settings(settings: LoaderSettings, dali: DaliSettings, usual: _UsualSize) -> GraphSettings:
-    on_gpu = settings.device == "cuda"
-    num_threads = threads_per_rank() if dali.num_threads is None else dali.num_threads
-    decoding = choose_decoding(
-        dali,
-        device=settings.device,
-        image_bytes=3 * usual.pixels * settings.batch_size * dali.prefetch_queue_depth,
-        gpu_bytes=torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory if on_gpu else 0,
-    )
-    preallocated = preallocation(
-        height=usual.height,
-        width=usual.width,
-        batch_size=settings.batch_size,
-        num_threads=num_threads,
-        hw_decoder_load=dali.hw_decoder_load,
-        budget_bytes=dali.gpu_memory_bytes,
-    )
-    return GraphSettings(
-        transform=settings.transform,
-        batch_size=settings.batch_size,
-        device=settings.device,
-        device_id=torch.cuda.current_device() if on_gpu else None,
-        num_threads=num_threads,
-        prefetch_queue_depth=dali.prefetch_queue_depth,
-        dtype=settings.dtype,
-        layout=settings.layout,
-        hw_decoder_load=dali.hw_decoder_load,
-        fancy_upsampling=decoding != ("window", "gpu") or has_fancy_windows(nvjpeg_version()),
-        **decoding._asdict(),
-        **preallocated._asdict(),
-    )
-
-
-def _log_decoding(store: Store, dali: DaliSettings, graph: GraphSettings) -> None:
-    """Say once how images are decoded; a warning if ``"auto"`` chose otherwise than usual."""
-    what = "whole images are" if graph.decode == "image" else "crop windows are"
-    where = "GPU" if graph.decode_device == "gpu" else "CPU"
-    too_large = dali.decode == "auto" and dali.decode_device != "cpu" and graph.decode == "window"
-    _log.log(
-        logging.WARNING if too_large else logging.INFO,
-        "%s: %s decoded on the %s%s%s",
-        store.path,
-        what,
-        where,
-        "; a batch's whole images would take too much of the GPU's memory" if too_large else "",
-        "" if graph.fancy_upsampling else "; chroma is upsampled simply, since nvJPEG is older than 13.2",
-    )
 
 
 class DaliLoader(Loader):
@@ -229,17 +150,20 @@ class DaliLoader(Loader):
             raise ValueError("decode_device is 'gpu' with device 'cpu', expected 'cpu' or None")
         store = store if isinstance(store, Store) else open_store(store)
         super().__init__(store, settings)
-        usual = _usual_size(store)
-        self.graph = _graph_settings(settings, dali, usual)
+        usual = usual_size(store)
+        self.graph = graph_settings(settings, dali, usual)
         self.gpu_memory_bytes = held_bytes(self.graph, pixels=usual.pixels)
         if device == "cuda" and self.planner.steps.rank == 0:
-            _log_decoding(store, dali, self.graph)
+            log_decoding(store, dali, self.graph)
         # The prefetcher's thread must not keep the loader alive, so that one dropped without close() is freed.
         self._feed = partial(feed_without_copy, planner=self.planner)
         self._readahead_bytes = readahead_bytes
         self._prefetcher: Prefetcher | None = None  # the newest one; its source closes it
         self._late_bytes_before = 0  # sum over earlier prefetchers
         self._run: Run | None = None
+        self._run_begins_at: tuple[int, int] | None = None
+        # nvImageCodec fixes the hardware engine's number of images at a pipeline's first batch.
+        self._first_is_full = self.graph.decode_device == "gpu" and self.graph.hw_decoder_load > 0
         self._probe = Probe(self.graph)
         # By (epoch, record), since windows differ: why the record failed to decode; None if it decoded.
         self._verdicts: dict[tuple[int, int], str | None] = {}
@@ -275,13 +199,15 @@ class DaliLoader(Loader):
         run.next_place = self.planner.place_after(batch.plan)
         self._run = run
         self.bad.num_substituted += batch.num_substituted
-        images = outputs["images"]
+        shown = slice(len(batch.plan.records))  # a run's first batch may be padded, see _prepare
+        images = outputs["images"][shown]
         if self.settings.layout == "NHWC":
             images = images.permute(0, 3, 1, 2)
         num_bytes = int(self.store.gather("num_bytes", batch.plan.records).sum(dtype=np.int64))
-        return Batch(images, outputs["labels"], outputs["records"], batch.plan.end, num_bytes)
+        return Batch(images, outputs["labels"][shown], outputs["records"][shown], batch.plan.end, num_bytes)
 
     def _new_run(self, epoch: int, position: int) -> Run:
+        self._run_begins_at = epoch, position
         source = ExternalSource(self._new_prefetcher(epoch, position), self._prepare)
         try:
             return Run(source, self.graph, next_place=(epoch, position))
@@ -320,6 +246,15 @@ class DaliLoader(Loader):
             raise
 
     def _prepare(self, plan: BatchPlan, feed: Feed) -> InFlight:
+        """A batch as DALI gets it: with substitutes, and padded with its own records if it must be a full one."""
+        batch, size = self._with_substitutes(plan, feed), self.graph.batch_size
+        is_first = (plan.epoch, plan.start) == self._run_begins_at
+        if not (self._first_is_full and is_first and len(plan.records) < size):
+            return batch
+        padded = replace(batch.plan, records=np.resize(batch.plan.records, size))
+        return batch._replace(feed=self._feed(padded))
+
+    def _with_substitutes(self, plan: BatchPlan, feed: Feed) -> InFlight:
         """Substitute records that are known to fail before DALI gets the batch, so that the pipeline survives."""
         planned = InFlight(plan, feed, num_substituted=0)
         if not self.bad.met or self.bad.on_bad == "raise":

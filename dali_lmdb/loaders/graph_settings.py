@@ -1,0 +1,100 @@
+"""The settings of a loader's graph, from its arguments, the sizes in the store's index, and the machine."""
+
+from __future__ import annotations
+
+import logging
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from dali_lmdb.errors import StoreFormatError
+from dali_lmdb.loaders.gpu_memory import choose_decoding, preallocation
+from dali_lmdb.loaders.pipeline import GraphSettings
+from dali_lmdb.loaders.settings import DaliSettings, LoaderSettings
+from dali_lmdb.loaders.versions import has_fancy_windows, nvjpeg_version
+from dali_lmdb.store import Store
+from dali_lmdb.store.classic import ClassicStore
+from dali_lmdb.threads import threads_per_rank
+
+__all__ = ["UsualSize", "graph_settings", "log_decoding", "usual_size"]
+
+_log = logging.getLogger("dali_lmdb")
+
+
+class UsualSize(NamedTuple):
+    """99th percentiles of a store's sizes: memory is reserved for all of a batch, so one giant must not decide."""
+
+    height: int
+    width: int
+    pixels: int
+    """Of height x width, which is less than the product of both percentiles."""
+
+
+def usual_size(store: Store) -> UsualSize:
+    """The usual size of a store's images.
+
+    Raises:
+        StoreFormatError: the index has no sizes.
+    """
+    heights, widths = store.column("height"), store.column("width")
+    if not len(store):
+        return UsualSize(0, 0, 0)
+    # A classic database has sizes of whatever is an image, so there every record is bad.
+    if not heights.any() and not isinstance(store, ClassicStore):
+        raise StoreFormatError(
+            f"{store.path}: the index has no image sizes (it was converted with --check none), which crops "
+            "need; convert it again with --check header"
+        )
+    sizes = heights, widths, heights.astype(np.int64) * widths
+    return UsualSize(*(int(np.quantile(values, 0.99, method="higher")) for values in sizes))
+
+
+def graph_settings(settings: LoaderSettings, dali: DaliSettings, usual: UsualSize) -> GraphSettings:
+    """The settings of a loader's graph, with every default resolved; asks a GPU that is used for its memory."""
+    on_gpu = settings.device == "cuda"
+    num_threads = threads_per_rank() if dali.num_threads is None else dali.num_threads
+    decoding = choose_decoding(
+        dali,
+        device=settings.device,
+        image_bytes=3 * usual.pixels * settings.batch_size * dali.prefetch_queue_depth,
+        gpu_bytes=torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory if on_gpu else 0,
+    )
+    preallocated = preallocation(
+        height=usual.height,
+        width=usual.width,
+        batch_size=settings.batch_size,
+        num_threads=num_threads,
+        hw_decoder_load=dali.hw_decoder_load,
+        budget_bytes=dali.gpu_memory_bytes,
+    )
+    return GraphSettings(
+        transform=settings.transform,
+        batch_size=settings.batch_size,
+        device=settings.device,
+        device_id=torch.cuda.current_device() if on_gpu else None,
+        num_threads=num_threads,
+        prefetch_queue_depth=dali.prefetch_queue_depth,
+        dtype=settings.dtype,
+        layout=settings.layout,
+        hw_decoder_load=dali.hw_decoder_load,
+        fancy_upsampling=decoding != ("window", "gpu") or has_fancy_windows(nvjpeg_version()),
+        **decoding._asdict(),
+        **preallocated._asdict(),
+    )
+
+
+def log_decoding(store: Store, dali: DaliSettings, graph: GraphSettings) -> None:
+    """Say once how images are decoded; a warning if ``"auto"`` chose otherwise than usual."""
+    what = "whole images are" if graph.decode == "image" else "crop windows are"
+    where = "GPU" if graph.decode_device == "gpu" else "CPU"
+    too_large = dali.decode == "auto" and dali.decode_device != "cpu" and graph.decode == "window"
+    _log.log(
+        logging.WARNING if too_large else logging.INFO,
+        "%s: %s decoded on the %s%s%s",
+        store.path,
+        what,
+        where,
+        "; a batch's whole images would take too much of the GPU's memory" if too_large else "",
+        "" if graph.fancy_upsampling else "; chroma is upsampled simply, since nvJPEG is older than 13.2",
+    )
