@@ -48,30 +48,32 @@ _option = option_of(ConvertSettings)
 @click.option(
     "--val-labels",
     metavar="FILE",
-    help="Labels of a flat folder or tar: a line for each image in order, or lines of path and label.",
+    help="Labels of a flat folder or tar: one per line in the order of the images, or lines of path and label.",
 )
 @click.option("--follow-links", is_flag=True, help="Follow symbolic links that lead out of an image folder.")
 @click.option(
     "--classes",
     multiple=True,
     metavar="NAME,NAME…",
-    help="Keep only these classes, with SOURCE a store. Labels are renumbered. May be repeated: a NAME that has a "
-    "comma stands alone.",
+    help="If SOURCE is a store, keep only these classes. Labels are renumbered. May be repeated; a NAME that "
+    "contains a comma needs a --classes of its own.",
 )
-@click.option("--classes-file", metavar="FILE", help="Keep only the classes in FILE too, one name a line.")
+@click.option("--classes-file", metavar="FILE", help="Also keep the classes in FILE, one name per line.")
 @click.option(
     "--per-class",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Keep the first N records of each class, with SOURCE a store.",
+    help="If SOURCE is a store, keep only the first N records of each class.",
 )
 @_option(
     "--check",
-    help="Parse each image's header; or decode it too, and reject what libjpeg only warns about; or nothing.",
+    help="header: parse each image's header; decode: also decode it, and reject what libjpeg only warns about; "
+    "none: store images unseen.",
 )
 @_option(
     "--on-bad",
-    help="Publish nothing if there are bad images, or publish without them. Either way STORE.bad.tsv lists them.",
+    help="fail: publish nothing if there are bad images; skip: publish without them. Either way STORE.bad.tsv "
+    "lists them.",
 )
 @_option("--max-pixels", type=click.IntRange(min=1), help="Reject larger images.")
 @_option("--transcode", is_flag=True, help="Re-encode what the GPU cannot decode, and CMYK, as baseline RGB JPEG.")
@@ -79,7 +81,7 @@ _option = option_of(ConvertSettings)
     "--resize",
     type=click.IntRange(min=1),
     metavar="SHORT_SIDE",
-    help="Shrink images whose shorter side is longer, in pixels.",
+    help="Shrink images whose shorter side exceeds this many pixels.",
 )
 @_option("--quality", type=click.IntRange(1, 100), help="JPEG quality of what is re-encoded.")
 @click.option(
@@ -129,11 +131,12 @@ def main(
         resize=resize,
         quality=quality,
     )
-    own = ranks_from_environment() or RankEnvironment()
-    together = torchrun_ranks(own, say=print_progress) if own.world_size > 1 else nullcontext(Ranks())
-    with together as ranks, ProgressBar(quiet=as_json) as bar:
+    environment = ranks_from_environment() or RankEnvironment()
+    several = environment.world_size > 1
+    joining = torchrun_ranks(environment, say=print_progress) if several else nullcontext(Ranks())
+    with joining as ranks, ProgressBar(quiet=as_json) as bar:
         try:
-            images = open_source(
+            opened = open_source(
                 source,
                 kind=kind,
                 val_labels=val_labels,
@@ -141,18 +144,19 @@ def main(
                 classes=_class_names(classes, classes_file),
                 per_class=per_class,
             )
-            if kind is None and images.kind == "imagenet-tar" and ranks.rank == 0:  # its classes are only names
-                line = f"{source}: a tar for each class; classes: {listed(images.classes)}"
+            if kind is None and opened.kind == "imagenet-tar" and ranks.rank == 0:
+                # Classes are guessed from the tars' names alone, so show them.
+                line = f"{source}: a tar for each class; classes: {listed(opened.classes)}"
                 click.echo(one_line(line), err=True)
             summary = convert(
-                images,
+                opened,
                 store,
                 settings=settings,
                 shards=shards,
                 ranks=ranks,
                 restart=restart,
                 num_threads=threads,
-                progress=_shown_by(bar),
+                progress=_progress_callback(bar),
             )
         except DaliLmdbError as error:
             if ranks.rank != 0 and not isinstance(error, RankLostError):  # rank 0 speaks for all
@@ -165,7 +169,7 @@ def main(
 
 
 def _class_names(names: tuple[str, ...], file: str | None) -> list[str] | None:
-    """All class names that were given; None if there are none."""
+    """Class names from ``--classes`` and ``--classes-file``; None if neither was given."""
     if file is None:
         return list(names) or None
     return [*names, *lines_of(Path(file), what="class names")]
@@ -179,7 +183,7 @@ def _sentence(summary: Summary) -> str:
     )
     text += f"\nnvJPEG decodes {summary.gpu:,} on the GPU, {summary.cpu:,} fall back to the CPU"
     if summary.none:
-        text += f", {summary.none:,} nothing known decodes"
+        text += f", {summary.none:,} have no known decoder"
     if summary.transcoded or summary.resized:
         text += f"\n{summary.transcoded:,} re-encoded for the GPU, {summary.resized:,} resized"
     not_stored = [(summary.skipped, "bad images"), (summary.left_out, "other files")]
@@ -189,7 +193,7 @@ def _sentence(summary: Summary) -> str:
     return text
 
 
-def _shown_by(bar: ProgressBar) -> Callable[[ConvertProgress], None]:
+def _progress_callback(bar: ProgressBar) -> Callable[[ConvertProgress], None]:
     def show(progress: ConvertProgress) -> None:
         phase = f"{progress.phase} {os.path.basename(progress.store)}"
         bar.show(phase, progress.done, progress.total, progress.num_bytes)
