@@ -221,7 +221,7 @@ def test_stores_named_like_shards_of_no_set_are_stores(tmp_path, sources):
 
 @pytest.mark.parametrize("ending", [".partial", ".partial-journal", ".bad.tsv", ".dali-index"])
 def test_a_name_for_files_beside_a_store_is_refused_and_the_file_is_kept(tmp_path, sources, ending):
-    with pytest.raises(ConversionError, match="are for files beside a store; choose another"):
+    with pytest.raises(ConversionError, match="are reserved for files beside a store; choose another"):
         convert(sources[0], tmp_path / f"train.lmdb{ending}")
     assert list(tmp_path.iterdir()) == []
 

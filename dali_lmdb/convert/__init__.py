@@ -1,4 +1,4 @@
-"""Making stores: sources of images, their audit, safe writing."""
+"""Convert a source of images to a store: read, validate, write, verify, publish."""
 
 from dali_lmdb.convert._converter import convert
 from dali_lmdb.convert.settings import ConvertProgress, ConvertSettings, Summary

@@ -1,6 +1,6 @@
-"""Convert a source to a store of one or several files, published when all of it is done.
+"""Convert a source to a store of one or several files, published only once all of them are complete.
 
-Killed at any instant, the same call resumes after the last commit; ``_files.py`` lists the files involved.
+If the process is killed at any instant, the same call resumes from the last commit; ``_files.py`` lists the files.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ __all__ = ["convert"]
 T = TypeVar("T")
 
 # Open files besides the journals and each thread's file of the source: the partial file (3), archives, temporary
-# files for long lists, modules that are imported late.
+# files for long lists, the files of modules while they are imported.
 _OTHER_DESCRIPTORS = 16
-_ANY_FAILURE = "cannot be read or written"
+_CANNOT_ACCESS = "cannot be read or written"
 
 
 def convert(
@@ -58,7 +58,7 @@ def convert(
     """Convert a source of images to a store, or resume an interrupted conversion of the same source.
 
     Args:
-        source: what ``open_source`` takes, or a ``Source``.
+        source: a path that ``open_source`` accepts, or a ``Source``.
         target: the store to make; must not exist.
         settings: how images are validated and changed; by default ``ConvertSettings()``.
         shards: number of files to write, ``NAME-00000-of-00004.lmdb`` and so on, each with consecutive records;
@@ -66,7 +66,7 @@ def convert(
         ranks: processes that share the shards; by default this process alone.
         restart: discard an interrupted conversion instead of resuming it.
         num_threads: threads that read and validate images; by default the cores this process may use, at least 2.
-        commit_records: most images that are journalled, then written, at a time; fewer if they take 16 MB.
+        commit_records: maximum number of images per commit; a commit also ends at 16 MB of images.
         progress: called after every commit and while verifying.
 
     Raises:
@@ -82,13 +82,13 @@ def convert(
         raise ValueError(f"shards is {shards}, expected 1 to {MAX_SHARDS}")
     if shards is None and ranks.world_size > 1:
         raise ValueError(
-            f"{ranks.world_size} ranks share shards, but shards is not given; give one a rank or more"
+            f"{ranks.world_size} ranks share shards, but shards is not given; give at least one per rank"
         )
     source = source if isinstance(source, Source) else open_source(source)
     if not target.name:
         raise ConversionError(f"{os.fspath(target)!r}: expected the name of the file to make, such as train.lmdb")
     paths = [target] if shards is None else [shard_path(target, index, shards) for index in range(shards)]
-    task = _Task(
+    task = _Conversion(
         source=source,
         target=target,
         settings=settings,
@@ -100,7 +100,7 @@ def convert(
         commit_records=commit_records,
         progress=progress,
     )
-    with os_errors(target, _ANY_FAILURE, ConversionError):
+    with os_errors(target, _CANNOT_ACCESS, ConversionError):
         check_target(target, task.all_files)
         with contextlib.ExitStack() as journals:
             jobs: list[Job] = []
@@ -115,25 +115,25 @@ def convert(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Task(Task):
-    """The arguments of ``convert``, as its phases need them."""
+class _Conversion(Task):
+    """A ``Task`` with what its phases need beyond one file: the target, the ranks and the files of all shards."""
 
     target: Path
     ranks: Ranks
     all_files: list[Files]
-    """Files of each shard; without shards, of the target alone."""
+    """One per shard; without shards, only the target's."""
     is_set: bool
 
     @property
     def mine(self) -> range:
-        """Indices of the files that this rank writes: consecutive, so that it goes through the source once."""
+        """Indices of the files that this rank writes: consecutive, so that one pass over the source is enough."""
         count, ranks = len(self.all_files), self.ranks
         return range(count * ranks.rank // ranks.world_size, count * (ranks.rank + 1) // ranks.world_size)
 
     def on_all_ranks(self, work: Callable[[], T]) -> list[T]:
         """Do ``work`` on every rank and return all results; if it fails on one rank, it fails on all."""
         try:
-            with os_errors(self.target, _ANY_FAILURE, ConversionError):
+            with os_errors(self.target, _CANNOT_ACCESS, ConversionError):
                 result = work()
         except DaliLmdbError as error:
             self.ranks.agree(error, None)
@@ -141,16 +141,16 @@ class _Task(Task):
         return self.ranks.agree(None, result)
 
 
-# Phase 1: hold every target, then write all records.
+# Phase 1: lock every target, then write all records.
 
 
-def _jobs(task: _Task, journals: contextlib.ExitStack) -> list[Job]:
-    """One job for each of this rank's files; their journals keep other converters off until all is published."""
+def _jobs(task: _Conversion, journals: contextlib.ExitStack) -> list[Job]:
+    """One job for each of this rank's files; their journals lock out other converters until all is published."""
     shares = _shares(task)
-    # An interrupted conversion may have published everything and removed some of its journals.
-    only_journals = all(files.target.exists() and not files.partial.exists() for files in task.all_files) and any(
-        files.journal.exists() for files in task.all_files
-    )
+    # Interrupted after publishing: all targets exist, and only some journals are left to remove.
+    only_journals_left = all(
+        files.target.exists() and not files.partial.exists() for files in task.all_files
+    ) and any(files.journal.exists() for files in task.all_files)
     num_files = len(task.mine)
     lack = ensure_descriptors(num_files + task.num_threads + _OTHER_DESCRIPTORS)
     if lack is not None:
@@ -163,12 +163,12 @@ def _jobs(task: _Task, journals: contextlib.ExitStack) -> list[Job]:
         jobs.append(Job(task, shares[index], files, journal))
     for job in jobs:
         if job.files.target.exists():
-            _check_published(job, only_journals=only_journals)
+            _check_published(job, only_journals_left=only_journals_left)
     return jobs
 
 
-def _shares(task: _Task) -> list[Share]:
-    """Split the source's items into runs whose lengths differ by one at most, one for each file."""
+def _shares(task: _Conversion) -> list[Share]:
+    """Split the source's items into one run for each file; the lengths differ by at most one."""
     total, count = task.source.count(), len(task.all_files)
     if total == 0:
         raise ConversionError(f"{task.target}: nothing to convert: the source has no images")
@@ -185,9 +185,9 @@ def _shares(task: _Task) -> list[Share]:
     ]
 
 
-def _check_published(job: Job, *, only_journals: bool) -> None:
-    """Refuse a target that exists, unless this very conversion was killed while it published."""
-    is_ours = job.journal.header == job.header() or (only_journals and job.journal.header is None)
+def _check_published(job: Job, *, only_journals_left: bool) -> None:
+    """Refuse a target that exists, unless an interrupted run of this same conversion published it."""
+    is_ours = job.journal.header == job.header() or (only_journals_left and job.journal.header is None)
     if job.files.partial.exists() or not is_ours:
         raise ConversionError(f"{job.files.target}: already exists; choose another name")
     if job.task.restart:
@@ -196,8 +196,8 @@ def _check_published(job: Job, *, only_journals: bool) -> None:
         )
 
 
-def _write(task: _Task, jobs: Sequence[Job]) -> list[Written]:
-    """Write the records of this rank's files: every image is validated before bad ones are refused."""
+def _write(task: _Conversion, jobs: Sequence[Job]) -> list[Written]:
+    """Write the records of this rank's files: bad images are only reported here, ``_check_bad`` refuses them."""
     if not jobs:
         return []
     items = islice(task.source.items(), jobs[0].share.first, None)
@@ -210,8 +210,8 @@ def _write(task: _Task, jobs: Sequence[Job]) -> list[Written]:
     return written
 
 
-def _check_bad(task: _Task, written: Sequence[Written]) -> None:
-    """Refuse to publish bad images, or nothing at all; the same on every rank."""
+def _check_bad(task: _Conversion, written: Sequence[Written]) -> None:
+    """Stop on every rank if bad images must not be skipped, or if no image is good."""
     bad, records = sum(file.num_bad for file in written), sum(file.num_records for file in written)
     reports = ", ".join(file.report for file in written if file.report)
     if bad and task.settings.on_bad == "fail":
@@ -226,23 +226,23 @@ def _check_bad(task: _Task, written: Sequence[Written]) -> None:
 # Phase 2: verify and index each file.
 
 
-def _finish(task: _Task, jobs: Sequence[Job], written: Sequence[Written]) -> None:
-    """Complete this rank's partial files; shards of one conversion share a set name."""
-    parts = [
+def _finish(task: _Conversion, jobs: Sequence[Job], written: Sequence[Written]) -> None:
+    """Complete this rank's partial files; the shards of one conversion share an identifier."""
+    identity = [
         task.source.kind,
         task.source.identity(),
         task.settings.identity(),
         [file.fingerprint for file in written],
     ]
-    set_name = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+    set_id = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
     for job in jobs:
-        job.finish(set_name)
+        job.finish(set_id)
 
 
 # Phase 3: publish all files at once.
 
 
-def _publish(task: _Task) -> None:
+def _publish(task: _Conversion) -> None:
     if task.ranks.rank != 0:
         return
     check_name(task.target, task.all_files)  # another conversion may have published meanwhile
@@ -253,7 +253,7 @@ def _publish(task: _Task) -> None:
         sync_folder(task.target.parent)
 
 
-def _summarise(task: _Task, seconds: float) -> Summary:
+def _summarise(task: _Conversion, seconds: float) -> Summary:
     num_records = num_bytes = skipped = left_out = gpu = cpu = none = transcoded = resized = 0
     for files in task.all_files:
         store = FileStore(files.target)

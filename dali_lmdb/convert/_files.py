@@ -1,10 +1,10 @@
-"""The files of a conversion: their paths, and whether they may be made.
+"""The files of a conversion: their paths, and whether they may be created.
 
 For a target ``NAME.lmdb``, all beside it, so that publishing is one rename:
 
 * ``NAME.lmdb.partial``: the LMDB file while it grows;
 * ``NAME.lmdb.partial-journal``: what is done so far, see ``_journal.py``;
-* ``NAME.lmdb.bad.tsv``: refused images and files that were left out, with reasons.
+* ``NAME.lmdb.bad.tsv``: bad images and ignored files, with reasons.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class Files:
 
 
 def check_target(target: Path, all_files: Sequence[Files]) -> None:
-    """Refuse a target that cannot be written, or whose name would then open something else."""
+    """Refuse a target that cannot be written, or whose name could not be opened unambiguously afterwards."""
     folder = target.parent
     if target.is_dir():
         raise ConversionError(f"{target}: a folder, expected the name of the file to make, such as train.lmdb")
     if target.is_symlink() and not target.exists():
-        raise ConversionError(f"{target}: a link to nothing, which would be replaced; name {os.readlink(target)}")
+        raise ConversionError(f"{target}: a dangling link, which would be replaced; give {os.readlink(target)}")
     if not folder.is_dir():
         raise ConversionError(f"{target}: its folder {folder} does not exist; make it first")
     if not os.access(folder, os.W_OK | os.X_OK):
@@ -48,23 +48,25 @@ def check_target(target: Path, all_files: Sequence[Files]) -> None:
     longest = max(len(os.fsencode(files.journal.name)) for files in all_files)
     if longest > _MAX_NAME_BYTES:
         raise ConversionError(
-            f"{target}: its name is too long by {longest - _MAX_NAME_BYTES} bytes, with what is added to it "
-            "during the conversion; choose a shorter one"
+            f"{target}: its name, with the suffix added during the conversion, is too long by "
+            f"{longest - _MAX_NAME_BYTES} bytes; choose a shorter one"
         )
     check_name(target, all_files)
 
 
 def check_name(target: Path, all_files: Sequence[Files]) -> None:
-    """Refuse a name under which something else already opens, or that is kept for files beside a store."""
+    """Refuse a name under which something else already opens, or that is reserved for files beside a store."""
     ending = next((ending for ending in RESERVED_SUFFIXES if target.name.endswith(ending)), None)
     if ending is not None:
-        raise ConversionError(f"{target}: names that end in {ending} are for files beside a store; choose another")
-    mine = {files.target for files in all_files}
-    there = [file for file in set_files(target) if file not in mine]
-    if target not in mine:
-        there += [target] if os.path.lexists(target) else []
-    elif (shard := shard_name(target)) is not None:  # a single store, which the name of its set would open too
-        there += [f for f in set_files(target.with_name(shard.set_name)) if not f.match(shard.pattern())]
-    if there:
-        found = "exists, and its shards" if there[0] == target else f"{there[0].name} exists and"
+        raise ConversionError(
+            f"{target}: names that end in {ending} are reserved for files beside a store; choose another"
+        )
+    own = {files.target for files in all_files}
+    existing = [file for file in set_files(target) if file not in own]
+    if target not in own:
+        existing += [target] if os.path.lexists(target) else []
+    elif (shard := shard_name(target)) is not None:  # one file named like a shard: that set's name opens it too
+        existing += [f for f in set_files(target.with_name(shard.set_name)) if not f.match(shard.pattern())]
+    if existing:
+        found = "exists, and its shards" if existing[0] == target else f"{existing[0].name} exists and"
         raise ConversionError(f"{target}: {found} would open under the same name; choose another name")

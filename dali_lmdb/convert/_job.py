@@ -28,8 +28,8 @@ from dali_lmdb.store.writer import StoreWriter
 
 __all__ = ["Job", "Share", "Task", "Written"]
 
-_COMMIT_BYTES = 16 << 20  # of images that are journalled, then written, at a time
-_VERIFY_RECORDS = 256  # read back by one thread at a time
+_COMMIT_BYTES = 16 << 20  # of images per commit; the last image may exceed it
+_VERIFY_RECORDS = 256  # that a thread reads back per task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +53,11 @@ class Share(NamedTuple):
     is_last: bool
     """Whether the source ends with it."""
     shard: dict[str, Any] | None
-    """What ``Meta.shard`` says, except for the set; None for a store of one file."""
+    """``Meta.shard`` without its ``set``; None for a store of one file."""
 
 
 class Written(NamedTuple):
-    """What is in a file whose records are all written."""
+    """Describes a file once all its records are written."""
 
     num_records: int
     num_bad: int
@@ -70,7 +70,7 @@ class Written(NamedTuple):
 
 @dataclass
 class Job:
-    """Makes one file complete under its partial name."""
+    """Writes one file of the store and completes it, still under its partial name."""
 
     task: Task
     share: Share
@@ -79,54 +79,54 @@ class Job:
     """Open on ``files.journal``."""
 
     def __post_init__(self) -> None:
-        self._num_rows = self._num_bad = 0  # totals of the journal, so that it need not be read again for them
+        self._num_rows = self._num_bad = 0  # totals over the journal, which is not read again for them
         self._fingerprint = Fingerprint()
         self._num_bytes = self._num_left_out = 0
 
     def write(self, items: Iterator[Item]) -> Written:
-        """Resume, or begin, until every image of the share is written or reported.
+        """Write the images of the share, resuming if some are written; bad ones are only reported.
 
         Args:
-            items: the source's, from the share's first on; exactly the share's are taken.
+            items: the source's items from the first one of the share on; only those of the share are consumed.
 
         Raises:
             SourceError, ConversionError: see ``_converter.convert``.
         """
-        self._claim()
-        items = self._of_share(items)
+        self._start_or_resume()
+        items = self._take_share(items)
         with StoreWriter(self.files.partial) as self.writer:
             if not self.writer.finished:
                 self.journal.cut_to(self.writer.num_records)
             self._replay_journal(items)
             if self.writer.finished:
-                deque(items, maxlen=0)
+                deque(items, maxlen=0)  # skip to the next file's share
             else:
                 self._write(items)
                 self.writer.sync()
-        self._report()
+        self._write_report()
         return self._written(self._num_rows - self._num_bad, self._fingerprint.hexdigest())
 
     def skip(self, items: Iterator[Item]) -> Written:
-        """Leave a file alone that was published already, if the source is still what it was made from.
+        """Skip a file that is already published; refuse a source that has changed since.
 
         Args, Raises: as ``write``.
         """
-        items = self._of_share(items)
+        items = self._take_share(items)
         self._replay_journal(items)
         deque(items, maxlen=0)
         store = FileStore(self.files.target)
         return self._written(len(store), store.fingerprint)
 
-    def finish(self, set_name: str) -> None:
-        """Make the partial file, with all records in it, a complete store: verify it and add the index.
+    def finish(self, set_id: str) -> None:
+        """Turn the partial file, which has all its records, into a complete store: verify it and add the index.
 
         Args:
-            set_name: what a shard says of the set that it belongs to.
+            set_id: identifies the set that a shard belongs to.
 
         Raises:
-            ConversionError: it reads back wrong, or the disk refuses; or it was finished as part of another set.
+            ConversionError: it reads back wrong, cannot be written, or was finished as part of another set.
         """
-        shard = None if self.share.shard is None else {**self.share.shard, "set": set_name}
+        shard = None if self.share.shard is None else {**self.share.shard, "set": set_id}
         if not self.files.target.exists():
             with StoreWriter(self.files.partial) as self.writer:
                 if not self.writer.finished:
@@ -149,7 +149,8 @@ class Job:
             "shard": self.share.shard,
         }
 
-    def _claim(self) -> None:
+    def _start_or_resume(self) -> None:
+        """Start the journal, or refuse to resume a different conversion."""
         now = self.header()
         before = self.journal.header
         if self.task.restart or before is None:
@@ -161,12 +162,12 @@ class Job:
         for name in now:
             if before.get(name) != now[name]:
                 raise ConversionError(
-                    f"{self.files.target}: an interrupted conversion is there with {name} {before.get(name)}, "
-                    f"now {now[name]}; give the same again, or --restart to start over"
+                    f"{self.files.target}: an interrupted conversion has {name} {before.get(name)}, this one has "
+                    f"{now[name]}; repeat the same command, or use --restart to start over"
                 )
 
-    def _of_share(self, items: Iterator[Item]) -> Iterator[Item]:
-        """The share's items; refuses a source that has fewer than were counted."""
+    def _take_share(self, items: Iterator[Item]) -> Iterator[Item]:
+        """Yield the items of the share; refuse a source that has fewer than were counted."""
         count = 0
         for count, item in enumerate(islice(items, self.share.num_items), start=1):  # noqa: B007  used below
             yield item
@@ -177,7 +178,7 @@ class Job:
             )
 
     def _replay_journal(self, items: Iterator[Item]) -> None:
-        """Compare the images that are already written with the source, without reading them; and tally them."""
+        """Check that the images in the journal are unchanged in the source, by name and stamp; count them."""
         with ThreadPoolExecutor(self.task.num_threads) as pool:
             for batch in self.journal.rows():
                 self._add_to_totals(batch)
@@ -233,8 +234,8 @@ class Job:
         self._num_rows += batch.num_rows
         self._num_bad += batch.num_rows - stored.num_rows
 
-    def _report(self) -> None:
-        """Write ``name TAB reason`` of what is not in the store; no file if there is nothing."""
+    def _write_report(self) -> None:
+        """List what is not in the store, as lines of ``name TAB reason``; no file if the list is empty."""
         path, rows = self.files.report, self._not_stored()
         first = next(rows, None)
         with os_errors(path, "cannot be written", ConversionError, then=RESUME):
@@ -260,7 +261,7 @@ class Job:
 
     def _finish(self, shard: dict[str, Any] | None) -> None:
         pieces = self.writer.pieces()
-        tables = _recut(map(_stored, self.journal.rows()), list(map(len, pieces)))
+        tables = _regroup(map(_stored, self.journal.rows()), list(map(len, pieces)))
         for piece, table in zip(pieces, tables, strict=True):
             columns = {name: table.column(name).to_numpy() for name in INDEX_ROW_COLUMNS}
             columns["file_offset"], lengths = self.writer.record_extents(piece.start, piece.stop)
@@ -301,15 +302,15 @@ class Job:
 
 
 def _stored(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """The rows of images that are stored, mostly all."""
+    """The rows of stored images, usually all of them."""
     reason = batch.column("reason")
     if reason.null_count == batch.num_rows:  # filtering imports pyarrow.compute: 0.1 s of a short conversion
         return batch
     return batch.filter(reason.is_null())
 
 
-def _recut(batches: Iterator[pa.RecordBatch], lengths: Sequence[int]) -> Iterator[pa.Table]:
-    """Consecutive rows as tables of these lengths, however long the batches are that they come in."""
+def _regroup(batches: Iterator[pa.RecordBatch], lengths: Sequence[int]) -> Iterator[pa.Table]:
+    """Regroup the rows of batches into tables of the given lengths, in order."""
     waiting = ROW_SCHEMA.empty_table()
     for length in lengths:
         while waiting.num_rows < length:

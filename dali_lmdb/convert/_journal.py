@@ -1,12 +1,12 @@
-"""The journal of a conversion: one row for each image that was read, stored or refused.
+"""The journal of a conversion: one row for each image that was read, whether stored or refused.
 
 The store's index is built from it at the end, and an interrupted conversion resumes from it. Rows are written
 before the records they describe, so the journal may be ahead of the partial file, never behind; on resuming it is
-truncated to the records that are there.
+truncated to the records in that file.
 
 File: frames of ``length u32 | crc32 u32 | payload``. The first payload is JSON: what is converted and how. The
 others are Arrow IPC streams of ``ROW_SCHEMA``, one for each commit, or JSON ``{"rows": n}``: only the first n rows
-of the stream before it count. Thus the rows of written records are never removed, not even while truncating.
+of the stream before it count. Truncating thus never removes the row of a written record, not even for an instant.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ RESUME = "then run the same command again to resume"
 
 
 class Journal:
-    """The open and locked journal of one conversion; the lock keeps other converters off the same target.
+    """The open and locked journal of one conversion; the lock keeps other converters away from its target.
 
     Args:
         path: the file; created if absent.
@@ -79,8 +79,8 @@ class Journal:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        is_there = os.path.lexists(path)
-        what = "of an interrupted conversion, cannot be continued" if is_there else "cannot be made"
+        exists = os.path.lexists(path)
+        what = "left by an interrupted conversion, cannot be continued" if exists else "cannot be created"
         with os_errors(path, what, ConversionError):
             # Unbuffered, so that closing it writes nothing.
             self._file = open(path, "a+b", buffering=0)  # noqa: SIM115  closed by close()
@@ -104,7 +104,7 @@ class Journal:
         """Append rows; they survive the death of this process.
 
         Raises:
-            ConversionError: the disk refuses.
+            ConversionError: the file cannot be written.
         """
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, ROW_SCHEMA) as stream:
@@ -140,7 +140,8 @@ class Journal:
             kept_rows, kept_records, kept_end = kept_rows + batch.num_rows, kept_records + good, end
         if kept_records != num_records:
             raise ConversionError(
-                f"{self.path}: describes {kept_records} of the {num_records} records beside it; use --restart"
+                f"{self.path}: describes {kept_records} of the {num_records} records in the partial file; use "
+                "--restart"
             )
         self._cut(kept_end)
         if part_rows:
@@ -148,7 +149,7 @@ class Journal:
         return kept_rows
 
     def close(self) -> None:
-        """Release the lock; of a conversion that has not begun, remove the file."""
+        """Release the lock; remove the file if the conversion never started."""
         if self.header is None:
             self.path.unlink(missing_ok=True)
         self._file.close()
@@ -163,10 +164,10 @@ class Journal:
                 ) from None
 
     def _batches(self) -> Iterator[tuple[pa.RecordBatch, int]]:
-        """Yield (rows, end of their frames) of each commit."""
+        """Yield the rows of each commit and the position after its frames."""
         last: tuple[pa.RecordBatch, int] | None = None
         for payload, end in islice(self._frames(), 1, None):
-            if last is not None and payload.startswith(b"{"):
+            if last is not None and payload.startswith(b"{"):  # {"rows": n} shortens the batch before it
                 last = last[0].slice(0, json.loads(payload)["rows"]), end
                 continue
             if last is not None:
@@ -212,7 +213,7 @@ def batch_of(rows: Sequence[Row]) -> pa.RecordBatch:
 
 
 def _rows_of_records(batch: pa.RecordBatch, count: int) -> int:
-    """Number of rows up to and including the one of the batch's ``count``-th record."""
+    """Number of leading rows of a batch that hold its first ``count`` records."""
     if count == 0:
         return 0
     places = np.flatnonzero(batch.column("reason").is_null().to_numpy(zero_copy_only=False))

@@ -38,60 +38,61 @@ class ReadImage(NamedTuple):
 def read_images(
     items: Iterable[Item], settings: ConvertSettings, *, num_threads: int, in_order: bool
 ) -> Iterator[ReadImage]:
-    """Yield images in order, read and validated by threads that are a bounded number of images ahead.
+    """Yield images in order; threads read and validate a bounded number of them ahead.
 
     Args:
         in_order: read in the calling thread, and only validate in the others.
     """
     items = map(_read_now, items) if in_order else iter(items)
-    most_blocks = num_threads + _SPARE_BLOCKS
-    most_items = max(1, min(_BLOCK_ITEMS, _AHEAD_ITEMS // most_blocks))
-    most_bytes = min(_BLOCK_BYTES, _AHEAD_BYTES // most_blocks)
+    max_blocks = num_threads + _SPARE_BLOCKS
+    max_items = max(1, min(_BLOCK_ITEMS, _AHEAD_ITEMS // max_blocks))
+    max_bytes = min(_BLOCK_BYTES, _AHEAD_BYTES // max_blocks)
     queue: deque[tuple[Future[list[ReadImage]], list[Item]]] = deque()
     mean_bytes = 1 << 20  # of an image; a guess at first, then a running mean
     with ThreadPoolExecutor(num_threads) as pool:
 
         def start(block: list[Item]) -> tuple[Future[list[ReadImage]], list[Item]]:
-            return pool.submit(_read_block, block, settings, most_bytes), block
+            return pool.submit(_read_block, block, settings, max_bytes), block
 
         try:
             while True:
-                length = max(1, min(most_items, most_bytes // mean_bytes))
-                while len(queue) < most_blocks and (block := list(islice(items, length))):
+                length = max(1, min(max_items, max_bytes // mean_bytes))
+                while len(queue) < max_blocks and (block := list(islice(items, length))):
                     queue.append(start(block))
                 if not queue:
                     return
                 future, block = queue.popleft()
                 done = future.result()
-                if len(done) < len(block):
+                if len(done) < len(block):  # the task reached its byte limit
                     queue.appendleft(start(block[len(done) :]))
-                for looked in done:
-                    mean_bytes = max(1, (15 * mean_bytes + len(looked.data)) // 16)
-                    yield looked
+                for image in done:
+                    mean_bytes = max(1, (15 * mean_bytes + len(image.data)) // 16)
+                    yield image
         finally:
             for future, _ in queue:
                 future.cancel()
 
 
 def _read_now(item: Item) -> Item:
+    """Read an item in this thread; calling the result's ``read`` returns those bytes."""
     data = item.read()
     return item._replace(read=lambda: data)
 
 
-def _read_block(items: list[Item], settings: ConvertSettings, most_bytes: int) -> list[ReadImage]:
-    """Read images until they have ``most_bytes``; runs in a thread."""
+def _read_block(items: list[Item], settings: ConvertSettings, max_bytes: int) -> list[ReadImage]:
+    """Read images until they total ``max_bytes``; runs in a thread."""
     done: list[ReadImage] = []
     num_bytes = 0
     for item in items:
         done.append(_read_image(item, settings))
         num_bytes += len(done[-1].data)
-        if num_bytes >= most_bytes:
+        if num_bytes >= max_bytes:
             break
     return done
 
 
 def _read_image(item: Item, settings: ConvertSettings) -> ReadImage:
-    """Read, validate and perhaps re-encode one image; runs in a thread."""
+    """Read and validate one image, and re-encode it if the settings say so; runs in a thread."""
     data = item.read()
     stamp = item.stamp()
     header, change, reason = Header(Kind.UNKNOWN, 0, 0), Change.NONE, None

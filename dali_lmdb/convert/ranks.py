@@ -15,8 +15,8 @@ __all__ = ["RankLostError", "Ranks", "torchrun_ranks"]
 
 T = TypeVar("T")
 
-_CONNECTING = timedelta(minutes=1)  # after all ranks have joined
-_AGREEING = timedelta(days=365)  # one rank may finish hours before another
+_CONNECT_TIMEOUT = timedelta(minutes=1)  # after all ranks have joined
+_AGREE_TIMEOUT = timedelta(days=365)  # one rank may finish hours before another
 _POLL_S = 0.1
 
 
@@ -25,7 +25,7 @@ class RankLostError(ConversionError):
 
 
 class Ranks:
-    """The processes that share a conversion; this class is for a single one.
+    """The processes that share a conversion; this base class is the case of a single process.
 
     Attributes:
         rank, world_size: as in torch.distributed.
@@ -57,14 +57,14 @@ class _DistributedRanks(Ranks):
 
         self._distributed = torch.distributed
         self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        group = torch.distributed.new_group(timeout=_AGREEING)
+        group = torch.distributed.new_group(timeout=_AGREE_TIMEOUT)
         assert isinstance(group, torch.distributed.ProcessGroup)  # this rank is in it
         self._group = group
 
     def agree(self, failure: BaseException | None, value: T) -> list[T]:
         found: list[tuple[str | None, T]] = [(None, value)] * self.world_size
         own = (None if failure is None else str(failure), value)
-        with _others_needed(f"rank {self.rank}: {'' if failure is None else f'{failure}; '}"):
+        with _rank_lost_errors(f"rank {self.rank}: {'' if failure is None else f'{failure}; '}"):
             self._wait()
             self._distributed.all_gather_object(found, own, group=self._group)
         failed = [
@@ -86,10 +86,11 @@ class _DistributedRanks(Ranks):
 
 
 @contextmanager
-def _others_needed(prefix: str) -> Iterator[None]:
+def _rank_lost_errors(prefix: str) -> Iterator[None]:
+    """Convert gloo's error about a lost process to ``RankLostError``."""
     try:
         yield
-    except RuntimeError as error:  # gloo's
+    except RuntimeError as error:
         raise RankLostError(f"{prefix}another rank has ended; run the same command again to resume") from error
 
 
@@ -98,20 +99,21 @@ def torchrun_ranks(own: RankEnvironment, *, say: Callable[[str], None]) -> Itera
     """The ranks that torchrun started, connected through gloo.
 
     Args:
-        own: this one.
+        own: this process's rank.
         say: see ``torchrun.join``.
 
     Raises:
-        ValueError, DaliLmdbError: as ``torchrun.join``; RankLostError if one ends meanwhile.
+        ValueError, DaliLmdbError: as ``torchrun.join``.
+        RankLostError: a rank ended before all were connected.
     """
     # Imported here: a conversion by one process needs no torch.
     import torch.distributed
 
     store = join(own, say=say)
     try:
-        with _others_needed(f"rank {own.rank}: "):
+        with _rank_lost_errors(f"rank {own.rank}: "):
             torch.distributed.init_process_group(
-                "gloo", store=store, rank=own.rank, world_size=own.world_size, timeout=_CONNECTING
+                "gloo", store=store, rank=own.rank, world_size=own.world_size, timeout=_CONNECT_TIMEOUT
             )
             ranks = _DistributedRanks()
         yield ranks

@@ -28,11 +28,11 @@ class ConvertSettings:
     on_bad: OnBadImage = "fail"
     """``"fail"``: validate everything, report, publish nothing; ``"skip"``: publish without bad images."""
     max_pixels: int = MAX_PIXELS
-    """Reject larger images."""
+    """Reject images with more pixels."""
     transcode: bool = False
     """Re-encode what the GPU cannot decode, and CMYK, as baseline RGB JPEG."""
     resize: int | None = None
-    """Shrink images whose shorter side is longer, in pixels; None leaves all as they are."""
+    """Shrink images whose shorter side exceeds this many pixels; None leaves all as they are."""
     quality: int = QUALITY
     """JPEG quality of what is re-encoded, 1 to 100."""
 
@@ -40,7 +40,7 @@ class ConvertSettings:
         if self.check not in ("header", "decode", "none"):
             raise ValueError(f"check is {self.check!r}, expected 'header', 'decode' or 'none'")
         if self.check == "none" and (self.transcode or self.resize):
-            raise ValueError("check 'none' does not look at images, so transcode and resize need another check")
+            raise ValueError("check 'none' does not inspect images, so transcode and resize need another check")
         if self.on_bad not in ("fail", "skip"):
             raise ValueError(f"on_bad is {self.on_bad!r}, expected 'fail' or 'skip'")
         if self.max_pixels < 1:
@@ -78,7 +78,7 @@ class Summary:
     cpu: int
     """Records that fall back to a decoder on the CPU."""
     none: int
-    """Records that no known decoder takes, or that were not validated."""
+    """Records without a known decoder, or not validated."""
     transcoded: int
     resized: int
 
