@@ -51,8 +51,8 @@ def test_a_class_is_named_whole_before_a_value_is_split_at_commas(words, expecte
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--classes", "tench,bee"], "no class 'tench' in it, it has 4: 'ant', 'ant,bee', 'bee', 'tench, Tinca"),
-        (["--classes", ""], "no class '' in it"),
+        (["--classes", "tench,bee"], "no class 'tench'; it has 4: 'ant', 'ant,bee', 'bee', 'tench, Tinca"),
+        (["--classes", ""], "no class ''; it has"),
         (["--classes-file", "empty.txt"], "empty.txt: no class names in it; expected one on each line"),
         (["--classes-file", "none.txt"], "none.txt: cannot be read: No such file"),
         (["--classes-file", "."], ".: a folder, expected a file"),

@@ -171,7 +171,7 @@ def test_after_a_refusal_mended_images_are_converted_with_restart(images, target
 @pytest.mark.parametrize("shards", [None, 3])
 def test_files_that_are_not_taken_are_listed_with_the_reason_and_stop_nothing(images, target, shards):
     (images / "bee" / "deep").mkdir()
-    by_name = "left out: its name does not end as an image's"
+    by_name = "left out: no image file extension"
     in_no_class = "left out: in no class folder"
     others = {
         "ant/Thumbs.db": by_name,

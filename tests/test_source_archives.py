@@ -271,7 +271,7 @@ def test_a_shard_that_braces_name_must_be_there(tmp_path):
 
 
 def test_a_range_of_braces_that_names_too_many_files_is_refused(tmp_path):
-    with pytest.raises(SourceError, match="expected it to rise"):
+    with pytest.raises(SourceError, match="expected an ascending one"):
         open_source(tmp_path / "s-{0..99999999999}.tar", kind="webdataset")
     with pytest.raises(SourceError, match="the braces name 10000000000 files"):
         open_source(tmp_path / "s-{0..99999}{0..99999}.tar", kind="webdataset")
@@ -310,7 +310,7 @@ def test_classes_of_which_shards_have_no_record_keep_their_number(tmp_path):
         ([("a", b"x", b"0"), ("b", None, b"0")], "record 'b' has no image"),
         ([("a", b"x", b"0"), ("a", b"y", b"0")], "two images are named '0/s/a.jpg'"),
         ([("a", b"x", b"dog")], "'a.cls': label 'dog', expected an integer"),
-        ([("a", b"x", b"-1")], "label '-1', expected an integer from 0"),
+        ([("a", b"x", b"-1")], "label '-1', expected an integer of at least 0"),
         ([("a", b"x", b"")], "label '', expected an integer"),
         ([("a", b"x", b"1" * 100)], "label '1111.*expected an integer"),
         ([("a", b"x", b"2147483647")], "label 2147483647, expected 0 to"),
@@ -333,7 +333,7 @@ def test_a_shard_without_records_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ("ant\n", "1 class names, the labels need 2"),
+        ("ant\n", "1 class names, but the labels need 2"),
         ("ant\n\n", "'' as a class name"),
         ("ant\n../bee\n", r"'\.\./bee'"),
         ("ant\nant\n", "two classes are named 'ant'"),

@@ -83,7 +83,7 @@ def test_a_class_tar_with_another_file_is_refused_wherever_that_stands(at, folde
     other = [("labels.txt", b"no image")]
     pack(folder / "n01440764.tar", images)
     pack(folder / "n01443537.tar", other + images if at == "start" else images + other)
-    refused(folder, "n01443537.tar holds labels.txt, expected images alone", "--source imagenet-tar")
+    refused(folder, "n01443537.tar holds labels.txt, expected only images", "--source imagenet-tar")
 
 
 def test_hidden_files_in_class_tars_say_nothing(folder):
@@ -97,7 +97,7 @@ def test_tars_of_class_folders_are_not_one_class_each(folder, tmp_path):
         pack_folder(folder / f"part{number}.tar", images)
     refused(folder, "part0.tar holds folders (ant, bee, cat)", "tar -A", "a class: part0, part1")
     (folder / "part1.tar").unlink()
-    refused(folder, "part0.tar holds folders (ant, bee, cat)", "convert that alone")
+    refused(folder, "part0.tar holds folders (ant, bee, cat)", "convert it by itself")
 
 
 def test_every_tar_of_a_folder_is_inspected(folder):
@@ -182,7 +182,7 @@ def test_a_tar_of_tars_of_synsets_is_detected(tmp_path):
 @pytest.mark.parametrize(
     ("inner", "message"),
     [
-        ({"0.tar": records_with(".cls", b"0")}, "in it 0.tar has .cls labels"),
+        ({"0.tar": records_with(".cls", b"0")}, ": 0.tar has .cls labels"),
         (
             {"n01440764.tar": records_with(".json", b"")},
             "n01440764.tar: 0.jpg and 0.json make a WebDataset record",

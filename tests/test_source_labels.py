@@ -105,8 +105,8 @@ def test_labels_that_do_not_fit_are_refused_naming_the_line_or_image(labels, mes
     [
         ("v_{}.jpg\tn0{}\t0\t32\t44\t62", "keep the first two of 6 columns: cut -f1,2 "),
         ("v_{}.jpg n0{} 0 32 44 62", "keep the first two of 6 columns: cut -d' ' -f1,2 "),
-        ("v_{}.jpg,n0{}", "separate them by a blank or a tab"),
-        ("v_{}.jpg;n0{}", "separate them by a blank or a tab"),
+        ("v_{}.jpg,n0{}", "separate them by a space or a tab"),
+        ("v_{}.jpg;n0{}", "separate them by a space or a tab"),
         ("n0{} v_{}.jpg", "expected a path and a label, or a label alone"),
         ("v_{}.jpg", "expected a path and a label, or a label alone"),
     ],

@@ -50,8 +50,8 @@ def open_source(
     """Open a source of images.
 
     Args:
-        path: a file or folder, or a pattern that matches one; for WebDataset, Parquet, ImageNet's class tars and
-            the shards of a store, several.
+        path: a file, a folder, or a pattern that matches one. It may match several WebDataset shards, Parquet
+            files, class tars of ImageNet or shards of a store.
         kind: one of ``KINDS``; by default detected, and refused where it is ambiguous.
         val_labels: the labels of a flat folder or tar of images, see ``FlatSource``.
         follow_links: follow symbolic links that lead out of a folder of images.
@@ -69,24 +69,24 @@ def open_source(
         raise ValueError(f"kind is {kind!r}, expected one of {', '.join(KINDS)}")
     if val_labels is not None and kind not in (None, "flat"):
         raise ValueError(f"val_labels with kind {kind!r}, expected it with kind 'flat' only")
-    found = _matched(path)
+    matches = _matched(path)
     if val_labels is not None:
         kind = "flat"
     elif kind is None:
-        kind = kind_of(found[0]) if len(found) == 1 else kind_of_several(path, found)
+        kind = kind_of(matches[0]) if len(matches) == 1 else kind_of_several(path, matches)
     if kind in ("store", "lmdb"):
-        store = _open_lmdb(path, found)
+        store = _open_lmdb(path, matches)
         if kind == "store" or not isinstance(store, ClassicStore):
             wanted = None if classes is None else class_names(classes, store.classes)
             return StoreSource(store, classes=wanted, per_class=per_class)
         kind = "classic"
     for name, value in (("classes", classes), ("per_class", per_class)):
         if value is not None:
-            raise ValueError(f"{name} is {value!r}, which goes with a store as the source only; convert first")
-    if len(found) == 1:
-        path = found[0]
+            raise ValueError(f"{name} is {value!r}, which needs a store as the source; convert this one first")
+    if len(matches) == 1:
+        path = matches[0]
     elif kind not in ("webdataset", "parquet", "imagenet-tar"):
-        raise SourceError(f"{path}: {len(found)} files ({listed(found)}), expected one of kind {kind!r}; name one")
+        raise SourceError(f"{path}: {len(matches)} files ({listed(matches)}), expected one path for kind {kind!r}")
     if val_labels is not None:
         return FlatSource(path, val_labels=val_labels, follow_links=follow_links)
     if kind == "folder":
@@ -98,7 +98,7 @@ def open_source(
     if kind == "imagenet-tar":
         return ImageNetTarSource(path)
     if kind == "parquet":
-        # Imported here: it takes a sixth of the time in which a conversion starts.
+        # Imported here: the import is a sixth of a conversion's start-up time.
         from dali_lmdb.convert.sources.parquet import ParquetSource
 
         return ParquetSource(path)
@@ -110,7 +110,7 @@ def open_source(
 
 
 def _matched(path: str) -> list[str]:
-    """The paths that a source's path matches, see ``matches_of``; the name of a set of shards is no file."""
+    """Like ``matches_of``, but keeps the name of a set of shards, which need not exist as a file."""
     if os.path.lexists(path) or "\0" in path:
         return [path]
     shards = shard_files(path)
@@ -119,17 +119,17 @@ def _matched(path: str) -> list[str]:
     return matches_of(path)
 
 
-def _open_lmdb(path: str, found: list[str]) -> Store:
+def _open_lmdb(path: str, matches: list[str]) -> Store:
     """Open a classic database or a store.
 
     Args:
         path: as the user gave it.
-        found: the paths that it matches.
+        matches: the paths that it matches.
     """
-    is_set = all(map(shard_name, found)) and shard_files(path) == [Path(file) for file in found]
-    if len(found) > 1 and not is_set:
+    is_set = all(map(shard_name, matches)) and shard_files(path) == [Path(file) for file in matches]
+    if len(matches) > 1 and not is_set:
         raise SourceError(
-            f"{path}: {len(found)} files ({listed(found)}), expected one database or one set of shards; name "
-            "one, or the set: NAME.lmdb or its folder"
+            f"{path}: {len(matches)} files ({listed(matches)}), expected one database or one set of shards; give "
+            "one file, or for a set NAME.lmdb or its folder"
         )
-    return open_store(path if is_set else found[0])
+    return open_store(path if is_set else matches[0])

@@ -31,7 +31,7 @@ class Member(NamedTuple):
     """A file or folder in an archive."""
 
     path: str
-    """Relative, without ``.`` and ``..``; may have surrogates, as names from the file system."""
+    """Relative, without ``.`` and ``..``; may contain surrogates, like file names from ``os``."""
     offset: int
     """Where its bytes start in the archive; -1 for a folder."""
     size: int
@@ -59,13 +59,13 @@ class Archive:
                 )
 
     def members(self, wanted: Callable[[str], bool], *, inner: Member | None = None) -> Iterator[Member]:
-        """Yield folders and files of wanted names, in the archive's order; only headers are read.
+        """Yield all folders, and the files whose names are wanted, in the archive's order; only headers are read.
 
         Args:
-            inner: a tar inside this one, to list that; by default this one.
+            inner: a tar inside this one to list instead.
 
         Raises:
-            SourceError: the archive is damaged or cut off, a member's name leaves the top, or a wanted name
+            SourceError: the archive is damaged or cut off, a member's name points outside, or a wanted name
                 belongs to a link, a device or a sparse file.
         """
         where = str(self.path) if inner is None else f"{self.path}: {printable(inner.path)}"
@@ -110,7 +110,7 @@ class Archive:
                 os.close(descriptor)
         except OSError as error:
             raise SourceError(f"{self.path}: {name}: cannot be read: {error.strerror}") from error
-        if FileState.seen(self.path, found) != self.state or len(data) != size:
+        if FileState.from_stat(self.path, found) != self.state or len(data) != size:
             raise SourceError(
                 f"{self.path}: {name}: the archive changed while it was read; convert again when nothing "
                 "writes to it"
@@ -119,7 +119,7 @@ class Archive:
 
 
 class _Window(io.RawIOBase):
-    """A part of an open file, with the methods that tarfile needs; the file's own position stays."""
+    """A part of an open file, with the methods that tarfile needs; the file's own position does not move."""
 
     def __init__(self, descriptor: int, offset: int, size: int) -> None:
         self._descriptor, self._offset, self.size = descriptor, offset, size
@@ -145,7 +145,7 @@ class _Window(io.RawIOBase):
 
 
 def _member(info: tarfile.TarInfo, wanted: Callable[[str], bool], offset: int, where: str) -> Member | None:
-    """Make a member of a folder or a file of a wanted name; None for others."""
+    """Convert tarfile's entry of a folder, or of a file whose name is wanted; None for others."""
     path = safe_path(info.name, where=where)
     if info.isdir():
         return Member(path, -1, 0)
@@ -159,12 +159,12 @@ def _member(info: tarfile.TarInfo, wanted: Callable[[str], bool], offset: int, w
     if info.issparse():
         raise SourceError(f"{name}: a sparse file; pack it again without: tar --sparse")
     if not info.isreg():
-        raise SourceError(f"{name}: not a regular file (type {info.type!r}); pack it again without it")
+        raise SourceError(f"{name}: not a regular file (type {info.type!r}); pack the tar again without it")
     return Member(path, offset + info.offset_data, info.size)
 
 
 def _check_end(window: _Window, end: int, where: str, before: str) -> None:
-    """Refuse an archive without an end mark: tarfile takes a damaged header or the end of the file for the end."""
+    """Refuse an archive without an end mark: tarfile stops silently at a damaged header or the end of the file."""
     window.seek(end)
     block = window.read(_BLOCK_BYTES)
     if block != bytes(_BLOCK_BYTES):

@@ -14,7 +14,7 @@ __all__ = ["TarContents"]
 
 
 class TarContents:
-    """Names of a tar's members, up to the first label, which decides; only headers are read.
+    """The names of a tar's members up to the first label, which settles the kind; only headers are read.
 
     Args:
         archive: the tar, or the archive that holds it.
@@ -22,8 +22,8 @@ class TarContents:
 
     Attributes:
         label: a WebDataset label (``KEY.cls``).
-        siblings: an image, and a file beside it that is none and belongs to the same record by WebDataset's rule.
-        other: a file that is no image, label or tar, and not hidden.
+        siblings: an image and the non-image next to it, if they are one record by WebDataset's rule.
+        other: a file that is not an image, a label, a tar or hidden.
         tars: the tars in it.
         folders: number of images directly in each folder; ``""`` for the top.
 
@@ -40,7 +40,7 @@ class TarContents:
         self._before = _Name("", "", "")
         for member in archive.members(self._note, inner=inner):
             if member.is_folder:
-                self.folders[member.path] += 0
+                self.folders[member.path] += 0  # listed even if it has no images
             elif is_tar_name(member.path):
                 self.tars.append(member)
             elif is_image_name(member.path):
@@ -59,7 +59,7 @@ class TarContents:
         return sorted({path.partition("/")[0] for path in self.folders} - {""})
 
     def _note(self, path: str) -> bool:
-        """Whether to list a file; called with every path, in the archive's order."""
+        """Record what a path shows; return whether to list it. Called with every path in the archive's order."""
         before, name = self._before, _Name(path, *key_and_extension(path))
         self._before = name
         if self.siblings is None and name.key == before.key:

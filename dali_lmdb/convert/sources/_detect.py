@@ -1,4 +1,4 @@
-"""Detect what kind of source a path is; refuse what could be something else."""
+"""Detect what kind of source a path is; refuse a path that is ambiguous."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from dali_lmdb.store.shards import shard_files
 __all__ = ["kind_of", "kind_of_several"]
 
 _LMDB_MAGIC = b"\xde\xc0\xef\xbe"  # MDB_MAGIC of lmdb's mdb.c, little-endian, after a page header of 16 bytes
-_SYNSET = re.compile(r"n\d{8}")  # WordNet's number of a noun, which ImageNet names its classes by
-_NO_CLASSES = SPLITS | {"data", "image", "images", "img", "imgs"}
+_SYNSET = re.compile(r"n\d{8}")  # a WordNet noun ID; ImageNet's class names
+_UNLIKELY_CLASSES = SPLITS | {"data", "image", "images", "img", "imgs"}
 _COMPRESSED_TARS = (".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _EXPECTED = (
     "expected a folder of class folders, a tar or WebDataset shards, Parquet files, a CSV or TSV with path "
@@ -47,14 +47,14 @@ def kind_of(path: str) -> str:
         if shard_files(path):  # the name that a set of shards was converted to
             return "lmdb"
         raise SourceError(f"{path}: no such file or folder; {_EXPECTED}") from None
-    except (OSError, ValueError) as error:  # too long, a file for a folder, a NUL
-        raise SourceError(f"{path!r}: cannot be a path: {error}") from error
+    except (OSError, ValueError) as error:  # too long, a file used as a folder, a NUL
+        raise SourceError(f"{path!r}: not a usable path: {error}") from error
     kind = _kind_of_file(path)
     return _kind_of_tar(path) if kind == "tar" else kind
 
 
 def kind_of_several(pattern: str, files: list[str]) -> str:
-    """``kind_of`` several files that a pattern matched.
+    """Detect the kind that several files, matched by a pattern, have in common.
 
     Raises:
         SourceError: as for ``kind_of``; the files are of different kinds, or each is a source of its own.
@@ -81,7 +81,7 @@ def _kind_of_folder(folder: str) -> str:
             by_format["lmdb" if entry.name in shards else _format_of(entry)].append(entry.name)
     beside = by_format.pop("file", []) + by_format.get("image", [])
     if "folder" in by_format:
-        by_format.pop("image", None)  # ignored, as by ImageFolder, and reported
+        by_format.pop("image", None)  # reported and left out; ImageFolder ignores them too
     if len(by_format) > 1:
         _refuse_mixture(folder, by_format)
     if not by_format:
@@ -112,7 +112,7 @@ def _kind_of_folder(folder: str) -> str:
 
 
 def _format_of(entry: os.DirEntry[str]) -> str:
-    """Kind of source of a folder's entry, by its name; or ``"file"``."""
+    """What a folder's entry is by its name: a kind of source, ``"image"``, ``"compressed tar"`` or ``"file"``."""
     name = entry.name.lower()
     if entry.is_dir():
         return "lmdb" if os.path.exists(os.path.join(entry.path, "data.mdb")) else "folder"
@@ -128,7 +128,7 @@ def _format_of(entry: os.DirEntry[str]) -> str:
 
 
 def _is_table(name: str) -> bool:
-    return name.endswith((".csv", ".tsv")) and not name.endswith(".bad.tsv")  # which is a report of ours
+    return name.endswith((".csv", ".tsv")) and not name.endswith(".bad.tsv")  # the converter's report
 
 
 def _refuse_mixture(folder: str, by_format: Mapping[str, list[str]]) -> NoReturn:
@@ -158,14 +158,14 @@ def _class_folder(path: str) -> _ClassFolder:
                     folders.add(entry.name)
                 elif is_image_name(entry.name):
                     return _ClassFolder(True, set())
-    except OSError:  # the source will say so
+    except OSError:  # the source reports it later
         return _ClassFolder(True, set())
     return _ClassFolder(False, {name for name in folders if not name.startswith(".")})
 
 
 def _check_only_folder(where: str, name: str, found: _ClassFolder, *, beside: str) -> None:
-    """Refuse a single folder, such as ``data``, that has no image itself if it or one below is the source."""
-    if found.has_image or not (beside or name.lower() in _NO_CLASSES or len(found.folders) > 1):
+    """Refuse a lone folder without images of its own, such as ``data``, that is likely the source or above it."""
+    if found.has_image or not (beside or name.lower() in _UNLIKELY_CLASSES or len(found.folders) > 1):
         return
     what = f"{where}: one folder, {listed([name])}, without images in it"
     advice = advice_below(where)
@@ -181,26 +181,26 @@ def _check_only_folder(where: str, name: str, found: _ClassFolder, *, beside: st
 
 
 def _check_class_folders(where: str, classes: Mapping[str, _ClassFolder], *, beside: str, kind: str) -> None:
-    """Refuse folders that may be no classes: splits, folders of class folders, or a single folder.
+    """Refuse folders that may not be classes: splits, folders of class folders, or a single folder.
 
     Args:
         beside: images and tables beside the folders.
-        kind: what ``--source`` takes to convert them nevertheless.
+        kind: the ``--source`` that converts them anyway.
     """
     names = sorted(classes)
-    one = "convert one of them" if kind == "folder" else "pack one of them alone"
+    one = "convert one of them" if kind == "folder" else "pack one of them by itself"
     instead = f"or give --source {kind} to make each folder a class: {listed(names)}"
     for name in names:
         folders = sorted(classes[name].folders)
         if len(folders) > 1 and not classes[name].has_image:
             raise SourceError(
-                f"{where}: folder {listed([name])} holds folders ({listed(folders)}) and no image, expected class "
-                f"folders of images; {one}, {instead}"
+                f"{where}: folder {listed([name])} holds folders ({listed(folders)}) but no images, expected "
+                f"class folders of images; {one}, {instead}"
             )
     splits = [name for name in names if name.lower() in SPLITS]
     if len(splits) > 1:
         raise SourceError(f"{where}: folders of several splits ({listed(splits)}); {one}, {instead}")
-    if len(names) == 1 and (beside or names[0].lower() in _NO_CLASSES):
+    if len(names) == 1 and (beside or names[0].lower() in _UNLIKELY_CLASSES):
         found = f"one folder, {listed(names)}" + (f", beside {beside}" if beside else "")
         raise SourceError(
             f"{where}: {found}, expected a folder for each class; give the images' labels with --val-labels FILE, "
@@ -240,7 +240,7 @@ def _is_tar_header(head: bytes) -> bool:
 
 
 def _kind_of_tar(path: str) -> str:
-    """Kind of a tar: with labels WebDataset, with tars ImageNet's, with images class folders."""
+    """Kind of a tar: WebDataset if it holds labels, ImageNet's if it holds tars, else class folders."""
     archive = Archive(path)
     found = TarContents(archive)
     if found.label is not None:
@@ -250,18 +250,18 @@ def _kind_of_tar(path: str) -> str:
         if found.num_images or found.other:
             others = f"{found.num_images:,} images" if found.num_images else listed([found.other or ""])
             raise SourceError(
-                f"{path}: {others} beside tars ({listed(names)}), expected tars alone, one for each class; pack "
-                "them apart, or say what to take with --source (tar, imagenet-tar)"
+                f"{path}: {others} beside tars ({listed(names)}), expected only tars, one for each class; pack "
+                "them separately, or say what to take with --source (tar, imagenet-tar)"
             )
         contents = ((tar.path, TarContents(archive, tar)) for tar in found.tars)
-        _check_class_tars(f"{path}: in it", contents, names, convert_it="unpack it and convert that")
+        _check_class_tars(path, contents, names, convert_it="unpack it and convert that")
         return "imagenet-tar"
     _check_folders_in_tar(path, found)
     return "tar"
 
 
 def _check_folders_in_tar(path: str, found: TarContents) -> None:
-    """Refuse images outside class folders, WebDataset records without labels, folders that are no classes."""
+    """Refuse images outside class folders, WebDataset records without labels, folders that are not classes."""
     num_loose = found.folders[""]
     folders = {folder: count for folder, count in found.folders.items() if folder}
     classes = _class_folders_in_tar(folders)
@@ -292,7 +292,7 @@ def _class_folders_in_tar(folders: Mapping[str, int]) -> dict[str, _ClassFolder]
 
 
 def _kind_of_tars(where: str, files: list[str]) -> str:
-    """Kind of several tars: all with labels WebDataset; images alone and synset names ImageNet's, unpacked."""
+    """Kind of several tars: WebDataset if all hold labels, ImageNet's class tars if named by synset."""
     contents = [(os.path.basename(file), TarContents(Archive(file))) for file in files]
     with_labels = [name for name, found in contents if found.label is not None]
     without = [name for name, found in contents if found.label is None]
@@ -303,29 +303,29 @@ def _kind_of_tars(where: str, files: list[str]) -> str:
             f"{where}: tars with .cls labels ({listed(with_labels)}) beside tars without ({listed(without)}), "
             "expected shards of one data set; move the others away, or give a pattern of shards"
         )
-    convert_it = "convert that alone" if len(files) == 1 else "convert one, or all joined with tar -A"
-    _check_class_tars(f"{where}:", contents, without, convert_it=convert_it)
+    convert_it = "convert it by itself" if len(files) == 1 else "convert one, or all joined with tar -A"
+    _check_class_tars(where, contents, without, convert_it=convert_it)
     return "imagenet-tar"
 
 
 def _check_class_tars(
     where: str, contents: Iterable[tuple[str, TarContents]], names: list[str], *, convert_it: str
 ) -> None:
-    """Refuse tars that are not ImageNet's, one of images alone for each class.
+    """Refuse tars that are not like ImageNet's: one for each class, with nothing but images.
 
     Args:
-        where: start of the message.
+        where: the tar that holds them, their folder or pattern.
         contents: name and contents of each.
         names: all names.
         convert_it: advice for tars of folders.
     """
     classes = [class_of_tar(name) for name in names]
     instead = f"or give --source imagenet-tar to make each tar a class: {listed(sorted(classes))}"
-    expected = "expected images alone, of one class"
+    expected = "expected only images, of one class"
     for name, found in contents:
-        what = f"{where} {listed([name])}"
+        what = f"{where}: {listed([name])}"
         if found.label is not None:
-            raise SourceError(f"{what} has .cls labels, as WebDataset shards have; unpack them to convert them")
+            raise SourceError(f"{what} has .cls labels, like a WebDataset shard; unpack the shards, then convert")
         if found.siblings:
             raise SourceError(f"{what}: {_record(found.siblings)}; add the labels, {instead}")
         if found.subfolders and (found.folders[""] or found.subfolders != [class_of_tar(name)]):
@@ -336,11 +336,11 @@ def _check_class_tars(
             inside = listed([tar.path for tar in found.tars])
             raise SourceError(f"{what} holds tars ({inside}), {expected}; {convert_it}, {instead}")
         if found.other:
-            raise SourceError(f"{what} holds {listed([found.other])}, {expected}; pack it without, {instead}")
+            raise SourceError(f"{what} holds {listed([found.other])}, {expected}; pack it without that, {instead}")
     if not all(map(_SYNSET.fullmatch, classes)):
         raise SourceError(
-            f"{where} {len(names):,} tars of images without .cls labels, expected WebDataset shards, or a tar for "
-            f"each class, named as n01440764.tar; add the labels, {instead}"
+            f"{where}: {len(names):,} tars of images without .cls labels, expected WebDataset shards, or a tar "
+            f"for each class, named like n01440764.tar; add the labels, {instead}"
         )
 
 

@@ -22,7 +22,7 @@ class NameDigest:
     hexdigest: str
     """32 hex digits over all of them."""
     repeated: str | None
-    """The first name to come a second time, or None; if very many do, any of them."""
+    """The first name to occur a second time, or None; if very many do, any one of them."""
 
 
 def _hash(raw: bytes) -> bytes:
@@ -39,8 +39,8 @@ def digest_of(
     """Count and hash names, and find one that comes twice.
 
     Args:
-        names: called a second time if a name may come twice, to find it.
-        kept_bytes: most bytes of hashes in memory, 8 per name; the others are in a temporary file.
+        names: called again to find the repeated name if two hashes are equal.
+        kept_bytes: how many bytes of hashes, 8 per name, to hold in memory; the rest goes to a temporary file.
         max_suspects: about how many repeated hashes are compared by name. Among 100 million different names, the
             chance of one pair with equal hashes is 1 in 3,700.
         hash_of: the hash of a name, 8 bytes.

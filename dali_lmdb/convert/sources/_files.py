@@ -63,7 +63,7 @@ class FolderListing(NamedTuple):
     """In the order of ``torchvision.datasets.folder.make_dataset``: by folder as ``sorted(os.walk(top))`` gives
     them, then by file name, as strings."""
     others: list[str]
-    """Files that are no images by their name."""
+    """Files that are not named like images."""
     folders: dict[str, int]
     """Time of last change of every folder, in ns since 1970, see ``is_as_listed``."""
 
@@ -73,9 +73,9 @@ def list_images(top: str, *, below: str, root: str, follow_links: bool) -> Folde
 
     Args:
         top: the folder.
-        below: a folder that the paths of images and others are relative to; ``top`` begins with it.
+        below: ``top`` or a folder above it; the paths of images and others are relative to it.
         root: a real path; symbolic links may lead anywhere inside it.
-        follow_links: let them lead out of it too.
+        follow_links: allow links that lead out of it too.
 
     Raises:
         SourceError: a folder cannot be read, a link leads out of ``root`` or into a folder above itself, or
@@ -102,19 +102,19 @@ def list_images(top: str, *, below: str, root: str, follow_links: bool) -> Folde
 
 
 def _check_entry(entry: os.DirEntry[str], folder: str, *, root: str, follow_links: bool) -> None:
-    """Refuse links out of ``root``, endless loops, and images that are no files."""
+    """Refuse links out of ``root``, endless loops, and images that are not files."""
     if entry.is_symlink():
         check_inside(entry.path, root=root, follow_links=follow_links)
         real = os.path.realpath(entry.path)
         if entry.is_dir() and (os.path.realpath(folder) + os.sep).startswith(real + os.sep):
             raise SourceError(f"{entry.path}: a link to a folder above itself, an endless loop; remove it")
     if not entry.is_dir() and not entry.is_file():
-        found = "a link to nothing" if entry.is_symlink() else "not a regular file"
+        found = "a dangling link" if entry.is_symlink() else "not a regular file"
         raise SourceError(f"{entry.path}: {found}, expected an image file; remove it")
 
 
 def is_as_listed(folder: str, changed_ns: int) -> bool:
-    """Whether no file was added to a folder or removed from it; False where that is unknown.
+    """Whether a folder's listing still holds: no file was added or removed; False if that is unknown.
 
     Args:
         changed_ns: from ``FolderListing.folders``.
@@ -123,10 +123,10 @@ def is_as_listed(folder: str, changed_ns: int) -> bool:
 
 
 def _changed_ns(folder: str) -> int:
-    """A folder's time of last change; 0 if it is missing, or if another change may get the same time."""
+    """A folder's time of last change; 0 if it is missing, or so recent that another change may get the same."""
     try:
         changed_ns = os.stat(folder).st_mtime_ns
-    except OSError:  # listing it says why
+    except OSError:  # listing it reports why
         return 0
     return changed_ns if changed_ns < time.time_ns() - _COARSEST_TIME_NS else 0
 
@@ -138,7 +138,7 @@ def check_inside(path: str, *, root: str, follow_links: bool) -> None:
         root: the folder, a real path.
 
     Raises:
-        SourceError: they do, and ``follow_links`` is false.
+        SourceError: a link leads out, and ``follow_links`` is false.
     """
     real = os.path.realpath(path)
     if not follow_links and os.path.commonpath((real, root)) != root:
@@ -185,7 +185,7 @@ class ImageFile:
             SourceError: the file is missing, cannot be read, is no regular file, or changes meanwhile.
         """
         path = self.path
-        # Not ``reading``, and no system call more than needed: threads wait for each other at each.
+        # Kept lean, without ``reading`` and with few system calls: threads queue for the GIL at each.
         try:
             # Without O_NONBLOCK, opening a named pipe would wait for a writer.
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -194,7 +194,7 @@ class ImageFile:
                 if not stat.S_ISREG(before.st_mode):
                     raise SourceError(f"{path}: not a regular file, expected an image file; remove it")
                 check_size(before.st_size, where=path)
-                data = os.read(descriptor, before.st_size + 1)  # one more, to see that it ends there
+                data = os.read(descriptor, before.st_size + 1)  # one byte more, to notice that the file grew
                 while 0 < len(data) < before.st_size and (more := os.read(descriptor, before.st_size - len(data))):
                     data += more
                 after = os.fstat(descriptor)

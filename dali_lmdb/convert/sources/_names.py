@@ -21,7 +21,7 @@ __all__ = [
 ]
 
 _MAX_CLASSES = 1 << 20
-"""Integer labels stay below it: one wild label must not make 2^31 classes. ImageNet-21k has 21,841."""
+"""Limit of integer labels: one wild label must not make 2^31 classes. ImageNet-21k has 21,841."""
 
 
 def safe_path(name: str, *, where: object) -> str:
@@ -58,7 +58,7 @@ def _name_problem(name: str) -> str | None:
 
 
 def printable(name: str) -> str:
-    r"""A name as UTF-8 can hold it: bytes of the file system that are not UTF-8 become ``\xff``."""
+    r"""A name as valid UTF-8: bytes of a file name that are not UTF-8 become ``\xff``."""
     return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
@@ -91,18 +91,18 @@ def check_classes(names: list[str], *, where: object, are_folders: bool = False)
     """Refuse class names that are empty, unsafe or repeated.
 
     Args:
-        are_folders: whether they are names of folders. A label need not be: ``/a/airfield`` is a class of
-            Places365, and ``.`` and ``/`` are classes of characters.
+        are_folders: whether they must be valid names of folders. Labels from a table need not be:
+            ``/a/airfield`` is a class of Places365, and ``.`` and ``/`` are classes of characters.
 
     Raises:
-        SourceError: a name is empty, leaves its folder, or comes twice.
+        SourceError: a name is empty, leaves its folder, or is repeated.
     """
     for name in names:
         reason = _name_problem(name)
         if reason is not None:
             raise SourceError(f"{where}: {printable(name)!r}: {reason} is refused; rename the class")
         if not name or (are_folders and plain_path(name) != name):
-            expected = "one that a folder can have" if are_folders else "at least one character"
+            expected = "a valid folder name" if are_folders else "at least one character"
             raise SourceError(
                 f"{where}: {printable(name)!r} as a class name, expected {expected}; rename the class"
             )
@@ -136,7 +136,7 @@ def numbered_classes(labels: Iterable[int], *, where: object) -> list[str]:
 
 
 def repeated_name(names: Iterable[str]) -> str | None:
-    """The first name that came before, or None."""
+    """The first name to occur a second time, or None."""
     seen: set[str] = set()
     for name in names:
         if name in seen:
@@ -146,6 +146,6 @@ def repeated_name(names: Iterable[str]) -> str | None:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Join names to one line; of more than five, the first five and their number."""
+    """Join names into one line; if there are more than five, the first five and the total."""
     shown = [name if name.isprintable() else repr(name) for name in map(printable, names[:5])]
     return ", ".join(shown) + (f", ... ({len(names):,})" if len(names) > 5 else "")

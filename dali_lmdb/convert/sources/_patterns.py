@@ -24,7 +24,7 @@ SPLITS = frozenset({"train", "val", "valid", "validation", "test", "dev"})
 def matches_of(path: str) -> list[str]:
     """The paths that an argument names, sorted: itself if it exists or is no pattern, else the pattern's matches.
 
-    Leading folders that exist are taken literally, whatever characters their names have.
+    Leading folders that exist are taken literally, even if their names look like patterns.
 
     Raises:
         SourceError: nothing matches, or a name from braces is missing.
@@ -45,11 +45,11 @@ def files_of(path: str | os.PathLike[str], *, suffix: str) -> list[Path]:
     """The files that an argument names, sorted.
 
     Args:
-        path: a file; a folder, for its files of that suffix, in any case; or a pattern with ``*``,
-            ``?``, ``[]`` and braces, as the shell has them: ``{a,b}``, ``{000..009}``.
+        path: a file; a folder, meaning its files with that suffix, in upper or lower case; or a pattern with
+            ``*``, ``?``, ``[]`` and the shell's braces: ``{a,b}``, ``{000..009}``.
 
     Raises:
-        SourceError: there is none, a name from braces is missing, or a folder mixes splits (train, val ...).
+        SourceError: no file matches, a name from braces is missing, or a folder mixes splits (train, val ...).
     """
     found = matches_of(os.fspath(path))
     if len(found) > 1 or not os.path.isdir(found[0]):
@@ -98,7 +98,7 @@ def _choices(inside: str, pattern: str) -> list[str]:
         return inside.split(",")
     first, last = span.groups()
     if not int(first) <= int(last) < int(first) + _MAX_FILES:
-        raise SourceError(f"{pattern}: a range of {inside}, expected it to rise, to at most {_MAX_FILES} files")
+        raise SourceError(f"{pattern}: range {inside}, expected an ascending one of at most {_MAX_FILES} files")
     return [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
 
 

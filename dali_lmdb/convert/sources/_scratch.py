@@ -1,6 +1,6 @@
 """Storage for the listing of a large source: memory, then a temporary file.
 
-A table of sqlite3 in its place takes 1.6 times the CPU time for 10 million members, and more if they come out of
+An sqlite3 table instead takes 1.6 times the CPU time for 10 million members, and more if they are added out of
 order, in 79 MB instead of 131; finding repeated names takes twice the CPU time of hashes (``_digest.py``).
 """
 
@@ -19,13 +19,13 @@ __all__ = ["MemberTable", "Spool"]
 
 
 class Spool:
-    """Byte strings that grow alternately: in memory, then in an unnamed file in the temporary folder.
+    """Byte strings that are appended to in any order: in memory, then in an unnamed file in the temporary folder.
 
     The file vanishes with this object, or with the process, however that ends.
 
     Args:
-        kept_bytes: most bytes of all strings in memory.
-        piece_bytes: read back at a time; as objects of Python they take ten times as much.
+        kept_bytes: how many bytes, over all strings, to hold in memory.
+        piece_bytes: how many bytes to read back at a time; split into Python strings they take ten times as much.
 
     Appending and reading raise:
         SourceError: the temporary folder is missing, full or broken.
@@ -56,7 +56,7 @@ class Spool:
             self._write()
 
     def pieces(self, number: int) -> Iterator[bytes]:
-        """Yield a string in pieces, cut anywhere; no string may grow meanwhile."""
+        """Yield a string in pieces, cut anywhere; do not append to any string meanwhile."""
         written = iter(self._written[number])
         for start, length in zip(written, written, strict=True):
             for at in range(start, start + length, self._piece_bytes):
@@ -105,7 +105,7 @@ class Spool:
 
 
 class MemberTable:
-    """Names and positions of an archive's members; tables that share a spool may grow alternately."""
+    """Names and positions of an archive's members; tables may share a spool and be filled in any order."""
 
     def __init__(self, spool: Spool) -> None:
         self._spool, self._number = spool, spool.new()
@@ -124,7 +124,7 @@ class MemberTable:
         """Yield (name, offset, size, label) of each member, in the order they were added."""
         fields = self._fields()
         numbers = map(int, fields)
-        return zip(fields, numbers, numbers, numbers, strict=True)  # which take from ``fields`` in turn
+        return zip(fields, numbers, numbers, numbers, strict=True)  # all four consume ``fields``
 
     def _fields(self) -> Iterator[str]:
         rest = b""

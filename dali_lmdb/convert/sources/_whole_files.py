@@ -19,7 +19,7 @@ __all__ = ["FileSource", "FileState"]
 
 
 class FileState(NamedTuple):
-    """What shows that a file changed."""
+    """The size and mtime of a file, which show whether it changed."""
 
     path: Path
     size: int
@@ -33,29 +33,29 @@ class FileState(NamedTuple):
             SourceError: it is missing, cannot be accessed, or is no regular file.
         """
         with reading(path):
-            return cls.seen(Path(path), check_regular(path, error=SourceError))
+            return cls.from_stat(Path(path), check_regular(path, error=SourceError))
 
     @classmethod
-    def seen(cls, path: Path, found: os.stat_result) -> FileState:
-        """The state of a file whose status was found."""
-        return cls(path, found.st_size, found.st_mtime_ns)
+    def from_stat(cls, path: Path, status: os.stat_result) -> FileState:
+        """The state of a file according to its ``os.stat``."""
+        return cls(path, status.st_size, status.st_mtime_ns)
 
-    def check(self, found: os.stat_result) -> None:
-        """Refuse a file that changed since, by its status now.
+    def check(self, status: os.stat_result) -> None:
+        """Compare with the file's current ``os.stat``.
 
         Raises:
-            SourceError: it did.
+            SourceError: the file changed.
         """
-        if self.seen(self.path, found) != self:
+        if self.from_stat(self.path, status) != self:
             raise SourceError(f"{self.path}: changed meanwhile; convert again when nothing writes to it")
 
 
 class FileSource(Source):
-    """A source whose identity is that of its files and of its records' names, which must differ.
+    """A source identified by the states of its files and the names of its records, which must be distinct.
 
     Args:
         path: as the user gave it.
-        files: in order.
+        files: the files' states, in order.
     """
 
     def __init__(self, path: str | os.PathLike[str], files: Sequence[FileState]) -> None:

@@ -23,11 +23,11 @@ class Item(NamedTuple):
     """Called once, in any thread.
 
     Raises:
-        SourceError: it vanished, changed while it was read, or cannot be read.
+        SourceError: the image is gone, changed while it was read, or cannot be read.
     """
     stamp: Callable[[], int] = _no_stamp
-    """A number that changes when the image does (a file's time of change in ns), compared on resuming; 0 where
-    ``identity`` notices every change. After ``read``, that of the bytes read. Called in any thread."""
+    """A number that changes when the image does (a file's mtime in ns), compared on resuming; 0 if ``identity``
+    covers every change. Once ``read`` was called, it describes the bytes that were read. Called in any thread."""
 
 
 class Source(ABC):
@@ -36,10 +36,10 @@ class Source(ABC):
     kind: str
     """Name of this kind of source, as ``--source`` takes it."""
     kept_bytes: int = 64 << 20  # 1.28 million members of ImageNet's training tar take 55 MB
-    """Most bytes of its listing in memory, and a quarter of that for hashes of names; the rest is in a temporary
-    file. Set it before the first use."""
+    """How many bytes of the listing to hold in memory, plus a quarter of that for hashes of names; the rest goes
+    to a temporary file. Set it before the first use."""
     reads_in_order: bool = False
-    """Whether images are read far faster one after the other than by several threads."""
+    """Whether reading images in sequence is far faster than reading them in several threads."""
 
     @property
     @abstractmethod
@@ -52,13 +52,13 @@ class Source(ABC):
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """What must not differ when a conversion is resumed: plain JSON types."""
+        """Properties that must be the same when a conversion is resumed, as plain JSON types."""
 
     def left_out(self) -> Iterator[tuple[str, str]]:
         """Yield (name, reason) of files that lie among the images and are ignored, for the report.
 
-        Only class folders know them, and tars of class folders know images beside these; other archives and tables
-        may hold other things too.
+        Class folders report every such file, tars of class folders only the images outside these folders. Others
+        report nothing: WebDataset shards, for example, may well hold more than images.
         """
         return iter(())
 

@@ -20,7 +20,7 @@ class ClassicSource(Source):
     """Records of a database made by a script of the folder2lmdb family, see ``ClassicStore``.
 
     Such a database names neither classes nor files: classes are named by their labels, records
-    ``LABEL/KEY.jpg``. Converting reads the file once and does not build the index that training needs.
+    ``LABEL/KEY.jpg``. Converting reads the file once, without the ``.dali-index`` that training on it needs.
 
     Raises:
         StoreError: not a classic database, or a damaged one.
@@ -30,11 +30,11 @@ class ClassicSource(Source):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._store = ClassicStore(path)
-        self._num_seen, self._max_label = 0, -1  # over the records from the first on
+        self._num_seen, self._max_label = 0, -1  # of the records listed so far
 
     @property
     def classes(self) -> list[str]:
-        for index in range(self._num_seen, len(self._store)):  # none are left once the items were listed
+        for index in range(self._num_seen, len(self._store)):  # does nothing once all items were listed
             self._peek(index)
         return [str(label) for label in range(self._max_label + 1)]
 

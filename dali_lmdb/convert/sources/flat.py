@@ -30,14 +30,14 @@ class FlatSource(FileSource):
 
     The labels file is one of:
 
-    * ``path label`` on each line, separated by blanks or a tab: the path inside the folder or tar, and a
+    * ``path label`` on each line, separated by spaces or a tab: the path inside the folder or tar, and a
       class name or an integer (Caffe's ``val.txt``);
-    * one label a line, in the order of the sorted image names
+    * one label per line, in the order of the sorted image names
       (``imagenet_2012_validation_synset_labels.txt``: line *i* belongs to ``ILSVRC2012_val_0000000i.JPEG``).
 
     If all labels are integers, they are used as they are; otherwise the classes are the distinct labels,
     sorted, as with class folders. Records are named ``class/file`` and ordered by class, then name:
-    those of ``FolderSource`` after the images were moved into class folders. Names and labels of all images are
+    those ``FolderSource`` would give with the images moved into class folders. Names and labels of all images are
     held in memory, about 500 bytes for each: this is meant for validation sets.
 
     Args:
@@ -46,8 +46,8 @@ class FlatSource(FileSource):
         follow_links: follow symbolic links that lead out of the folder.
 
     Raises:
-        SourceError: the folder, tar or labels file cannot be read or is malformed; from the first use on,
-            that images and labels do not match, or a member is refused (see ``_archive.py``).
+        SourceError: the folder, tar or labels file cannot be read or is malformed; on first
+            use: images and labels do not match, or a member is refused (see ``_archive.py``).
     """
 
     kind = "flat"
@@ -97,7 +97,7 @@ class FlatSource(FileSource):
         return classes, [label_of[text] for text in texts], images
 
     def _images(self) -> Iterator[Member]:
-        """The images of the tar, or of the folder (offset and size are then 0)."""
+        """Yield the images of the tar, or of the folder with offset and size 0."""
         if self._archive is not None:
             yield from (member for member in self._archive.members(is_image_name) if not member.is_folder)
             return
@@ -128,7 +128,7 @@ class FlatSource(FileSource):
                 raise SourceError(f"{where}: {' '.join(line)[:80]!r}, expected a path and a label")
             path = safe_path(line[0], where=where)
             if path in label_of:
-                raise SourceError(f"{where}: {path!r} is listed twice; leave one of its lines")
+                raise SourceError(f"{where}: {path!r} is listed twice; remove one of its lines")
             label_of[path] = line[1]
         texts = []
         for image, short in zip(images, _without_top(images), strict=True):
@@ -156,16 +156,16 @@ def _read_lines(path: Path) -> list[list[str]]:
     """Split each line that is not blank into (path, label) or (label,).
 
     Raises:
-        SourceError: as ``lines_of``; or a line is something else.
+        SourceError: as ``lines_of``, or a line has another form.
     """
     texts = [line.strip() for line in lines_of(path, what="labels")]
-    lines = [text.rsplit(None, 1) for text in texts]  # paths may have blanks, labels do not
+    lines = [text.rsplit(None, 1) for text in texts]  # paths may contain spaces, labels do not
     for number, (text, line) in enumerate(zip(texts, lines, strict=True), start=1):
         first = re.split("[,;]", line[0])[0]
         if is_image_name(line[0]) if len(line) == 2 else not is_image_name(first):
             continue
         columns = text.split("\t") if "\t" in text else text.split()
-        remedy = "separate them by a blank or a tab"
+        remedy = "separate them by a space or a tab"
         if len(columns) > 2 and is_image_name(columns[0]):
             option = "" if "\t" in text else "-d' ' "
             remedy = f"keep the first two of {len(columns)} columns: cut {option}-f1,2 {path}"

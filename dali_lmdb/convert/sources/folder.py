@@ -28,7 +28,7 @@ from dali_lmdb.images.names import IMAGE_EXTENSIONS, is_image_name
 __all__ = ["FolderSource", "advice_below", "has_images"]
 
 
-_LEVELS_BELOW, _FOLDERS_BELOW = 3, 100  # searched for the data set where a folder has no images
+_LEVELS_BELOW, _FOLDERS_BELOW = 3, 100  # that ``advice_below`` searches
 
 
 class FolderSource(Source):
@@ -66,7 +66,7 @@ class FolderSource(Source):
                 self._folders.append(entry.name)
             else:
                 beside.append(entry.name)
-        self._beside = _packed(beside)
+        self._beside = _compressed(beside)
         if not self._folders:
             raise SourceError(
                 f"{path}: no class folders in it; {advice_below(path) or 'expected CLASS/IMAGE files'}"
@@ -81,7 +81,7 @@ class FolderSource(Source):
         """All items in order.
 
         Raises:
-            SourceError: as for the class; or a class has other images than when they were counted.
+            SourceError: as for the class, or images were added or removed since they were counted.
         """
         prefix = os.path.join(self.path, "")
         for label, folder in enumerate(self._folders):
@@ -95,7 +95,7 @@ class FolderSource(Source):
     def left_out(self) -> Iterator[tuple[str, str]]:
         for label in range(len(self._folders)):
             for name in sorted(self._listing.of_class(label).others):
-                yield printable(name), "its name does not end as an image's"
+                yield printable(name), "no image file extension"
         for name in json.loads(zlib.decompress(self._beside)):
             yield printable(name), "a hidden folder without images" if name.endswith("/") else "in no class folder"
 
@@ -113,7 +113,7 @@ class FolderSource(Source):
             found = self._list(folder)
             num_images += len(found.images)
             digest.update(os.fsencode("\0".join([*found.images, ""])))
-            spool.new(_packed(found))
+            spool.new(_compressed(found))
         return _Listing(num_images, digest.hexdigest()[:32], spool)
 
     def _list(self, folder: str) -> FolderListing:
@@ -134,9 +134,9 @@ class FolderSource(Source):
         return listed.images
 
     def _check_distinct(self, names: list[str]) -> None:
-        """Refuse names that are not UTF-8 and, escaped, equal another name."""
+        """Refuse a name that is not UTF-8 and equals another name once escaped."""
         if any(printable(name) != name for name in names) and (repeated := repeated_name(map(printable, names))):
-            raise SourceError(f"{self.path}: {repeated}: two names are spelt so in UTF-8; rename one")
+            raise SourceError(f"{self.path}: {repeated}: two names are equal once escaped; rename one")
 
     def _check_same(self, folder: str, before: list[str], now: list[str]) -> None:
         where = os.path.join(self.path, folder)
@@ -154,7 +154,7 @@ class _Listing(NamedTuple):
 
     num_images: int
     digest: str
-    """Of all names."""
+    """Hash of all names."""
     spool: Spool
     """Holds each class's ``FolderListing``, compressed: ImageNet's 1.28 million images take 5 MB."""
 
@@ -163,7 +163,7 @@ class _Listing(NamedTuple):
 
 
 def advice_below(top: str | os.PathLike[str]) -> str | None:
-    """``TOP/data has .parquet files, give that``: names the folder below that looks like the data."""
+    """Name a folder below that looks like the data, as in ``TOP/data has .parquet files, give that``."""
     level = [str(top)]
     for _ in range(_LEVELS_BELOW):
         level = [inside.path for folder in level for inside in _folders_in(folder)][:_FOLDERS_BELOW]
@@ -190,5 +190,5 @@ def _folders_in(folder: str) -> list[os.DirEntry[str]]:
     return [entry for entry in list_folder(folder) if entry.is_dir() and not entry.name.startswith(".")]
 
 
-def _packed(value: FolderListing | list[str]) -> bytes:
+def _compressed(value: FolderListing | list[str]) -> bytes:
     return zlib.compress(json.dumps(value).encode(), 1)

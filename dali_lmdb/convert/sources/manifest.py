@@ -28,9 +28,9 @@ class _Row(NamedTuple):
 class ManifestSource(FileSource):
     """Image files listed in a table whose header line has ``path`` and ``label``; other columns are ignored.
 
-    Paths are relative to the manifest's folder and stay inside it. Labels are class names, and the classes
-    are these names sorted; or all of them are integers from 0 on, and the classes are ``"0"``, ``"1"`` ... up
-    to the largest.
+    Paths are relative to the manifest's folder and stay inside it. If all labels are integers, they are used as
+    they are, and the classes are ``"0"``, ``"1"`` ... up to the largest; otherwise the classes are the distinct
+    labels, sorted.
 
     Order: as in the table. The table is read again on every pass and never held in memory.
 
@@ -40,8 +40,8 @@ class ManifestSource(FileSource):
         follow_links: follow symbolic links that lead out of the manifest's folder.
 
     Raises:
-        SourceError: the table is missing or lacks a column; from the first use on, that a line lacks a value,
-            a path leaves the folder, or comes twice.
+        SourceError: the table is missing or lacks a column; on first use: a line lacks a value, or a path leaves
+            the folder or is repeated.
     """
 
     kind = "manifest"
@@ -66,7 +66,8 @@ class ManifestSource(FileSource):
 
     @cached_property
     def _names(self) -> NameDigest:
-        self._digest_of_distinct(lambda: (printable(row.path) for row in self._rows()))  # under any label
+        # A path must not be listed twice, even under two labels, which make two different names.
+        self._digest_of_distinct(lambda: (printable(row.path) for row in self._rows()))
         return super()._names
 
     def _read(self, file: ImageFile) -> bytes:

@@ -29,7 +29,7 @@ from dali_lmdb.errors import SourceError
 
 __all__ = ["ParquetSource"]
 
-# Limits for images decoded at a time; rows too, since a group with repeated images states too small a size.
+# Limits on the images decoded at a time; on rows too, since a group with repeated images understates its size.
 _BATCH_BYTES = 8 << 20
 _BATCH_ROWS = 64
 _ROWS = 10_000  # labels and paths read at a time
@@ -59,7 +59,7 @@ class _Group(NamedTuple):
 
     file: _File
     metadata: pq.FileMetaData
-    """That of the whole file."""
+    """Metadata of the whole file."""
     number: int
     rows: range
     """Its rows in the file."""
@@ -79,18 +79,18 @@ class ParquetSource(FileSource):
 
     The columns are those of type ``Image`` and ``ClassLabel`` in the schema's Hugging Face metadata, and the
     label's names become the classes; without such metadata, they are ``image`` and ``label``, and the classes
-    are ``"0"``, ``"1"`` ... A record's name is ``class/path`` of the image's ``path``, or ``class/file/row``
-    where it has none, or one that is absolute or has ``..``, and for all records where paths repeat.
+    are ``"0"``, ``"1"`` ... A record's name is ``class/path``, with the image's ``path``. It is ``class/file/row``
+    if that path is missing, absolute or has ``..``; and for all records if any path is repeated.
 
     Order: files by name, rows as they lie in the file. Images are read a few megabytes at a time, whatever
-    the size of the row groups; metadata of row groups is in memory for one file at a time.
+    the size of the row groups; only one file's row group metadata at a time is in memory.
 
     Args:
         path: a file, a folder of files, or a pattern: ``data/train-*.parquet``.
 
     Raises:
-        SourceError: a file is missing, no Parquet, or has other columns; from the first use on, that a label
-            is null or out of range; on reading, that an image is.
+        SourceError: a file is missing, not Parquet, or has other columns; on first use: a label is null or out
+            of range; on reading: an image is null.
     """
 
     kind = "parquet"
@@ -103,7 +103,9 @@ class ParquetSource(FileSource):
         self._tables = [first]
         for file in map(_open, files[1:]):
             if file.columns != first.columns:
-                raise SourceError(f"{file.path}: other columns or class names than {first.path}; convert it alone")
+                raise SourceError(
+                    f"{file.path}: other columns or class names than {first.path}; convert it separately"
+                )
             self._tables.append(file._replace(columns=first.columns))  # the class names are held once
         super().__init__(path, [file.state for file in self._tables])
 
@@ -134,7 +136,7 @@ class ParquetSource(FileSource):
 
     @cached_property
     def _names(self) -> NameDigest:
-        """Of the names as they are unless paths repeat."""
+        """Digest of the names made from paths, which are used unless they repeat."""
         return self._digest_of(lambda: (_name(row, self.classes[row.label], by_row=False) for row in self._rows()))
 
     def _rows(self) -> Iterator[_Row]:
@@ -143,7 +145,7 @@ class ParquetSource(FileSource):
             for number in range(metadata.num_row_groups):
                 rows = range(first, first + metadata.row_group(number).num_rows)
                 group = _Group(file, metadata, number, rows)
-                # Not strict: a damaged file may have fewer, which the count of rows shows.
+                # Not strict: a damaged file may have fewer rows, and the conversion then finds too few items.
                 for row, (label, path) in zip(rows, _labels_and_paths(group), strict=False):
                     yield _Row(group, stem, row, label, path)
                 first = rows.stop
@@ -176,7 +178,7 @@ def _columns(schema: pa.Schema, path: Path) -> _Columns:
     parts: dict[str, pa.DataType] = {}
     if image_type is not None and pa.types.is_struct(image_type):
         parts = {field.name: field.type for field in image_type}
-    if not _is(parts.get("bytes"), "binary"):
+    if not _is_type(parts.get("bytes"), "binary"):
         raise SourceError(
             f"{path}: column {image!r} is {image_type or 'missing'}, expected struct<bytes: binary, path: string>"
         )
@@ -186,7 +188,7 @@ def _columns(schema: pa.Schema, path: Path) -> _Columns:
     classes = [str(name) for name in names] if isinstance(names, list) else None
     if classes is not None:
         check_classes(classes, where=path)
-    return _Columns(image, label, _is(parts.get("path"), "string"), classes)
+    return _Columns(image, label, _is_type(parts.get("path"), "string"), classes)
 
 
 def _features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
@@ -199,7 +201,7 @@ def _features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
 
 
 def _column_of(features: dict[str, dict[str, Any]], kind: str, usual: str, path: Path) -> str:
-    """The only column of a kind; the one of the usual name if there are several or none."""
+    """Name of the only column of a kind; the usual name if there are several or none."""
     found = [name for name, feature in features.items() if feature.get("_type") == kind]
     if len(found) == 1:
         return found[0]
@@ -210,8 +212,8 @@ def _column_of(features: dict[str, dict[str, Any]], kind: str, usual: str, path:
     return usual
 
 
-def _is(kind: pa.DataType | None, name: str) -> bool:
-    """Whether values are of a type, whatever its offsets and encoding."""
+def _is_type(kind: pa.DataType | None, name: str) -> bool:
+    """Whether an Arrow type is the named one or its large, view or dictionary variant."""
     if kind is not None and pa.types.is_dictionary(kind):
         kind = kind.value_type
     return str(kind) in (name, f"large_{name}", f"{name}_view")
@@ -226,7 +228,7 @@ def _metadata(file: _File) -> pq.FileMetaData:
 
 
 def _batches(group: _Group, columns: list[str], num_rows: int) -> Iterator[pa.RecordBatch]:
-    """Yield some columns of a row group, ``num_rows`` rows at a time."""
+    """Yield the given columns of a row group, ``num_rows`` rows at a time."""
     path, metadata, number = group.file.path, group.metadata, group.number
     try:
         group.file.state.check(os.stat(path))
@@ -249,14 +251,14 @@ def _labels_and_paths(group: _Group) -> Iterator[tuple[int, str | None]]:
         labels = batch.column(columns.label).to_pylist()
         paths = [None] * len(labels)
         if columns.has_path:
-            raw = batch.column(columns.image).field("path").cast(pa.large_binary()).to_pylist()  # perhaps no UTF-8
+            raw = batch.column(columns.image).field("path").cast(pa.large_binary()).to_pylist()  # may not be UTF-8
             paths = [None if path is None else path.decode(errors="backslashreplace") for path in raw]
         yield from zip(labels, paths, strict=True)
         first += len(labels)
 
 
 class _Images:
-    """The images of one row group, decoded some at a time; each is decoded once if they are read in order."""
+    """The images of one row group, decoded in batches; each is decoded only once if they are read in order."""
 
     def __init__(self, group: _Group) -> None:
         self.group = group
@@ -284,13 +286,13 @@ class _Images:
         return data
 
     def _decode(self, row: int) -> None:
-        """Decode the images up to a row, from the group's first on if it is before those that are decoded."""
+        """Decode on to the batch that has a row; start over if the row is before the current batch."""
         if not 0 < self._rows.stop <= row:
             columns = [f"{self.group.file.columns.image}.bytes"]
             self._batches = _batches(self.group, columns, self._batch_rows)
             self._rows = range(self.group.rows.start, self.group.rows.start)
         while row not in self._rows:
-            self._decoded = pa.nulls(0)  # before others are decoded
+            self._decoded = pa.nulls(0)  # freed before more are decoded
             batch = next(self._batches, None)
             if batch is None:
                 where = f"{self.group.file.path}: row group {self.group.number}"

@@ -18,17 +18,17 @@ __all__ = ["StoreSource", "class_names"]
 
 
 class StoreSource(Source):
-    """Records of a store, in its order, with its names; those to take are found again on every pass, not held.
+    """Records of a store, in its order, with its names; a subset is selected again on every pass, not held.
 
     Args:
         store: a store or its path.
         classes: take only these classes, by name; they keep the store's order and are renumbered.
-        per_class: number of records to take of each class, the first ones.
+        per_class: take only the first ``per_class`` records of each class.
         records_at_a_time: records whose labels are read together.
 
     Raises:
         StoreError: the store cannot be opened.
-        SourceError: it has no class of such a name, or no record is left.
+        SourceError: it has no class of that name, or no record is selected.
         ValueError: ``per_class`` is less than 1.
     """
 
@@ -46,18 +46,18 @@ class StoreSource(Source):
             raise ValueError(f"per_class is {per_class}, expected at least 1")
         self._store = store if isinstance(store, Store) else open_store(store)
         self._per_class, self._records_at_a_time = per_class, records_at_a_time
-        there = self._store.classes
-        wanted = set(there if classes is None else classes)
-        unknown = sorted(wanted - set(there))
+        known = self._store.classes
+        wanted = set(known if classes is None else classes)
+        unknown = sorted(wanted - set(known))
         if unknown:
             raise SourceError(
-                f"{self._store.path}: no class {', '.join(map(repr, unknown[:5]))} in it, it has {len(there)}: "
-                f"{', '.join(map(repr, there[:5]))}{', ...' if len(there) > 5 else ''}; choose some of these"
+                f"{self._store.path}: no class {', '.join(map(repr, unknown[:5]))}; it has {len(known)}: "
+                f"{', '.join(map(repr, known[:5]))}{', ...' if len(known) > 5 else ''}; choose from these"
             )
-        self._classes = [name for name in there if name in wanted]
-        self._takes_all_classes = len(self._classes) == len(there)
-        place = {name: label for label, name in enumerate(self._classes)}
-        self._new_labels = np.array([place.get(name, -1) for name in there], dtype=np.int32)
+        self._classes = [name for name in known if name in wanted]
+        self._takes_all_classes = len(self._classes) == len(known)
+        label_of = {name: label for label, name in enumerate(self._classes)}
+        self._new_labels = np.array([label_of.get(name, -1) for name in known], dtype=np.int32)
         self._count = sum(len(records) for records, _ in self._taken())
         if self._count == 0:
             raise SourceError(f"{self._store.path}: no records to take; choose other classes")
@@ -84,7 +84,7 @@ class StoreSource(Source):
         }
 
     def _taken(self) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]]:
-        """Yield (indices, new labels) of the records to take, ascending, some at a time."""
+        """Yield the indices and new labels of the selected records, ascending, in batches."""
         num_classes = len(self._new_labels)
         num_before = np.zeros(num_classes, dtype=np.int64)  # records of each class in earlier runs
         for start in range(0, len(self._store), self._records_at_a_time):
@@ -107,15 +107,15 @@ class StoreSource(Source):
             raise SourceError(str(error)) from error
 
 
-def class_names(given: Iterable[str], there: Iterable[str]) -> list[str]:
+def class_names(texts: Iterable[str], classes: Iterable[str]) -> list[str]:
     """Split class names that were given one by one or joined by commas.
 
     Args:
-        given: a name in ``there`` is that class even if it has commas; all else is split at commas.
-        there: the store's classes.
+        texts: a text that is the name of a class is kept, even if it has commas; others are split at commas.
+        classes: the store's classes.
     """
-    known = set(there)
-    return [name for text in given for name in ([text] if text in known else text.split(","))]
+    known = set(classes)
+    return [name for text in texts for name in ([text] if text in known else text.split(","))]
 
 
 def _rank_in_class(labels: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:

@@ -37,7 +37,7 @@ class _Folder(NamedTuple):
 class _ClassFolders(FileSource):
     """The class folders that archives unpack to, in ``ImageFolder``'s order.
 
-    The file names of one folder are held in memory at a time.
+    Only one folder's file names at a time are held in memory.
     """
 
     def __init__(self, path: str | os.PathLike[str], archives: list[Archive]) -> None:
@@ -59,7 +59,7 @@ class _ClassFolders(FileSource):
         for class_name, folders in found:
             if not any(len(folder.images) for folder in folders):
                 raise SourceError(
-                    f"{self._path}: {printable(class_name)}: no image in this class; pack it without"
+                    f"{self._path}: {printable(class_name)}: no image in this class; pack the tar without it"
                 )
         return {name: sorted(folders, key=lambda folder: folder.path) for name, folders in found}
 
@@ -76,7 +76,7 @@ class _ClassFolders(FileSource):
 
 
 class TarSource(_ClassFolders):
-    """A tar of class folders: the records, and their order, of ``FolderSource`` on what it unpacks to.
+    """A tar of class folders; gives the same records in the same order as ``FolderSource`` on the unpacked tar.
 
     Folders that hold everything else and no image themselves, such as ``train/``, are stripped from the names.
 
@@ -84,8 +84,8 @@ class TarSource(_ClassFolders):
         path: the tar file.
 
     Raises:
-        SourceError: it cannot be read or is compressed; from the first use on, that it is damaged or cut off,
-            or has members that are refused (see ``_archive.py``).
+        SourceError: it cannot be read or is compressed; on first use: it is damaged or cut off, or has members
+            that are refused (see ``_archive.py``).
     """
 
     kind = "tar"
@@ -95,7 +95,7 @@ class TarSource(_ClassFolders):
         self._loose = MemberTable(Spool(self.kept_bytes))
 
     def left_out(self) -> Iterator[tuple[str, str]]:
-        if self._folders:  # which lists the archive
+        if self._folders:  # lists the archive
             for name, *_ in self._loose.rows():
                 yield printable(name), "in no class folder"
 
@@ -126,7 +126,7 @@ class TarSource(_ClassFolders):
 
 
 def common_top(folders: Mapping[str, int]) -> str:
-    """The longest ``folder/`` that holds all others and no image itself; "" without one.
+    """The deepest ``folder/`` that contains all others and no images of its own; "" if there is none.
 
     Args:
         folders: number of images directly in each.
@@ -146,7 +146,7 @@ class ImageNetTarSource(_ClassFolders):
     Records and order are those of ``FolderSource`` on ``n01440764/n01440764_18.JPEG`` ...
 
     Args:
-        path: the tar file; or what it unpacks to, one tar for each class: their folder, or a pattern of several.
+        path: the tar file; or the class tars that it unpacks to: their folder, or a pattern.
 
     Raises:
         SourceError: as for ``TarSource``.
@@ -169,7 +169,7 @@ class ImageNetTarSource(_ClassFolders):
                 if inner is not None:
                     found = f"{printable(class_name)}.tar is in it twice; pack it again with one"
                 raise SourceError(f"{archive.path}: {found}")
-            # A folder at its top that has the class's name is the class's folder.
+            # ``CLASS.tar`` may hold ``x.jpg`` or ``CLASS/x.jpg``: both are in the class's folder.
             tables = defaultdict[str, MemberTable](lambda: MemberTable(spool))
             _ = tables[class_name]  # created, so that an empty class is noticed
             for member in archive.members(is_image_name, inner=inner):
@@ -181,7 +181,7 @@ class ImageNetTarSource(_ClassFolders):
         return classes
 
     def _class_tars(self) -> Iterator[tuple[Archive, Member | None]]:
-        """Yield the archives, or their only one with each tar in it."""
+        """Yield (archive, tar inside it) for each class; (archive, None) if the archives are the class tars."""
         for archive in self._archives:
             if self._unpacked:
                 yield archive, None
@@ -190,7 +190,7 @@ class ImageNetTarSource(_ClassFolders):
 
 
 def is_tar_name(name: str) -> bool:
-    """Whether a file is a tar by its name."""
+    """Whether a file is named like a tar."""
     return name.lower().endswith(".tar")
 
 

@@ -45,16 +45,16 @@ class WebDatasetSource(FileSource):
     Extensions are case-insensitive.
 
     Order: shards by name, records as they lie in the shard. Class names come from a file ``classes.txt``
-    beside the shards, one a line, or are ``"0"``, ``"1"`` ... A record's name is ``class/member``; where
-    shards repeat names, ``class/shard/member``. Where image and label do not lie side by side, as they do in
-    shards that ``webdataset`` itself can read, the first of them is held in memory until the other comes.
+    beside the shards, one per line, or are ``"0"``, ``"1"`` ... A record's name is ``class/member``; where
+    shards repeat names, ``class/shard/member``. Image and label need not be adjacent, as ``webdataset`` itself
+    requires: until its other half is found, a record's position or label is held in memory.
 
     Args:
         path: a shard, a folder of shards, or a pattern: ``shards/train-*.tar``,
             ``shards/train-{000..146}.tar``.
 
     Raises:
-        SourceError: as for ``TarSource``; from the first use on, too, that a record lacks its image or label.
+        SourceError: as for ``TarSource``; on first use also: a record lacks its image or label.
     """
 
     kind = "webdataset"
@@ -93,7 +93,8 @@ class WebDatasetSource(FileSource):
         check_classes(named, where=file)
         if len(named) < len(numbered):
             raise SourceError(
-                f"{file}: {len(named)} class names, the labels need {len(numbered)}, one a line; fix or remove it"
+                f"{file}: {len(named)} class names, but the labels need {len(numbered)}, one per line; fix or "
+                "remove it"
             )
         return named
 
@@ -154,6 +155,6 @@ def _label(archive: Archive, member: Member) -> int:
     if len(text) > _LABEL_BYTES or not text.isdigit() or int(text) > np.iinfo(np.int32).max:
         found = text.decode("ascii", "backslashreplace")[:_LABEL_BYTES]
         raise SourceError(
-            f"{archive.path}: {printable(member.path)!r}: label {found!r}, expected an integer from 0 on"
+            f"{archive.path}: {printable(member.path)!r}: label {found!r}, expected an integer of at least 0"
         )
     return int(text)
