@@ -1,17 +1,23 @@
 """Which way of decoding fits into a GPU's memory, and how much is preallocated; no GPU is needed to compute it."""
 
+import inspect
 import itertools
 import logging
-from dataclasses import replace
+import re
+from dataclasses import fields, replace
 
 import pytest
+from damage import write_store
 from graphs import settings
 
+from dali_lmdb.loaders.backends import open_loader
 from dali_lmdb.loaders.dali_loader import DaliLoader
 from dali_lmdb.loaders.gpu_memory import Decoding, choose_decoding, held_bytes, preallocated_bytes, preallocation
+from dali_lmdb.loaders.graph_settings import log_decoding, usual_size
 from dali_lmdb.loaders.settings import DaliSettings
 from dali_lmdb.loaders.versions import has_fancy_windows, nvimagecodec_version, nvjpeg_version
 from dali_lmdb.plan.augment import EvalTransform, TrainTransform
+from dali_lmdb.store import open_store
 
 GIB = 1 << 30
 IMAGENET = {"height": 500, "width": 600, "batch_size": 256, "num_threads": 8, "hw_decoder_load": 0.65}
@@ -139,3 +145,72 @@ def test_a_loader_on_the_cpu_decodes_windows_and_holds_no_gpu_memory(store_path,
         assert loader.graph.fancy_upsampling
         assert loader.gpu_memory_bytes == loader.stats()["gpu_memory_bytes"] == 0
     assert caplog.records == []  # there was nothing to choose
+
+
+@pytest.mark.parametrize(
+    ("changes", "dali", "level", "message"),
+    [
+        ({}, {}, "INFO", "whole images are decoded on the GPU"),
+        (
+            {"decode": "window", "decode_device": "cpu"},
+            {"decode_device": "cpu"},
+            "INFO",
+            "crop windows .* the CPU",
+        ),
+        ({"decode": "image", "decode_device": "cpu"}, {"decode": "image"}, "INFO", "whole images .* on the CPU"),
+        (
+            {"decode": "window", "decode_device": "cpu"},
+            {},
+            "WARNING",
+            "crop windows .* on the CPU; a batch's whole images would take too much",
+        ),
+        (
+            {"decode": "window", "fancy_upsampling": False},
+            {"decode_device": "gpu"},
+            "WARNING",
+            "on the GPU; a batch's .*; chroma is upsampled simply",
+        ),
+        ({"decode": "window", "fancy_upsampling": False}, {"decode": "window"}, "INFO", "on the GPU; chroma is"),
+    ],
+)
+def test_the_log_says_how_images_are_decoded_and_warns_if_they_do_not_fit(
+    store_path, caplog, changes, dali, level, message
+):
+    caplog.set_level(logging.INFO, logger="dali_lmdb")
+    with open_store(store_path) as store:
+        log_decoding(store, DaliSettings(**dali), settings("cuda", **changes))
+    (record,) = caplog.records
+    assert record.levelname == level
+    assert re.search(message, record.getMessage())
+
+
+def test_one_giant_does_not_decide_what_is_usual(tmp_path):
+    sizes = [(300, 400)] * 100 + [(400, 300)] * 99 + [(9000, 9000)]
+    path = write_store(tmp_path / "x.lmdb", [b"not an image"] * len(sizes), sizes=sizes)
+    with open_store(path) as store:
+        assert usual_size(store) == (400, 400, 300 * 400)
+
+
+def test_the_loader_has_every_option_of_dali_and_open_loader_hands_them_over(store_path, tmp_path):
+    defaults = inspect.signature(DaliLoader).parameters
+    assert {field.name: field.default for field in fields(DaliSettings)} == {
+        field.name: defaults[field.name].default for field in fields(DaliSettings)
+    }
+    dali = DaliSettings(prefetch_queue_depth=3, hw_decoder_load=0.25, decode="image", num_threads=7)
+    arguments = {
+        "transform": TrainTransform(size=16),
+        "batch_size": 4,
+        "device": "cpu",
+        "rank": 0,
+        "world_size": 1,
+    }
+    quarantine = tmp_path / "bad.jsonl"
+    for backend in ("dali", "torch"):
+        with open_loader(
+            store_path, backend=backend, workers=2, dali=dali, quarantine=quarantine, **arguments
+        ) as loader:
+            assert loader.settings.quarantine == quarantine
+            if backend == "dali":
+                graph = loader.graph
+    assert (graph.num_threads, graph.prefetch_queue_depth, graph.hw_decoder_load) == (2, 3, 0.25)
+    assert graph.decode == "image"
