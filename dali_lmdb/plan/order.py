@@ -29,7 +29,7 @@ WINDOW_BLOCKS = 64
 # practical choice. Small n need a minimum.
 _ROUNDS_PER_BIT = 6
 _MIN_ROUNDS = 48
-_TOP_BIT = np.uint64(63)
+_TOP_BIT = np.uint64(1 << 63)
 
 
 def _permute(
@@ -45,14 +45,15 @@ def _permute(
     Every round pairs x with (k - x) mod size and swaps the two if a hash of the larger one says so. Each round,
     and so the whole, is a bijection for any size.
     """
-    x = positions.astype(np.int64)
-    for round_ in range(max(_MIN_ROUNDS, _ROUNDS_PER_BIT * largest.bit_length())):
-        round_keys = mix(keys + np.uint64(round_))
-        partner = (round_keys % sizes.astype(np.uint64)).astype(np.int64) - x
-        partner += sizes * (partner < 0)
-        coin = mix(np.maximum(x, partner).astype(np.uint64) ^ round_keys) >> _TOP_BIT
-        x = np.where(coin == 1, partner, x)
-    return x
+    num_rounds = max(_MIN_ROUNDS, _ROUNDS_PER_BIT * largest.bit_length())
+    # Unsigned numbers wrap around: a difference below 0 is huge, and right once the size is added.
+    x, sizes = positions.astype(np.uint64), sizes.astype(np.uint64)
+    for round_keys in mix(keys + np.arange(num_rounds, dtype=np.uint64)[:, None]):
+        partner = round_keys % sizes - x
+        partner = np.minimum(partner, partner + sizes)
+        swaps = mix(np.maximum(x, partner) ^ round_keys) >= _TOP_BIT
+        x = np.where(swaps, partner, x)
+    return x.astype(np.int64)
 
 
 @dataclass(frozen=True, kw_only=True)
