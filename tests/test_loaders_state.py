@@ -210,11 +210,17 @@ def test_states_of_one_backend_continue_in_the_other(store_path):
 
 # --- after an exception
 
-LOADERS_CODE = ("/dali_lmdb/loaders/", "/nvidia/dali/plugin/")
+DALIS_STEP = ("schedule_run", "_legacy_interleaved_prefetch", "_run_input_callbacks", "share_outputs", "reset")
+
+
+def belongs_to_a_step(code):
+    """Whether it is code of loaders, or what DALI's Python code runs for a step."""
+    in_dali = code.co_filename.endswith("/nvidia/dali/pipeline.py") and code.co_name in DALIS_STEP
+    return in_dali or "/dali_lmdb/loaders/" in code.co_filename
 
 
 def interrupted(function, *, at_line):
-    """Call a function, and interrupt it before the given line, of all the lines of loaders that it runs.
+    """Call a function, and interrupt it before the given line, of all lines that belong to a step.
 
     Returns:
         Whether it ran so many.
@@ -222,7 +228,7 @@ def interrupted(function, *, at_line):
     lines = itertools.count()
 
     def trace(frame, event, _):
-        if not any(part in frame.f_code.co_filename for part in LOADERS_CODE):
+        if not belongs_to_a_step(frame.f_code):
             return None
         # Garbage collection may run it, and there interrupts are lost.
         if frame.f_code is Prefetcher.close.__code__:

@@ -10,15 +10,17 @@ from traceback import clear_frames
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from dali_lmdb.errors import RecordError
 from dali_lmdb.loaders.bad import OnBad, nothing_decodes, substituted
 from dali_lmdb.loaders.base import Batch, Loader
-from dali_lmdb.loaders.external_source import ExternalSource, InFlight
+from dali_lmdb.loaders.external_source import InFlight
 from dali_lmdb.loaders.gpu_memory import held_bytes
 from dali_lmdb.loaders.graph_settings import graph_settings, log_decoding, usual_size
 from dali_lmdb.loaders.pillow import pillow_cause
 from dali_lmdb.loaders.pipeline import (
+    define_pipeline,
     feed_without_copy,
     release_unused_memory,
 )
@@ -158,7 +160,7 @@ class DaliLoader(Loader):
         # The prefetcher's thread must not keep the loader alive, so that one dropped without close() is freed.
         self._feed = partial(feed_without_copy, planner=self.planner)
         self._readahead_bytes = readahead_bytes
-        self._prefetcher: Prefetcher | None = None  # the newest one; its source closes it
+        self._prefetcher: Prefetcher | None = None  # the newest one; its run closes it
         self._late_bytes_before = 0  # sum over earlier prefetchers
         self._run: Run | None = None
         self._run_begins_at: tuple[int, int] | None = None
@@ -180,7 +182,7 @@ class DaliLoader(Loader):
                 if run is None:
                     run = self._new_run(epoch, position)
                 try:
-                    outputs = run.next()
+                    batch, (images, labels) = run.next(self._prepare)
                     break
                 except RuntimeError as error:
                     run.stop()
@@ -193,24 +195,23 @@ class DaliLoader(Loader):
             # threads that it waits for do not exist, hangs.
             clear_frames(error.__traceback__)
             raise
-        batch = run.source.in_flight.popleft()
-        assert isinstance(batch, InFlight)
         assert (batch.plan.epoch, batch.plan.start) == (epoch, position)
         run.next_place = self.planner.place_after(batch.plan)
         self._run = run
         self.bad.num_substituted += batch.num_substituted
         shown = slice(len(batch.plan.records))  # a run's first batch may be padded, see _prepare
-        images = outputs["images"][shown]
+        images = images[shown]
         if self.settings.layout == "NHWC":
             images = images.permute(0, 3, 1, 2)
+        records = torch.tensor(batch.plan.records)  # a copy: the user may change it
         num_bytes = int(self.store.gather("num_bytes", batch.plan.records).sum(dtype=np.int64))
-        return Batch(images, outputs["labels"][shown], outputs["records"][shown], batch.plan.end, num_bytes)
+        return Batch(images, labels[shown], records, batch.plan.end, num_bytes)
 
     def _new_run(self, epoch: int, position: int) -> Run:
         self._run_begins_at = epoch, position
-        source = ExternalSource(self._new_prefetcher(epoch, position), self._prepare)
+        define = partial(define_pipeline, settings=self.graph)
         try:
-            return Run(source, self.graph, next_place=(epoch, position))
+            return Run(self._new_prefetcher(epoch, position), define, next_place=(epoch, position))
         except RuntimeError as error:
             raise_explained(error)
 
@@ -224,9 +225,9 @@ class DaliLoader(Loader):
     def _recover(self, error: RuntimeError, run: Run) -> None:
         """Find the bad records of a failed batch; return if it can be repeated with substitutes for them."""
         error.__traceback__ = None  # it holds the pipeline, and a kept RecordError holds this error
-        batch = run.source.in_flight[0] if run.source.in_flight else error
-        if isinstance(batch, Exception) or not may_be_a_record(error):
+        if not run.in_flight or not may_be_a_record(error):  # nothing is, if the prefetcher raised it
             raise_explained(error)
+        batch = run.in_flight[0]
         plan = batch.plan
         try:
             failed = self._probe_records(plan, batch.feed, plan.records.tolist(), failed_before=False)
@@ -309,7 +310,7 @@ class DaliLoader(Loader):
         return super().stats() | {"late_bytes": self._late_bytes_before + _late_bytes(self._prefetcher)}
 
     def _queue_fill(self) -> int:
-        return self._run.source.fill if self._run is not None else 0
+        return self._run.fill if self._run is not None else 0
 
     def close(self) -> None:
         """Release the threads and the pipeline with its GPU memory, then the store's memory map."""

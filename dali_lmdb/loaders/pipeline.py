@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 import numpy as np
 from nvidia.dali import Pipeline, backend, fn, types
-from nvidia.dali.backend import TensorCPU
+from nvidia.dali.backend import TensorCPU, TensorListCPU
 
 from dali_lmdb.loaders.external_source import feed_of, fields_of
 from dali_lmdb.loaders.prefetch import Feed
@@ -46,7 +46,7 @@ __all__ = [
     "source_arguments",
 ]
 
-OUTPUTS = ("images", "labels", "records")
+OUTPUTS = ("images", "labels")
 
 _DTYPES = {"float32": types.FLOAT, "float16": types.FLOAT16, "uint8": types.UINT8}
 _INTERPOLATIONS = {
@@ -178,7 +178,7 @@ def define_pipeline(source: Callable[[Any], Any], settings: GraphSettings) -> Pi
     """Define the graph without building it, which needs neither a GPU nor a driver.
 
     Outputs are ``OUTPUTS``: images (n, 3, size, size), or (n, size, size, 3) with NHWC, normalised unless
-    uint8; labels and record indices int64 (n,). With ``device="cuda"`` images and labels are on the GPU.
+    uint8; labels int64 (n,). With ``device="cuda"`` both are on the GPU.
     """
     pipeline = Pipeline(
         batch_size=settings.batch_size,
@@ -192,9 +192,8 @@ def define_pipeline(source: Callable[[Any], Any], settings: GraphSettings) -> Pi
         given = dict(zip(names, fn.external_source(source, **source_arguments(settings.transform)), strict=True))
         images = fn.resize(
             _decoded_windows(given, settings),
-            size=given["size"],
-            roi_start=given["roi_start"],
-            roi_end=given["roi_end"],
+            size=given.get("size", [settings.transform.size] * 2),
+            **{name: given[name] for name in ("roi_start", "roi_end") if name in given},
             **_resize_arguments(settings),
         )
         if settings.transform.changes_color:
@@ -215,8 +214,8 @@ def define_pipeline(source: Callable[[Any], Any], settings: GraphSettings) -> Pi
                 fill_value=[float(value) for value in settings.transform.erased_color],
             )
         images = fn.crop_mirror_normalize(images, mirror=given["mirror"], **_normalise_arguments(settings))
-        labels, records = given["labels"], given["records"]
-        pipeline.set_outputs(images, labels.gpu() if on_gpu else labels, records)
+        labels = given["labels"]
+        pipeline.set_outputs(images, labels.gpu() if on_gpu else labels)
     return pipeline
 
 
@@ -228,12 +227,14 @@ def build_pipeline(source: Callable[[Any], Any], settings: GraphSettings) -> Pip
 
 
 def feed_without_copy(plan: BatchPlan, planner: Planner) -> Feed:
-    """``feed_of`` with the images' bytes as DALI tensors on the same memory, which they keep alive.
+    """``feed_of`` with the images' bytes as one list of DALI's on the same memory, which it keeps alive.
 
-    DALI would wrap them itself, but in the thread that runs the pipeline, and three times slower.
+    DALI would make it itself, but in the thread that runs the pipeline, and slower.
     """
     encoded, *numbers = feed_of(plan, planner)
-    return [TensorCPU(array, "") for array in encoded], *numbers
+    # contiguous=True, the default, would copy. Slicing the list crashes the process (DALI 2.4).
+    images = TensorListCPU(list(map(TensorCPU, encoded)), contiguous=False)  # type: ignore[call-overload]  # stubs
+    return images, *numbers
 
 
 def release_unused_memory() -> None:

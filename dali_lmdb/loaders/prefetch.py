@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -70,13 +70,27 @@ class Prefetcher:
             BaseException: what went wrong in the thread, every time.
             RuntimeError: the prefetcher is closed, or was while this waited.
         """
+        item = self._take(wait=True)
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def next_if_ready(self) -> tuple[BatchPlan, Feed] | None:
+        """The next batch; None if it is not ready, or if it is an error, which ``next`` raises."""
+        try:
+            item = self._take(wait=False)
+        except Empty:
+            return None
+        return None if isinstance(item, BaseException) else item
+
+    def _take(self, *, wait: bool) -> tuple[BatchPlan, Feed] | BaseException:
         if self._thread.ident is None:
             self._thread.start()
-        item = self._ready.get()
+        item = self._ready.get(block=wait)
         if isinstance(item, BaseException):
             self._ready.put(item)  # the thread has ended: nothing else will come
-            raise item
-        self._room.put(None)
+        else:
+            self._room.put(None)
         return item
 
     @property

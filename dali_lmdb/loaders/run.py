@@ -1,74 +1,155 @@
-"""A running DALI pipeline and the batches it works on."""
+"""A running DALI pipeline, which gets batches when they are ready and hands their outputs out first."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from collections import deque
+from collections.abc import Callable
 from typing import Any
 
-import torch
-from nvidia.dali.plugin.pytorch import DALIGenericIterator
+from nvidia.dali import Pipeline
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
-from dali_lmdb.loaders.external_source import ExternalSource
-from dali_lmdb.loaders.pipeline import OUTPUTS, GraphSettings, build_pipeline
-from dali_lmdb.loaders.prefetch import Prefetcher
+from dali_lmdb.loaders.external_source import InFlight
+from dali_lmdb.loaders.prefetch import Feed, Prefetcher
+from dali_lmdb.plan.batches import BatchPlan
 
 __all__ = ["Run"]
+
+Prepare = Callable[[BatchPlan, Feed], InFlight]
+"""Called with each batch before DALI gets it; may substitute records."""
 
 
 class Run:
     """A pipeline and the batches that it works on.
 
+    DALI is given a batch only when the prefetcher has one, so that a slow disk does not delay a batch that DALI
+    already has. All of it happens in the consumer's thread: DALI's executor must not be used by two.
+
+    Args:
+        prefetcher: gives the batches; the run closes it.
+        define: defines the pipeline, given the callback of ``fn.external_source``. As many batches are in flight
+            as its ``prefetch_queue_depth`` says, if they are ready.
+        next_place: see below.
+
     Attributes:
+        in_flight: batches given to DALI, in order. The first one is the one that failed if ``next`` raises a
+            ``RuntimeError`` of DALI. Keeps their bytes alive, since DALI reads them in place (``no_copy``).
         next_place: (epoch, position) of the first batch in flight.
     """
 
-    def __init__(self, source: ExternalSource, settings: GraphSettings, *, next_place: tuple[int, int]) -> None:
-        self.source, self.next_place = source, next_place
+    def __init__(
+        self,
+        prefetcher: Prefetcher,
+        define: Callable[[Callable[[Any], Feed]], Pipeline],
+        *,
+        next_place: tuple[int, int],
+    ) -> None:
+        self.in_flight: deque[InFlight] = deque()
+        self.next_place = next_place
+        self._planned: tuple[BatchPlan, Feed] | None = None  # taken from the prefetcher, not yet given to DALI
+        self._give_to_dali = _Given()
+        self._take_from(prefetcher)
         try:
-            self._iterator: Iterator[Any] = DALIGenericIterator(
-                build_pipeline(source, settings),
-                list(OUTPUTS),
-                size=-1,  # short batches pass, and the source never ends
-                prepare_first_batch=False,
-            )
+            self._pipeline: Pipeline | None = define(self._give_to_dali)
+            self._pipeline.build()
         except BaseException:
-            source.stop()
+            self._close_prefetcher()
             raise
+
+    def _take_from(self, prefetcher: Prefetcher) -> None:
+        self._prefetcher = prefetcher
+        # So that a run dropped without close() ends the thread, which does not refer to it.
+        self._close_prefetcher = weakref.finalize(self, prefetcher.close)
 
     def continue_at(self, epoch: int, position: int, prefetcher: Prefetcher) -> Run | None:
         """Drop the batches in flight and continue from another place; return None if only a new run can."""
-        self.source.continue_with(prefetcher)
-        for _ in range(len(self.source.in_flight)):
-            try:
-                next(self._iterator)
-            except RuntimeError:  # a bad record of an epoch that was left early does not matter
-                self.stop()
-                return None
-            self.source.in_flight.popleft()
+        self._close_prefetcher()
+        self._planned = None
+        self._take_from(prefetcher)
+        try:
+            while self.in_flight:
+                self._outputs()
+                self.in_flight.popleft()
+        except RuntimeError:  # a bad record of an epoch that was left early does not matter
+            self.stop()
+            return None
         self.next_place = epoch, position
         return self
 
-    def next(self) -> dict[str, torch.Tensor]:
-        """The outputs of the first batch in flight, by name; it stays in ``source.in_flight``.
+    def next(self, prepare: Prepare) -> tuple[InFlight, list[Tensor]]:
+        """The next batch and the pipeline's outputs for it, which share DALI's memory.
 
         Raises:
-            Exception: the source's, in its place.
+            RuntimeError: of DALI, about the first batch in flight.
+            Exception: of the prefetcher or ``prepare``, when there is no batch in flight before it.
         """
-        first = self.source.in_flight[0] if self.source.in_flight else None
-        if isinstance(first, Exception):
-            raise first
-        try:
-            outputs: dict[str, torch.Tensor] = next(self._iterator)[0]
-        except StopIteration as error:  # an iterator may not raise it in the middle of an epoch
-            raise RuntimeError("DALI's pipeline ended, though its source never does") from error
+        self._top_up(prepare, wait=True)
+        outputs = self._outputs()
+        batch = self.in_flight.popleft()
+        self._top_up(prepare, wait=False)
+        return batch, outputs
+
+    def _outputs(self) -> list[Tensor]:
+        """The outputs of the first batch in flight; waits for them."""
+        assert self._pipeline is not None, "a stopped run is asked for a batch"
+        # Without a stream they are complete when this returns, as DALI's own iterator has it.
+        outputs = [from_dlpack(output.as_tensor()) for output in self._pipeline.share_outputs()]
+        self._pipeline.release_outputs()  # of the executor's queue; the memory lives as long as the tensors
         return outputs
 
+    def _top_up(self, prepare: Prepare, *, wait: bool) -> None:
+        """Give DALI the batches that are ready; with ``wait``, at least one must be in flight afterwards."""
+        assert self._pipeline is not None, "a stopped run is asked for a batch"
+        while len(self.in_flight) < self._pipeline.prefetch_queue_depth:
+            needed = wait and not self.in_flight
+            if self._planned is None:
+                self._planned = self._prefetcher.next() if needed else self._prefetcher.next_if_ready()
+            if self._planned is None:
+                return
+            try:
+                batch = prepare(*self._planned)
+            except Exception:
+                if needed:
+                    raise
+                return  # tried again when it is needed: the batches before it come first
+            self._planned = None
+            self.in_flight.append(batch)
+            self._give_to_dali.feed = batch.feed
+            # The first call asks for as many batches as the queue holds, unless the source ends; reset() then
+            # makes the next call a first one again.
+            self._pipeline.schedule_run()
+            self._pipeline.reset()
+
+    @property
+    def fill(self) -> int:
+        """Number of batches in flight or ready for DALI."""
+        return len(self.in_flight) + (self._planned is not None) + self._prefetcher.fill
+
     def stop(self) -> None:
-        """Drop the pipeline; a traceback may keep it alive, and with it the source, whose bytes it reads."""
-        self.source.stop()
-        self._iterator = iter(())
+        """Drop the pipeline; a traceback may keep it alive, and with it the bytes that it reads."""
+        self._close_prefetcher()
+        self._pipeline = self._planned = self._give_to_dali.feed = None
 
     def close(self) -> None:
         """Drop the pipeline and the bytes."""
         self.stop()
-        self.source.close()
+        self.in_flight.clear()
+
+
+class _Given:
+    """DALI's callback: gives what was put into it, once. DALI's operators refer to it until garbage collection."""
+
+    feed: Feed | None = None
+
+    def __call__(self, batch_info: object) -> Feed:
+        """The batch; ``batch_info`` is DALI's and not needed.
+
+        Raises:
+            StopIteration: there is none.
+        """
+        feed, self.feed = self.feed, None
+        if feed is None:
+            raise StopIteration
+        return feed

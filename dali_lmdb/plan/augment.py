@@ -130,6 +130,16 @@ class _Output:
         return self.size
 
     @property
+    def has_region(self) -> bool:
+        """Whether the region of interest may be less than the whole window."""
+        return False
+
+    @property
+    def changes_size(self) -> bool:
+        """Whether the output's size depends on the epoch."""
+        return False
+
+    @property
     def changes_color(self) -> bool:
         """Whether hue, saturation, brightness or contrast may change."""
         return False
@@ -207,6 +217,10 @@ class TrainTransform(_Output):
     @property
     def largest_size(self) -> int:
         return max([self.size, *(size for _, size in self.size_schedule)])
+
+    @property
+    def changes_size(self) -> bool:
+        return bool(self.size_schedule)
 
     @property
     def changes_color(self) -> bool:
@@ -361,6 +375,10 @@ class EvalTransform(_Output):
         super().__post_init__()
         if self.resize < self.size:
             raise ValueError(f"resize is {self.resize}, expected at least size, {self.size}")
+
+    @property
+    def has_region(self) -> bool:
+        return True
 
     def augment(
         self, records: npt.NDArray[np.int64], heights: Ints, widths: Ints, *, seed: int, epoch: int

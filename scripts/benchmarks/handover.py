@@ -25,9 +25,10 @@ from reading import ReadingSettings, reading_options, shuffled_part
 
 from dali_lmdb.cli import Command, print_progress, print_result
 from dali_lmdb.compare.report import Measured, machine, spread, versions
-from dali_lmdb.loaders.external_source import ExternalSource, InFlight
+from dali_lmdb.loaders.external_source import InFlight
 from dali_lmdb.loaders.pipeline import feed_without_copy, source_arguments
 from dali_lmdb.loaders.prefetch import Prefetcher
+from dali_lmdb.loaders.run import Run
 from dali_lmdb.plan.augment import TrainTransform, Transform
 from dali_lmdb.plan.batches import Planner
 from dali_lmdb.plan.order import StepPlan
@@ -147,17 +148,14 @@ def _one_core() -> Iterator[None]:
 def _windows(
     prefetcher: Prefetcher, settings: ReadingSettings, progress: Callable[[HandoverRound], None] | None
 ) -> list[HandoverRound]:
-    source = ExternalSource(prefetcher, lambda plan, feed: InFlight(plan, feed, num_substituted=0))
-    pipeline = define_handover(source, transform=TrainTransform(), batch_size=settings.batch_size)
-    pipeline.build()
+    define = partial(define_handover, transform=TrainTransform(), batch_size=settings.batch_size)
+    run = Run(prefetcher, define, next_place=(0, 0))
     rounds = []
     for number in range(settings.rounds + 1):
         num_records = 0
         begin, cpu_begin = time.perf_counter(), time.process_time()
         while time.perf_counter() - begin < settings.seconds:
-            pipeline.run()
-            batch = source.in_flight.popleft()
-            assert isinstance(batch, InFlight)
+            batch, _ = run.next(lambda plan, feed: InFlight(plan, feed, num_substituted=0))
             num_records += len(batch.plan.records)
         one = HandoverRound(
             number=number,
@@ -174,12 +172,12 @@ def _windows(
 def define_handover(source: Callable[[Any], Any], *, transform: Transform, batch_size: int) -> Pipeline:
     """Define a graph with the inputs of ``define_pipeline`` that decodes nothing, to measure the source alone.
 
-    Outputs: labels and record indices, as there; then the shapes of the other inputs, so that these are used too.
+    Outputs: labels, as there; then the shapes of the other inputs, so that these are used too.
     """
     pipeline = Pipeline(batch_size=batch_size, num_threads=1, device_id=None)
     with pipeline:
-        encoded, labels, records, *numbers = fn.external_source(source, **source_arguments(transform))
-        pipeline.set_outputs(labels, records, *(given.shape() for given in (encoded, *numbers)))
+        encoded, labels, *numbers = fn.external_source(source, **source_arguments(transform))
+        pipeline.set_outputs(labels, *(given.shape() for given in (encoded, *numbers)))
     return pipeline
 
 
