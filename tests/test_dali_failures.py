@@ -66,7 +66,7 @@ loader = DaliLoader(
 )
 in_use = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-resource.setrlimit(resource.RLIMIT_AS, (in_use + (300 << 20), hard))  # a batch of 256 needs 491 MB
+resource.setrlimit(resource.RLIMIT_AS, (in_use + (400 << 20), hard))  # a batch of 256 needs 491 MB, in one piece
 try:
     next(iter(loader))
 except DeviceError as error:
@@ -80,7 +80,9 @@ print(json.dumps([message, cause, bad, records.tolist()]))
 
 @ON_BAD
 def test_a_lack_of_memory_is_not_blamed_on_any_record(good_path, tmp_path, on_bad):
-    message, cause, bad, records = child(SHORT_OF_MEMORY, good_path, on_bad, tmp_path / "bad.jsonl")
+    # One arena, since each thread's own would count as 64 MB and more.
+    printed = child(SHORT_OF_MEMORY, good_path, on_bad, tmp_path / "bad.jsonl", MALLOC_ARENA_MAX="1")
+    message, cause, bad, records = printed
     assert message == (
         "DALI is out of host memory: std::bad_alloc; use a smaller batch_size (--batch-size) or "
         "prefetch_queue_depth=1"
