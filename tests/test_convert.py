@@ -116,7 +116,7 @@ def test_kinds_and_sizes_are_what_the_bytes_say_not_the_name(tmp_path, target):
         assert kinds == "BASELINE PROGRESSIVE GRAYSCALE CMYK PNG WEBP BMP TIFF PNM BASELINE"
         assert store.column("height").tolist() == list(range(21, 31))
         assert store.column("width").tolist() == [34, 35, 36, 37, 40, 40, 40, 40, 40, 50]
-    assert (summary.gpu, summary.cpu, summary.none) == (5, 5, 0)
+    assert (summary.gpu, summary.cpu, summary.none) == (4, 6, 0)
 
 
 def test_unchecked_images_are_of_unknown_kind_and_size(images, target):
@@ -339,10 +339,12 @@ def test_a_target_without_a_name_is_refused(images):
 
 
 def test_the_command_prints_a_summary(images, target):
+    Image.new("CMYK", (40, 30)).save(images / "ant" / "four.jpg")
     code, out, err = run_main(images, target)
     assert code == 0
-    for part in (str(target), "24 records", "3 classes", "images/s", "MB/s"):
+    for part in (str(target), "25 records", "3 classes", "images/s", "MB/s"):
         assert part in out
+    assert "with --decode-device gpu, nvJPEG decodes 24, 1 fall back to the CPU" in out
     assert err == ""
 
 

@@ -76,7 +76,7 @@ _option = option_of(ConvertSettings)
     "lists them.",
 )
 @_option("--max-pixels", type=click.IntRange(min=1), help="Reject larger images.")
-@_option("--transcode", is_flag=True, help="Re-encode what the GPU cannot decode, and CMYK, as baseline RGB JPEG.")
+@_option("--transcode", is_flag=True, help="Re-encode what the GPU cannot decode as baseline RGB JPEG.")
 @_option(
     "--resize",
     type=click.IntRange(min=1),
@@ -181,7 +181,7 @@ def _sentence(summary: Summary) -> str:
         f"{summary.bytes:,} bytes, {summary.seconds:.1f} s, {summary.images_per_s:,.0f} images/s, "
         f"{summary.megabytes_per_s:,.0f} MB/s"
     )
-    text += f"\nnvJPEG decodes {summary.gpu:,} on the GPU, {summary.cpu:,} fall back to the CPU"
+    text += f"\nwith --decode-device gpu, nvJPEG decodes {summary.gpu:,}, {summary.cpu:,} fall back to the CPU"
     if summary.none:
         text += f", {summary.none:,} have no known decoder"
     if summary.transcoded or summary.resized:

@@ -30,7 +30,7 @@ class ConvertSettings:
     max_pixels: int = MAX_PIXELS
     """Reject images with more pixels."""
     transcode: bool = False
-    """Re-encode what the GPU cannot decode, and CMYK, as baseline RGB JPEG."""
+    """Re-encode what the GPU cannot decode as baseline RGB JPEG."""
     resize: int | None = None
     """Shrink images whose shorter side exceeds this many pixels; None leaves all as they are."""
     quality: int = QUALITY
@@ -74,9 +74,9 @@ class Summary:
     reports: list[str]
     """Paths of the lists of bad images and ignored files; empty if there are none."""
     gpu: int
-    """Records that nvJPEG decodes on the GPU."""
+    """Records that nvJPEG decodes, where DALI decodes on the GPU (``decode_device="gpu"``)."""
     cpu: int
-    """Records that fall back to a decoder on the CPU."""
+    """Records that fall back to a decoder on the CPU even then."""
     none: int
     """Records without a known decoder, or not validated."""
     transcoded: int

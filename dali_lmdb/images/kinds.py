@@ -23,9 +23,9 @@ class Kind(enum.IntEnum):
     JPEG_GRAYSCALE = 4
     """One component, baseline or extended."""
     JPEG_CMYK = 5
-    """Four components."""
+    """Four components: no GPU decoder takes them, whatever their encoding."""
     JPEG_CPU_ONLY = 6
-    """Arithmetic coding, 12 bit, lossless or two components: no GPU decoder supports it."""
+    """Arithmetic coding, 12 bit, lossless or two components: no GPU decoder takes it."""
     PNG = 7
     WEBP = 8
     BMP = 9
@@ -43,17 +43,22 @@ class Kind(enum.IntEnum):
     @property
     def decodes_on_cpu(self) -> bool:
         """True if it needs a decoder on the CPU: one of DALI's, or Pillow."""
-        return self >= Kind.JPEG_CPU_ONLY
+        return self >= Kind.JPEG_CMYK
 
     @property
     def decodes_on_gpu(self) -> bool:
-        """True if nvJPEG decodes it with CUDA or in hardware (nvJPEG documentation, "supported formats")."""
-        return Kind.JPEG_BASELINE <= self <= Kind.JPEG_CMYK
+        """True if nvJPEG decodes it, in hardware or with CUDA, where DALI decodes on the GPU.
+
+        So says ``canDecode`` of both decoders in nvImageCodec 0.8 (``extensions/nvjpeg``), which DALI 2.4 asks.
+        Chroma subsampling other than 4:4:4, 4:2:2, 4:2:0, 4:4:0, 4:1:1 and 4:1:0 needs the CPU too, but is not
+        part of a kind.
+        """
+        return Kind.JPEG_BASELINE <= self <= Kind.JPEG_GRAYSCALE
 
 
 @dataclass(frozen=True)
 class DecoderCounts:
-    """Number of records by where DALI decodes them."""
+    """Number of records by what decodes them where DALI decodes on the GPU (``decode_device="gpu"``)."""
 
     gpu: int
     """Decoded by nvJPEG."""

@@ -8,7 +8,6 @@ import io
 from PIL import Image
 
 from dali_lmdb.images.header import Header, read_header
-from dali_lmdb.images.kinds import Kind
 from dali_lmdb.images.opening import BadImageError, open_image
 
 __all__ = ["QUALITY", "Change", "change_image"]
@@ -32,7 +31,7 @@ def change_image(
 
     Args:
         data, header: the image.
-        transcode: re-encode images that the GPU cannot decode, and CMYK ones, as baseline RGB JPEGs.
+        transcode: re-encode images that the GPU cannot decode as baseline RGB JPEGs.
         resize: shrink images whose shorter side is longer than this, in pixels.
         quality: of the JPEG that is written, 1 to 100.
         max_pixels: as for ``read_header``.
@@ -45,7 +44,7 @@ def change_image(
         BadImageError: it must be re-encoded but cannot be decoded.
     """
     change = Change.NONE
-    if transcode and (header.kind == Kind.JPEG_CMYK or not header.kind.decodes_on_gpu):
+    if transcode and not header.kind.decodes_on_gpu:
         change |= Change.TRANSCODED
     if resize is not None and min(header.height, header.width) > resize:
         change |= Change.RESIZED

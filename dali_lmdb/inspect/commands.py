@@ -116,7 +116,7 @@ def _table(found: StoreInfo) -> str:
         ("height", _spread("", found.height) or "unknown"),
         ("width", _spread("", found.width) or "unknown"),
         ("kinds", ", ".join(f"{kind} {count:,}" for kind, count in found.kinds.items()) or "none"),
-        ("on the GPU", f"nvJPEG decodes {found.decoders.gpu:,}"),
+        ("on the GPU", f"nvJPEG decodes {found.decoders.gpu:,} with --decode-device gpu"),
         ("on the CPU", f"{found.decoders.cpu:,} fall back to a CPU decoder{_by_pillow(found)}"),
         ("no decoder", f"{found.decoders.none:,}{_uninspected(found)}"),
         ("changed", f"{found.transcoded:,} transcoded, {found.resized:,} resized"),
