@@ -93,6 +93,8 @@ _Decorator = Callable[[Callable[..., None]], Callable[..., None]]
 def option_of(*settings: type[Any]) -> Callable[..., _Decorator]:
     """Return a function like ``click.option`` that takes default and ``Literal`` choices from a dataclass field.
 
+    A field that may be None shows no default: its help says what None means.
+
     Args:
         settings: the dataclasses; if several have a field, the last one takes precedence.
     """
@@ -113,13 +115,19 @@ def option_of(*settings: type[Any]) -> Callable[..., _Decorator]:
             name,
             default=default,
             show_default=default is not None and not isinstance(default, bool),
-            type=click.Choice(get_args(types[field])) if get_origin(types[field]) is Literal else type,
+            type=click.Choice(choices) if (choices := _choices(types[field])) else type,
             metavar=metavar,
             is_flag=is_flag,
             help=help,
         )
 
     return option
+
+
+def _choices(hint: Any) -> tuple[str, ...]:
+    """The values of a ``Literal``, or of one that may also be None; none for other types."""
+    literals = [part for part in (hint, *get_args(hint)) if get_origin(part) is Literal]
+    return tuple(value for part in literals for value in get_args(part))
 
 
 def interrupt_on_sigterm() -> None:

@@ -34,6 +34,35 @@ def test_a_loader_is_a_context_manager(make):
         iter(loader)
 
 
+@pytest.mark.parametrize("backend", [DALI, GPU, TORCH, WORKERS])
+def test_a_loader_that_releases_its_memory_goes_on_with_the_next_batch(store_path, backend):
+    with backend(store_path, transform=TRAIN, batch_size=4, return_index=True) as loader:
+        loader.release_memory()
+        steps = []
+        for _, _, records in loader:
+            steps.append(records.tolist())
+            loader.release_memory()
+        assert steps == planned(batch_size=4)
+        assert epoch_of(loader) == planned(epoch=1, batch_size=4)
+
+
+def test_a_dali_loader_that_releases_its_memory_leaves_no_threads_or_descriptors(store_path):
+    with dali_on_the_cpu(store_path, transform=TRAIN, batch_size=4) as loader:
+
+        def use():
+            next(iter(loader))
+            running = threading.active_count()
+            loader.release_memory()
+            assert threading.active_count() < running
+
+        use()
+        before = descriptors_and_threads()
+        for _ in range(4):
+            use()
+        after = descriptors_and_threads()
+    assert all(late <= early + 1 for late, early in zip(after, before, strict=True)), (before, after)
+
+
 def test_a_loader_that_was_never_used_closes(make):
     make().close()
 

@@ -1,7 +1,8 @@
-"""What ``--on-bad`` and ``--shuffle`` do to a training run."""
+"""What the options of loading do to a training run."""
 
 import json
 import logging
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -12,9 +13,13 @@ from PIL import Image
 
 from dali_lmdb.convert import convert
 from dali_lmdb.errors import RecordError, StateError
+from dali_lmdb.loaders.settings import DaliSettings
+from dali_lmdb.threads import threads_per_rank
+from dali_lmdb.torchrun import RankEnvironment
 from dali_lmdb.train import TrainSettings, checkpoint, train
 from dali_lmdb.train.__main__ import main
 from dali_lmdb.train.distributed import launch
+from dali_lmdb.train.trainer import _Training, fits_beside
 
 NUM_TRAIN, NUM_VAL = 24, 7
 BAD = {"train": "b/010.png", "val": "a/002.png"}
@@ -96,23 +101,156 @@ def test_the_shuffle_is_the_one_asked_for_and_another_does_not_go_on_from_it(fol
         train(replace(asked, epochs=2, resume=True, shuffle=other))
 
 
-def test_the_command_has_both_options_and_names_the_bad_record_in_one_line(folder):
+def run(folder, *options):
     given = settings(folder)
-    options = [
-        part
-        for name in ("train", "val", "arch", "device", "size", "batch_size", "epochs", "lr", "workers")
-        for part in (f"--{name.replace('_', '-')}", str(getattr(given, name)))
-    ]
-    result = CliRunner().invoke(main, [*options, "--shuffle", "block", "--on-bad", "raise"])
+    names = ("train", "val", "arch", "device", "size", "batch_size", "epochs", "lr", "workers")
+    usual = [part for name in names for part in (f"--{name.replace('_', '-')}", str(getattr(given, name)))]
+    return CliRunner().invoke(main, [*usual, *map(str, options)])
+
+
+def test_the_command_has_both_options_and_names_the_bad_record_in_one_line(folder):
+    result = run(folder, "--shuffle", "block", "--on-bad", "raise")
     assert result.exit_code == 1
     assert result.stderr.startswith("Error: ")
     assert "record 10 (b/010.png)" in result.stderr
     assert result.stderr.count("\n") == 1
     for wrong in (("--shuffle", "none"), ("--on-bad", "skip")):
-        assert CliRunner().invoke(main, [*options, *wrong]).exit_code == 2
+        assert run(folder, *wrong).exit_code == 2
 
 
-@pytest.mark.parametrize("wrong", [{"shuffle": "none"}, {"on_bad": "skip"}], ids=str)
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"shuffle": "none"},
+        {"on_bad": "skip"},
+        {"workers": -1},
+        {"decode": "region"},
+        {"decode_device": "tpu"},
+        {"hw_decoder_load": 1.5},
+        {"prefetch_queue_depth": 0},
+        {"readahead_bytes": -1},
+    ],
+    ids=str,
+)
 def test_other_values_are_refused_when_the_settings_are_made(folder, wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         settings(folder, **wrong)
+
+
+def opened(asked, *, ranks=RankEnvironment()):  # noqa: B008
+    """What a run on the CPU opens: (training loader, evaluation loader)."""
+    with ExitStack() as stack:
+        run = _Training(asked, ranks=ranks, device=torch.device("cpu"), stack=stack)
+        return run.train_loader, run.val_loader
+
+
+def test_both_loaders_are_opened_as_asked_for(folder):
+    asked = settings(
+        folder,
+        workers=3,
+        decode="image",
+        decode_device="cpu",
+        hw_decoder_load=0.25,
+        prefetch_queue_depth=1,
+        readahead_bytes=4096,
+    )
+    for loader in opened(asked):
+        graph = loader.graph
+        assert (graph.num_threads, graph.prefetch_queue_depth, graph.hw_decoder_load) == (3, 1, 0.25)
+        assert (graph.decode, graph.decode_device) == ("image", "cpu")
+        assert loader._readahead_bytes == 4096
+
+
+def test_by_default_they_are_opened_as_a_loader_is(folder):
+    assert settings(folder).dali == DaliSettings()
+
+
+@pytest.mark.parametrize("ranks_per_node", [1, 2])
+@pytest.mark.parametrize("backend", ["dali", "torch"])
+def test_by_default_the_ranks_of_a_node_share_its_cores(folder, backend, ranks_per_node):
+    ranks = RankEnvironment(ranks_per_node=ranks_per_node)
+    for loader in opened(settings(folder, backend=backend, workers=None), ranks=ranks):
+        found = loader.graph.num_threads if backend == "dali" else loader._num_workers
+        assert found == threads_per_rank(ranks_per_node)
+
+
+@pytest.mark.parametrize("backend", ["dali", "torch"])
+def test_bad_records_of_both_stores_are_listed_in_the_quarantine(folder, tmp_path, backend):
+    listed = tmp_path / "bad.jsonl"
+    options = ["--decode", "image", "--decode-device", "cpu", "--hw-decoder-load", 0.1, "--readahead-bytes", 0]
+    options += ["--prefetch-queue-depth", 1, "--on-bad", "substitute", "--quarantine", listed]
+    result = run(folder, *options, "--backend", backend)
+    assert result.exit_code == 0, result.output
+    lines = [json.loads(line) for line in listed.read_text().splitlines()]
+    assert {(line["store"], line["name"]) for line in lines} == {
+        (str(folder / f"{split}.lmdb"), name) for split, name in BAD.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (("--decode-device", "gpu"), "--decode-device gpu: training is on the CPU; use --decode-device cpu"),
+        (("--quarantine", "."), "--quarantine .: a folder, expected a file"),
+        (("--quarantine", "missing/bad.jsonl"), "--quarantine missing/bad.jsonl: no folder"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_in_one_line(folder, wrong, message):
+    result = run(folder, *wrong)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith(f"Error: {message}")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ("--decode", "region"),
+        ("--decode-device", "tpu"),
+        ("--hw-decoder-load", "1.5"),
+        ("--prefetch-queue-depth", "0"),
+        ("--readahead-bytes", "-1"),
+        ("--workers", "-1"),
+    ],
+)
+def test_options_out_of_range_are_wrong_usage(folder, wrong):
+    result = run(folder, *wrong)
+    assert result.exit_code == 2
+    assert f"Invalid value for '{wrong[0]}'" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("train_bytes", "val_bytes", "fits"),
+    [
+        (0, 0, True),  # on the CPU, and with the torch backend
+        (600, 400, True),
+        (600, 401, False),
+        (5000, 0, True),  # nothing would be gained
+    ],
+)
+def test_evaluation_keeps_its_memory_if_both_loaders_are_within_the_budget(train_bytes, val_bytes, fits):
+    assert fits_beside(train_bytes, val_bytes, budget_bytes=1000) == fits
+
+
+def test_a_run_that_releases_memory_after_each_evaluation_has_the_same_results(folder, caplog):
+    def results(*, keeps):
+        with ExitStack() as stack:
+            asked = settings(folder, on_bad="substitute")
+            run = _Training(asked, ranks=RankEnvironment(), device=torch.device("cpu"), stack=stack)
+            run._keeps_val_memory = keeps
+            return [run.evaluate() for _ in range(2)]
+
+    caplog.set_level(logging.WARNING, logger="dali_lmdb")
+    kept, warned = results(keeps=True), len(caplog.messages)
+    assert results(keeps=False) == kept
+    assert len(caplog.messages) == 2 * warned == 2  # one for the bad record, not one for each evaluation
+
+
+def test_what_is_trained_says_how_much_gpu_memory_dali_holds(folder):
+    with ExitStack() as stack:
+        run = _Training(settings(folder), ranks=RankEnvironment(), device=torch.device("cpu"), stack=stack)
+        assert "GPU" not in str(run)
+        run.train_loader.gpu_memory_bytes, run.val_loader.gpu_memory_bytes = 2_000_000_000, 500_000_000
+        assert str(run).endswith("; DALI holds about 2.5 GB of GPU memory")
+        run._keeps_val_memory = False
+        assert str(run).endswith("; DALI holds about 2.0 GB of GPU memory, 2.5 GB in evaluation")

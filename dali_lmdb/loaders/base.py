@@ -340,6 +340,12 @@ class Loader(ABC):
             RecordError: with ``end``, if records of the step cannot be decoded.
         """
 
+    def release_memory(self) -> None:  # noqa: B027  # nothing to release unless a loader says so
+        """Release the GPU memory that ``gpu_memory_bytes`` estimates, until the next batch needs it again.
+
+        Nothing else changes: the same batches follow.
+        """
+
     def close(self) -> None:
         """Release threads, processes and device memory; the loader cannot be used again."""
         self._closed = True

@@ -312,14 +312,18 @@ class DaliLoader(Loader):
     def _queue_fill(self) -> int:
         return self._run.fill if self._run is not None else 0
 
-    def close(self) -> None:
-        """Release the threads and the pipeline with its GPU memory, then the store's memory map."""
-        super().close()
+    def release_memory(self) -> None:
+        """Release the threads and the pipeline with its GPU memory; the next batch makes others."""
         run, self._run = self._run, None
         if run is not None:
             run.close()
         if self.graph.device == "cuda":
             release_unused_memory()
+
+    def close(self) -> None:
+        """Release the threads and the pipeline with its GPU memory, then the store's memory map."""
+        super().close()
+        self.release_memory()
 
 
 def _late_bytes(prefetcher: Prefetcher | None) -> int:

@@ -12,6 +12,7 @@ import click
 from dali_lmdb.cli import Command, option_of, ranks_from_environment
 from dali_lmdb.loaders.backends import Backend
 from dali_lmdb.loaders.bad import OnBad
+from dali_lmdb.loaders.settings import Decode, DecodeDevice
 from dali_lmdb.train import preflight, trainer
 from dali_lmdb.train.distributed import RankFailedError, launch, run_rank
 from dali_lmdb.train.rank import show_progress
@@ -49,12 +50,26 @@ _AT_LEAST_1 = click.IntRange(min=1)
 @_option("--momentum", type=click.FloatRange(min=0), help="SGD momentum.")
 @_option("--weight-decay", type=click.FloatRange(min=0), help="Weight decay of SGD, on all parameters.")
 @_option("--size", type=_AT_LEAST_1, help="Height and width of the images, in pixels.")
-@_option("--workers", type=_AT_LEAST_0, help="DALI threads or DataLoader processes of each rank.")
+@_option(
+    "--workers",
+    type=_AT_LEAST_0,
+    help="DALI threads or DataLoader processes of each rank.  [default: its share of the node's cores]",
+)
+@_option("--decode", help="DALI decodes whole images or crop windows only; auto suits the device.")
+@_option("--decode-device", help="Where DALI decodes.  [default: gpu if training on GPUs]")
+@_option(
+    "--hw-decoder-load",
+    type=click.FloatRange(min=0, max=1),
+    help="Fraction of a batch offered to the GPU's hardware JPEG engine.",
+)
+@_option("--prefetch-queue-depth", type=_AT_LEAST_1, help="Batches that DALI works on ahead.")
+@_option("--readahead-bytes", type=_AT_LEAST_0, help="Bytes DALI's loader requests from storage ahead; 0: none.")
 @_option("--shuffle", help="block suits storage that is slow at random reads.")
 @_option(
     "--on-bad",
     help="If a record cannot be decoded: stop and name it, or warn and use another of its batch.",
 )
+@_option("--quarantine", metavar="FILE", help="List records that cannot be decoded, one JSON object per line.")
 @_option("--seed", type=_AT_LEAST_0, help="Seed of weights, order, crops and flips.")
 @_option("--output", metavar="DIR", help="Folder for checkpoint.pt, written after each epoch.")
 @_option("--resume", is_flag=True, help="Resume from the checkpoint in --output, if there is one.")
@@ -76,9 +91,15 @@ def main(
     momentum: float,
     weight_decay: float,
     size: int,
-    workers: int,
+    workers: int | None,
+    decode: Decode,
+    decode_device: DecodeDevice | None,
+    hw_decoder_load: float,
+    prefetch_queue_depth: int,
+    readahead_bytes: int,
     shuffle: TrainShuffle,
     on_bad: OnBad,
+    quarantine: str | None,
     seed: int,
     output: str | None,
     resume: bool,
@@ -113,8 +134,14 @@ def main(
         weight_decay=weight_decay,
         size=size,
         workers=workers,
+        decode=decode,
+        decode_device=decode_device,
+        hw_decoder_load=hw_decoder_load,
+        prefetch_queue_depth=prefetch_queue_depth,
+        readahead_bytes=readahead_bytes,
         shuffle=shuffle,
         on_bad=on_bad,
+        quarantine=quarantine,
         seed=seed,
         output=output,
         resume=resume,

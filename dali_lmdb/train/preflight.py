@@ -23,7 +23,9 @@ def check(settings: TrainSettings, *, world_size: int, ranks_per_node: int) -> N
         ValueError: settings that do not fit the data, or files that cannot be written.
         StoreError, SourceError, DeviceError, StateError: data, GPUs or a checkpoint that is missing or unfit.
     """
-    find_device(settings.device, local_rank=0, ranks_per_node=ranks_per_node)
+    device = find_device(settings.device, local_rank=0, ranks_per_node=ranks_per_node)
+    if settings.backend == "dali" and settings.decode_device == "gpu" and device.type == "cpu":
+        raise ValueError("--decode-device gpu: training is on the CPU; use --decode-device cpu")
     num_records, classes = _describe(settings.train, backend=settings.backend)
     num_val_records, val_classes = _describe(settings.val, backend=settings.backend)
     _check_classes(classes, val_classes, settings=settings)
@@ -91,15 +93,10 @@ def _check_checkpoint(settings: TrainSettings, *, classes: list[str]) -> None:
 
 
 def _check_files(settings: TrainSettings) -> None:
-    """Check that the log can be written, and create the output folder."""
-    if settings.log_json is not None:
-        log = Path(settings.log_json)
-        if os.path.isdir(log):
-            raise ValueError(f"--log-json {log}: a folder, expected a file")
-        if not log.absolute().parent.is_dir():
-            raise ValueError(f"--log-json {log}: no folder {log.absolute().parent}; make it first")
-        if not os.access(log if os.path.exists(log) else log.absolute().parent, os.W_OK):
-            raise ValueError(f"--log-json {log}: not writable; choose another file")
+    """Check that the log and the quarantine can be written, and create the output folder."""
+    for option, name in (("--log-json", settings.log_json), ("--quarantine", settings.quarantine)):
+        if name is not None:
+            _check_file(Path(name), option=option)
     if settings.output is not None:
         try:
             Path(settings.output).mkdir(parents=True, exist_ok=True)
@@ -107,3 +104,12 @@ def _check_files(settings: TrainSettings) -> None:
             raise ValueError(f"--output {settings.output}: cannot be made: {cause}") from cause
         if not os.access(settings.output, os.W_OK):
             raise ValueError(f"--output {settings.output}: not writable; choose another folder")
+
+
+def _check_file(file: Path, *, option: str) -> None:
+    if os.path.isdir(file):
+        raise ValueError(f"{option} {file}: a folder, expected a file")
+    if not file.absolute().parent.is_dir():
+        raise ValueError(f"{option} {file}: no folder {file.absolute().parent}; make it first")
+    if not os.access(file if os.path.exists(file) else file.absolute().parent, os.W_OK):
+        raise ValueError(f"{option} {file}: not writable; choose another file")

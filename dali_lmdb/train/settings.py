@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 from dali_lmdb.loaders.backends import Backend
 from dali_lmdb.loaders.bad import OnBad
+from dali_lmdb.loaders.settings import DaliSettings, Decode, DecodeDevice
 from dali_lmdb.train import checkpoint, models
 
 __all__ = ["DeviceChoice", "Precision", "TrainSettings", "TrainShuffle"]
@@ -44,14 +45,27 @@ class TrainSettings:
     weight_decay: float = 1e-4
     size: int = 224
     """Height and width of the images in pixels; evaluation resizes the shorter side to size * 256 / 224."""
-    workers: int = 4
-    """DALI's threads, or DataLoader's worker processes, of each rank."""
+    workers: int | None = None
+    """DALI's threads, or DataLoader's worker processes, of each rank; None: its share of the node's cores."""
+    decode: Decode = DaliSettings.decode
+    """Whether DALI decodes whole images or crop windows; this and the next four are as for ``DaliLoader``, and do
+    nothing with ``backend="torch"``."""
+    decode_device: DecodeDevice | None = DaliSettings.decode_device
+    """Where DALI decodes; None: on the training device."""
+    hw_decoder_load: float = DaliSettings.hw_decoder_load
+    """Fraction of a batch that is offered to the GPU's hardware JPEG engine."""
+    prefetch_queue_depth: int = DaliSettings.prefetch_queue_depth
+    """Number of batches that DALI works on ahead."""
+    readahead_bytes: int = DaliSettings.readahead_bytes
+    """Bytes requested from storage ahead of the batch that is needed next."""
     shuffle: TrainShuffle = "full"
     """``"full"``: records in random order. ``"block"``: blocks of consecutive records in random order, shuffled
     with others; for storage that is slow at random reads."""
     on_bad: OnBad = "raise"
     """What happens if a record cannot be decoded. ``"raise"``: the run stops and names it. ``"substitute"``: a
     warning names it, and another record of its batch is used instead, also in evaluation."""
+    quarantine: str | None = None
+    """File to which a JSON line is appended for each bad record."""
     seed: int = 0
     """Seed of the weights, the order of records, crops, flips and dropout."""
     output: str | None = None
@@ -81,16 +95,28 @@ class TrainSettings:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)}, expected at least 1")
         for name in ("workers", "seed", "checkpoint_every", "momentum", "weight_decay"):
-            if getattr(self, name) < 0:
+            if getattr(self, name) is not None and getattr(self, name) < 0:
                 raise ValueError(f"{name}: {getattr(self, name)}, expected at least 0")
-        if self.backend == "dali" and self.workers < 1:
+        if self.backend == "dali" and self.workers == 0:
             raise ValueError("workers: 0, DALI needs at least 1 thread")
+        _ = self.dali  # refuses bad values
         if not self.lr > 0:
             raise ValueError(f"lr: {self.lr}, expected more than 0")
         if self.output is None and (self.resume or self.checkpoint_every):
             option = "resume" if self.resume else "checkpoint_every"
             raise ValueError(f"{option}: there is no output folder for a checkpoint; name one with output")
         models.check_arch(self.arch)
+
+    @property
+    def dali(self) -> DaliSettings:
+        """The settings that only DALI's backend has."""
+        return DaliSettings(
+            prefetch_queue_depth=self.prefetch_queue_depth,
+            hw_decoder_load=self.hw_decoder_load,
+            readahead_bytes=self.readahead_bytes,
+            decode=self.decode,
+            decode_device=self.decode_device,
+        )
 
     @property
     def checkpoint_path(self) -> Path | None:

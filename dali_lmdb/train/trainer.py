@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dali_lmdb.loaders.backends import open_loader
 from dali_lmdb.loaders.base import Loader
 from dali_lmdb.plan.augment import EvalTransform, TrainTransform
+from dali_lmdb.threads import threads_per_rank
 from dali_lmdb.torchrun import RankEnvironment
 from dali_lmdb.train import checkpoint
 from dali_lmdb.train.distributed import find_device, process_group
@@ -26,7 +27,7 @@ from dali_lmdb.train.metrics import EvaluationSums, JsonLog, StepMeter
 from dali_lmdb.train.models import build_model, training_loss
 from dali_lmdb.train.settings import TrainSettings
 
-__all__ = ["WARM_UP", "evaluate", "learning_rate", "train"]
+__all__ = ["WARM_UP", "evaluate", "fits_beside", "learning_rate", "train"]
 
 _log = logging.getLogger(__name__)
 
@@ -81,6 +82,16 @@ def learning_rate(progress: float, *, highest: float) -> float:
     return highest * 0.5 * (1 + math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP)))
 
 
+def fits_beside(train_bytes: int, val_bytes: int, *, budget_bytes: int) -> bool:
+    """Whether the evaluation loader may keep its GPU memory while the training loader runs.
+
+    Args:
+        train_bytes, val_bytes: GPU memory that DALI holds for each of the two loaders; 0 without a GPU.
+        budget_bytes: the limit for both together.
+    """
+    return val_bytes == 0 or train_bytes + val_bytes <= budget_bytes
+
+
 def evaluate(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
@@ -116,6 +127,11 @@ class _Training:
         self.precision = _choose_precision(settings.precision, device=device)
         self.train_loader = stack.enter_context(self._loader(training=True))
         self.val_loader = stack.enter_context(self._loader(training=False))
+        self._keeps_val_memory = fits_beside(
+            self.train_loader.gpu_memory_bytes,
+            self.val_loader.gpu_memory_bytes,
+            budget_bytes=settings.dali.gpu_memory_bytes,
+        )
         torch.manual_seed(settings.seed)  # the same weights on all ranks
         model = build_model(settings.arch, num_classes=len(self.train_loader.classes), size=settings.size)
         self.model = model.to(device)
@@ -147,7 +163,7 @@ class _Training:
         return open_loader(
             settings.train if training else settings.val,
             backend=settings.backend,
-            workers=settings.workers,
+            workers=threads_per_rank(self.ranks.ranks_per_node) if settings.workers is None else settings.workers,
             transform=TrainTransform(size=size) if training else eval_transform,
             batch_size=settings.batch_size,
             device="cuda" if on_gpu else "cpu",
@@ -156,6 +172,8 @@ class _Training:
             seed=settings.seed,
             shuffle=settings.shuffle if training else "none",
             on_bad=settings.on_bad,
+            quarantine=settings.quarantine,
+            dali=settings.dali,
             # Half the memory traffic where the model computes in 16 bits anyway.
             dtype="float32" if self.precision is torch.float32 else "float16",
             layout="NHWC" if on_gpu else "NCHW",
@@ -167,6 +185,7 @@ class _Training:
         return (
             f"{self.settings.arch} on {num_records} records of {len(self.train_loader.classes)} classes: "
             f"{steps} steps an epoch, {self.ranks.world_size} rank(s), {self.device.type}, {precision}"
+            f"{_gpu_memory_held(self.train_loader, self.val_loader, kept=self._keeps_val_memory)}"
         )
 
     def train_epoch(self) -> None:
@@ -238,6 +257,8 @@ class _Training:
         sums = EvaluationSums(num_classes=len(loader.classes), device=self.device)
         evaluate(self.model, loader, sums=sums, precision=self.precision)
         report = sums.report(num_records=loader.num_records, all_sum=self._all_sum)
+        if not self._keeps_val_memory:
+            loader.release_memory()  # not before the report, which waits until the GPU has read the last batch
         result = {"epoch": self.epoch, **report}
         self.log.write(**result)
         if self.ranks.rank == 0:
@@ -304,6 +325,16 @@ class _Training:
         if self.ranks.world_size > 1:
             dist.broadcast_object_list(found, src=0)
         return found[0]
+
+
+def _gpu_memory_held(train: Loader, val: Loader, *, kept: bool) -> str:
+    """How much GPU memory DALI holds, as a part of a sentence; empty if none."""
+    train_gb, val_gb = train.gpu_memory_bytes / 1e9, val.gpu_memory_bytes / 1e9
+    if not train_gb + val_gb:
+        return ""
+    if kept:
+        return f"; DALI holds about {train_gb + val_gb:.1f} GB of GPU memory"
+    return f"; DALI holds about {train_gb:.1f} GB of GPU memory, {train_gb + val_gb:.1f} GB in evaluation"
 
 
 def _choose_precision(name: str, *, device: torch.device) -> torch.dtype:
