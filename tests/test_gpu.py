@@ -1,13 +1,11 @@
 """What needs a GPU: batches decoded, cropped and normalised there, and the same as on the CPU."""
 
-import gc
 import itertools
 import json
 import os
 import subprocess
 import sys
 import threading
-from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +13,16 @@ import pytest
 import torch
 import torch.distributed
 import torch.multiprocessing
-from damage import grey_image, noise_image, store_with, write_store
+from damage import grey_image, noise_image, store_with
+from gpu_checks import assert_alike, by_record, drain, grey_levels, records_of, store_of_pictures, used_bytes
 from image_sets import MAX_RECORDS, record_of
-from pictures import KINDS, picture
-from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 
 from dali_lmdb.convert import ConvertSettings, convert
 from dali_lmdb.errors import RecordError
 from dali_lmdb.loaders.dali_loader import DaliLoader
 from dali_lmdb.loaders.torch_loader import TorchLoader
-from dali_lmdb.plan.augment import IMAGENET_MEAN, IMAGENET_STD, EvalTransform, TrainTransform
+from dali_lmdb.plan.augment import EvalTransform, TrainTransform
 
 pytestmark = pytest.mark.gpu
 
@@ -65,50 +62,8 @@ def noise_path(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def picture_path(tmp_path_factory):
-    """A store of the pictures that look like photos, in every kind of file in turn, most of them JPEG."""
-    encode = [KINDS["progressive jpeg"], KINDS["grey jpeg"], KINDS["png"], KINDS["cmyk jpeg"]]
-    values, sizes = [], []
-    for seed in range(24):
-        image = Image.fromarray(picture(seed))
-        values.append(encode[seed // 4](image) if seed % 4 == 0 and seed < 16 else KINDS["plain jpeg"](image))
-        sizes.append((image.height, image.width))
-    return write_store(tmp_path_factory.mktemp("pictures") / "pictures.lmdb", values, sizes=sizes)
-
-
-def grey_levels(images):
-    """Normalised images as grey levels, on the CPU."""
-    mean, std = (torch.tensor(values).reshape(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return (images.float().cpu() * std + mean) * 255
-
-
-def records_of(batch):
-    """The records a batch of grey images shows; pixels, labels and indices must agree on them."""
-    images, labels, records = batch
-    greys = grey_levels(images)
-    assert greys.flatten(1).std(dim=1).max() < 2
-    assert [record_of(grey) for grey in greys.mean(dim=(1, 2, 3))] == records.tolist()
-    assert labels.tolist() == records.tolist()
-    return records.tolist()
-
-
-def images_by_record(loader):
-    """An epoch's images on the CPU by record."""
-    return {
-        int(record): image.clone()
-        for images, _, records in loader
-        for record, image in zip(records, images.float().cpu(), strict=True)
-    }
-
-
-def assert_alike(ours, theirs, *, mean, share):
-    """Bounds of the mean difference in grey levels, and of the share of values within 8.
-
-    Wider than between the two CPU backends: nvJPEG and libjpeg-turbo round differently.
-    """
-    assert ours.keys() == theirs.keys()
-    found = torch.stack([(ours[record] - theirs[record]).abs() for record in theirs])
-    assert found.mean() < mean
-    assert (found <= 8).float().mean() > share
+    """A store of pictures that look like photos."""
+    return store_of_pictures(tmp_path_factory.mktemp("pictures") / "pictures.lmdb")
 
 
 # --- order, pixels and labels
@@ -149,8 +104,8 @@ TRANSFORMS = {
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_pictures_look_as_on_the_cpu(make, picture_path, name):
     arguments = {"transform": TRANSFORMS[name], "dtype": "uint8", "last_batch": "short"}
-    ours = images_by_record(make(picture_path, **arguments))
-    theirs = images_by_record(make(picture_path, device="cpu", **arguments))
+    ours = by_record(make(picture_path, **arguments))
+    theirs = by_record(make(picture_path, device="cpu", **arguments))
     assert len(theirs) == 24
     assert_alike(ours, theirs, mean=1.5, share=0.995)
 
@@ -159,16 +114,16 @@ def test_pictures_look_as_on_the_cpu(make, picture_path, name):
 def test_photos_look_as_on_the_cpu(make, test_data, tmp_path, transform):
     convert(test_data / "photos", tmp_path / "photos.lmdb", settings=ConvertSettings(on_bad="skip"))
     arguments = {"transform": transform, "dtype": "uint8", "last_batch": "short", "sampler": range(0, 120, 4)}
-    ours = images_by_record(make(tmp_path / "photos.lmdb", **arguments))
-    theirs = images_by_record(make(tmp_path / "photos.lmdb", device="cpu", **arguments))
+    ours = by_record(make(tmp_path / "photos.lmdb", **arguments))
+    theirs = by_record(make(tmp_path / "photos.lmdb", device="cpu", **arguments))
     assert_alike(ours, theirs, mean=1, share=0.999)
 
 
 @pytest.mark.parametrize("hw_decoder_load", [0.0, 0.65, 1.0])
 def test_the_share_of_the_hardware_engine_changes_nothing_to_be_seen(make, picture_path, hw_decoder_load):
     arguments = {"transform": TRAIN, "dtype": "uint8", "last_batch": "short"}
-    ours = images_by_record(make(picture_path, hw_decoder_load=hw_decoder_load, **arguments))
-    theirs = images_by_record(make(picture_path, device="cpu", **arguments))
+    ours = by_record(make(picture_path, hw_decoder_load=hw_decoder_load, **arguments))
+    theirs = by_record(make(picture_path, device="cpu", **arguments))
     assert_alike(ours, theirs, mean=1.5, share=0.995)
 
 
@@ -176,8 +131,8 @@ def test_crops_are_not_off_by_a_pixel(make, noise_path):
     """In noise, a window moved by one pixel gives a mean difference of 20 grey levels and more."""
     for transform in (TRAIN, EVAL):
         arguments = {"transform": transform, "dtype": "uint8", "last_batch": "short"}
-        ours = images_by_record(make(noise_path, **arguments))
-        theirs = images_by_record(make(noise_path, device="cpu", **arguments))
+        ours = by_record(make(noise_path, **arguments))
+        theirs = by_record(make(noise_path, device="cpu", **arguments))
         assert torch.stack([(ours[record] - theirs[record]).abs() for record in theirs]).mean() < 5
 
 
@@ -286,15 +241,16 @@ def test_training_and_evaluation_loaders_take_turns(make, grey_path):
 
 
 def test_a_state_goes_on_at_another_batch_size_on_the_gpu_or_the_cpu(make, noise_path):
-    arguments = {"transform": TRAIN, "dtype": "uint8", "last_batch": "short"}
+    """Equal pixels on the GPU hold for the CUDA decoder: a batch decides which of its images the engine takes."""
+    arguments = {"transform": TRAIN, "dtype": "uint8", "last_batch": "short", "hw_decoder_load": 0.0}
     whole = make(noise_path, batch_size=4, **arguments)
-    expected = images_by_record(whole)
+    expected = by_record(whole)
     first = make(noise_path, batch_size=4, **arguments)
     seen = [int(record) for _, _, records in itertools.islice(first, 3) for record in records]
     for device in ("cuda", "cpu"):
         resumed = make(noise_path, batch_size=7, device=device, **arguments)
         resumed.load_state_dict(first.state_dict())
-        rest = images_by_record(resumed)
+        rest = by_record(resumed)
         assert sorted([*seen, *rest]) == list(range(24))
         found = torch.stack([(rest[record] - expected[record]).abs() for record in rest])
         assert found.max() == 0 if device == "cuda" else found.mean() < 5
@@ -346,19 +302,6 @@ def test_damage_that_a_decoder_may_notice_or_not_spoils_no_other_record(make, tm
 
 
 # --- memory and threads
-
-
-def used_bytes():
-    gc.collect()
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info()
-    return total - free
-
-
-def drain(loader):
-    """One epoch, of which nothing is kept."""
-    deque(loader, maxlen=0)
 
 
 def exercise(path):

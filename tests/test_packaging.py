@@ -184,6 +184,7 @@ def test_help_of_every_command_can_be_printed():
         *[["-m", name] for name in MAIN_MODULES],
         ["scripts/convert.py"],
         ["scripts/make_demo_images.py"],
+        ["scripts/gpu_report.py"],
         ["scripts/benchmarks/cold.py"],
         ["scripts/benchmarks/handover.py"],
     ],
