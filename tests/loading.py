@@ -19,7 +19,9 @@ def dali_on_the_cpu(data, **arguments):
 
 
 def dali_on_the_gpu(data, **arguments):
-    return DaliLoader(data, **{"device": "cuda", "num_threads": 2} | arguments)
+    """With the CUDA decoder alone, whose pixels do not depend on the batch: the hardware engine rounds otherwise,
+    and the batch decides which images it takes."""
+    return DaliLoader(data, **{"device": "cuda", "num_threads": 2, "hw_decoder_load": 0.0} | arguments)
 
 
 def torch_here(data, **arguments):
