@@ -1,21 +1,28 @@
+import collections
+import itertools
 import json
 import multiprocessing
 import pickle
 import re
+import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from test_pipeline_graph import Graph
 
 from dali_lmdb.compare import CompareSettings, compare_throughput
-from dali_lmdb.compare.__main__ import main
+from dali_lmdb.compare.__main__ import _table, main
+from dali_lmdb.compare.dali_reader import batches_of, define_reader
 from dali_lmdb.compare.repeat import RepeatedStore
-from dali_lmdb.compare.throughput import _open_loader, _window
+from dali_lmdb.compare.report import driver_of
+from dali_lmdb.compare.throughput import _apart, _open_loader, _reader_window, _resolve, _window
 from dali_lmdb.convert import ConvertSettings, convert
 from dali_lmdb.errors import DeviceError, RecordError, SourceError, StoreNotFoundError
-from dali_lmdb.loaders.folder import open_data
+from dali_lmdb.loaders.folder import FolderStore, open_data
 from dali_lmdb.store import open_store
 
 NUM_CLASSES, PER_CLASS = 2, 5
@@ -51,7 +58,7 @@ def settings(**overrides):
 
 def test_every_backend_is_measured_in_every_round(store, folder):
     result = compare_throughput(store, images=folder, settings=QUICK)
-    assert [found.backend for found in result.measurements] == ["files", "torch", "dali"]
+    assert [found.backend for found in result.measurements] == ["files", "torch", "dali", "reader"]
     for found in result.measurements:
         assert len(found.rounds) == len(found.ratios) == 2
         assert min(found.rounds) > 0
@@ -82,7 +89,7 @@ def test_warm_up_is_reported_but_not_counted(store):
 def test_order_of_the_backends_is_reversed_from_round_to_round(store, folder):
     seen = []
     compare_throughput(store, images=folder, settings=QUICK, progress=seen.append)
-    order = ["files", "torch", "dali"]
+    order = ["files", "torch", "dali", "reader"]
     assert [list(one.images_per_s) for one in seen] == [order, order[::-1], order]
 
 
@@ -135,10 +142,127 @@ def test_settings_of_the_result_say_what_was_used(store):
     assert result.settings.device == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def test_defaults_on_the_cpu_are_those_of_a_small_machine(store):
+    result = compare_throughput(store, settings=settings(rounds=1, batch_size=None))
+    used = result.settings
+    assert _resolve(CompareSettings(device="cpu"), RepeatedStore(open_store(store), times=100)).batch_size == 64
+    assert (used.batch_size, used.dtype, used.layout) == (10, "float32", "NCHW")
+
+
+def test_what_is_decoded_where_can_be_chosen(store):
+    result = compare_throughput(store, settings=settings(rounds=1, decode="image", decode_device="cpu"))
+    assert result.decoding == {"dali": {"decode": "image", "decode_device": "cpu"}}
+
+
+def test_the_gpu_cannot_decode_for_the_cpu(store):
+    with pytest.raises(ValueError, match="decode_device is 'gpu' with device 'cpu'"):
+        compare_throughput(store, settings=settings(decode_device="gpu"))
+
+
+@pytest.mark.parametrize("task", ["train", "eval"])
+def test_the_reader_makes_the_same_batches_but_for_the_crops(store, folder, task):
+    images, labels = next(batches_of(reader_of(folder, task=task, batch_size=10)))
+    with _open_loader("dali", open_store(store), settings(task=task, batch_size=10)) as loader:
+        theirs, their_labels = next(iter(loader))
+        if task == "eval":
+            assert labels[:, 0].tolist() == their_labels.tolist()
+            assert (images - theirs).abs().max() < 0.05
+        else:
+            ours, theirs = (batch.mean(dim=(1, 2, 3)).sort().values for batch in (images, theirs))
+            assert (ours - theirs).abs().max() < 0.05
+    assert (images.dtype, images.shape) == (torch.float32, (10, 3, 16, 16))
+
+
+def reader_of(folder, *, device_id=None, decode_device="cpu", **overrides):
+    used = settings(**overrides)
+    return define_reader(
+        FolderStore(folder),
+        transform=used.transform,
+        batch_size=used.batch_size,
+        device_id=device_id,
+        decode_device=decode_device,
+        hw_decoder_load=0.25,
+        num_threads=1,
+        seed=3,
+    )
+
+
+@pytest.mark.parametrize("task", ["train", "eval"])
+@pytest.mark.parametrize("decode_device", ["gpu", "cpu"])
+def test_the_reader_of_a_gpu_works_there_after_decoding(folder, task, decode_device):
+    way = Graph(reader_of(folder, task=task, device_id=0, decode_device=decode_device)).way_of_the_images()
+    on_gpu = decode_device == "gpu"
+    decoder = "ImageRandomCrop" if task == "train" else "Image"
+    assert [(operator.name, operator.device) for operator in way] == [
+        ("readers__File", "cpu"),
+        (f"decoders__{decoder}", "mixed" if on_gpu else "cpu"),
+        ("Resize", "gpu"),
+        ("CropMirrorNormalize", "gpu"),
+    ]
+    assert way[1].arguments.get("hw_decoder_load") == ("0.250000" if on_gpu else None)
+    assert way[3].arguments["output_layout"] == "HWC"
+
+
+def test_the_reader_goes_on_without_an_end(folder):
+    batches = itertools.islice(batches_of(reader_of(folder, batch_size=4)), 6)
+    seen = collections.Counter(label for _, labels in batches for label in labels[:, 0].tolist())
+    assert sum(seen.values()) == 24
+
+
+def test_a_reader_that_fails_costs_only_its_row(tmp_path):
+    images = make_folder(tmp_path / "images")
+    Image.new("L", (40, 30)).save(images / "class1" / "4.jpg", "GIF")  # which DALI does not decode, Pillow does
+    convert(images, tmp_path / "gif.lmdb")
+    seen = []
+    result = compare_throughput(tmp_path / "gif.lmdb", images=images, settings=QUICK, progress=seen.append)
+    assert [found.backend for found in result.measurements] == ["files", "torch", "dali"]
+    assert list(result.failed) == ["reader"]
+    assert "\n" not in result.failed["reader"]
+    assert _table(result).splitlines()[-1] == f"reader   not measured: {result.failed['reader']}"
+
+
+def test_a_window_in_a_process_of_its_own_is_measured_too(folder):
+    assert _apart(_reader_window, FolderStore(folder), QUICK, 1) > 0
+
+
+def test_a_process_that_crashes_is_an_error():
+    with pytest.raises(RuntimeError, match="terminated abruptly"):
+        _apart(signal.raise_signal, signal.SIGKILL)
+
+
+def test_the_table_of_a_gpu_says_what_decoding_depends_on(store):
+    found = compare_throughput(store, settings=settings(rounds=1))
+    on_gpu = replace(
+        found,
+        settings=replace(found.settings, device="cuda", hw_decoder_load=0.12),
+        machine=found.machine | {"gpu": "NVIDIA H100", "driver": "550.54.14"},
+        versions=found.versions | {"nvidia-dali-cuda120": "2.4.0", "nvimagecodec": "0.9.0", "nvjpeg": "12.4.0"},
+    )
+    line = "DALI 2.4.0, nvImageCodec 0.9.0, nvJPEG 12.4.0, driver 550.54.14; hw_decoder_load 0.12, float16 NHWC"
+    assert line in _table(on_gpu).splitlines()
+    assert "driver" not in _table(found)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.14  Thu Feb 22 01:44:30 UTC 2024\nGCC",
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  550.54.14  Release Build  (dvs-builder@U16)",
+    ],
+    ids=["proprietary", "open"],
+)
+def test_the_drivers_version_is_what_its_kernel_module_says(text):
+    assert driver_of(text) == "550.54.14"
+    assert driver_of("") == "unknown"
+
+
 @pytest.mark.gpu
 def test_backends_are_measured_on_the_gpu(store, folder):
     result = compare_throughput(store, images=folder, settings=settings(device="cuda"))
     assert result.machine["gpu"]
+    assert result.machine["driver"] != "unknown"
+    measured = [found.backend for found in result.measurements]
+    assert measured + list(result.failed) == ["files", "torch", "dali", "dali-cpu", "reader"]
     assert min(min(found.rounds) for found in result.measurements) > 0
 
 
@@ -178,6 +302,9 @@ def test_repeated_store_pickles_for_spawned_workers(store):
         {"workers": 0},
         {"device": "tpu"},
         {"task": "predict"},
+        {"decode": "region"},
+        {"decode_device": "tpu"},
+        {"hw_decoder_load": 2.0},
     ],
     ids=str,
 )
@@ -244,8 +371,9 @@ def test_command_prints_a_table(store, folder):
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
     assert lines[0] == f"{store}: 10 records, 0.0 MB"
-    assert [line.split()[0] for line in lines[5:8]] == ["files", "torch", "dali"]
+    assert [line.split()[0] for line in lines[5:9]] == ["files", "torch", "dali", "reader"]
     assert lines[6].split()[4:] == ["1.00", "1.00", "1.00"]
+    assert "dali     store, DALI (windows decoded on the CPU)" in lines
 
 
 def test_command_prints_one_json_object(store):
@@ -259,14 +387,22 @@ def test_command_prints_one_json_object(store):
         "workers": 1,
         "size": 16,
         "device": "cpu",
+        "decode": "auto",
+        "decode_device": None,
+        "hw_decoder_load": 0.65,
         "task": "eval",
     }
+    assert values["images"] == {"dtype": "float32", "layout": "NCHW"}
+    assert values["decoding"] == {"dali": {"decode": "window", "decode_device": "cpu"}}
+    assert values["failed"] == {}
     assert list(values["backends"]) == ["torch", "dali"]
     speed = values["backends"]["dali"]["images_per_s"]
     assert speed["min"] == speed["median"] == speed["max"] == speed["rounds"][0]
     torch_speed = values["backends"]["torch"]["images_per_s"]["median"]
     assert values["backends"]["dali"]["ratio"] == pytest.approx(speed["median"] / torch_speed)
     assert values["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert values["versions"]["nvimagecodec"].count(".") == 2
+    assert values["versions"]["nvjpeg"].count(".") == 2
     assert values["machine"]["cores"] >= 1
 
 

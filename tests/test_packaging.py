@@ -90,7 +90,8 @@ def may_use(library, path):
     """Whether a library with one owner may be imported by a module."""
     return {
         "lmdb": path in ("store/writer.py", "store/structure.py"),
-        "nvidia": path in (f"loaders/{name}.py" for name in ("pipeline", "run", "probe", "versions")),
+        "nvidia": path == "compare/dali_reader.py"
+        or path in (f"loaders/{name}.py" for name in ("pipeline", "run", "probe", "versions")),
         "PIL": path.startswith("images/") or path == "loaders/pillow_batches.py",
         "simplejpeg": path == "images/checking.py",
         "click": path == "cli.py" or Path(path).name in COMMAND_MODULES,

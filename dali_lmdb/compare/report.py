@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import statistics
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from dali_lmdb.errors import one_line
+from dali_lmdb.loaders.versions import nvimagecodec_version, nvjpeg_version
 
-__all__ = ["Measured", "machine", "spread", "versions"]
+__all__ = ["Measured", "driver_of", "machine", "spread", "versions"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +60,7 @@ class Measured:
 
 
 def versions() -> dict[str, str]:
-    """Versions by name of Python, this package and the packages that affect the speed."""
+    """Versions by name of Python, this package and the packages and libraries that affect the speed."""
     names = ["dali-lmdb", "torch", "torchvision", "nvidia-dali-cuda120", "pillow", "lmdb", "numpy"]
     found = {"python": platform.python_version()}
     for name in names:
@@ -65,7 +68,8 @@ def versions() -> dict[str, str]:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             found[name] = "unknown"
-    return found
+    libraries = {"nvimagecodec": nvimagecodec_version(), "nvjpeg": nvjpeg_version()}
+    return found | {name: ".".join(map(str, numbers or ["unknown"])) for name, numbers in libraries.items()}
 
 
 def spread(rounds: list[float]) -> dict[str, Any]:
@@ -74,19 +78,31 @@ def spread(rounds: list[float]) -> dict[str, Any]:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """``system``, ``cpu``, ``cores`` and ``gpu``: its name with device ``"cuda"``, else None."""
+    """``system``, ``cpu``, ``cores``, the ``gpu`` and its ``driver``; the last two are None on the CPU."""
+    on_gpu = device == "cuda"
     return {
         "system": platform.platform(),
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
-        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
+        "gpu": torch.cuda.get_device_name() if on_gpu else None,
+        "driver": driver_of(_read("/proc/driver/nvidia/version")) if on_gpu else None,
     }
 
 
+def driver_of(text: str) -> str:
+    """The version of NVIDIA's driver in what its kernel module says of itself in ``/proc``."""
+    found = re.search(r"Kernel Module\D.*?(\d+(?:\.\d+)+)", text)
+    return found[1] if found else "unknown"
+
+
 def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-    except OSError:
-        names = []
+    lines = _read("/proc/cpuinfo").splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError:
+        return ""

@@ -1,15 +1,16 @@
 """Images/s of loaders that do the same work, measured in turns so that the machine's load affects all alike.
 
 Each round has one window of time for each backend, in an order that is reversed from round to round. All
-windows of a round use the same plan: same records, same crops, same flips. A warm-up round comes first.
+windows of a round use the same plan: same records, same crops, same flips; only DALI's own file reader draws its
+own. A warm-up round comes first.
 
 This compares loading from the page cache: if data are missing from it, the first backend of a round reads
 them from disk and the others do not.
 
 Only one loader exists at a time: it is opened for its window and closed after it. An open loader would
 continue to fill its queue during the next one's window. Batches prefetched before the clock starts would
-inflate the result, so that many are dropped first; the queue is then in the same state at both ends of the
-window.
+inflate the result, so that many are dropped first, and more on a GPU, whose clocks and buffers need some steps to
+settle; the queue is then in the same state at both ends of the window.
 """
 
 from __future__ import annotations
@@ -17,29 +18,35 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from multiprocessing import get_context
+from typing import Any
 
 import numpy as np
 import torch
 
+from dali_lmdb.compare.dali_reader import batches_of, define_reader
 from dali_lmdb.compare.repeat import RepeatedStore
 from dali_lmdb.compare.report import Measured, machine, spread, versions
-from dali_lmdb.errors import DeviceError, SourceError, StoreError
+from dali_lmdb.compare.settings import CompareSettings
+from dali_lmdb.errors import DeviceError, SourceError, StoreError, one_line
 from dali_lmdb.loaders.backends import open_loader
 from dali_lmdb.loaders.base import Loader
-from dali_lmdb.loaders.folder import open_data
-from dali_lmdb.plan.augment import EvalTransform, TrainTransform, Transform
+from dali_lmdb.loaders.dali_loader import DaliLoader
+from dali_lmdb.loaders.folder import FolderStore
 from dali_lmdb.store import Store, open_store
 from dali_lmdb.threads import threads_per_rank
 
-__all__ = ["BACKENDS", "CompareSettings", "Comparison", "Measurement", "Round", "compare_throughput"]
+__all__ = ["BACKENDS", "Comparison", "Measurement", "Round", "compare_throughput"]
 
 BACKENDS = {
     "files": "image folder, Pillow in DataLoader workers",
     "torch": "store, Pillow in DataLoader workers (the classic path)",
     "dali": "store, DALI",
+    "dali-cpu": "store, DALI that decodes on the CPU, the rest on the GPU",
+    "reader": "image folder, DALI's own file reader, which draws its own crops",
 }
 """The backends that can be measured, in the order of the table."""
 
@@ -51,50 +58,8 @@ _EPOCH_STEPS = 1000
 # 2 by default, DataLoader's for each worker.
 _AHEAD = 2
 
-
-@dataclass(frozen=True, kw_only=True)
-class CompareSettings:
-    """What to measure, and for how long.
-
-    Raises:
-        ValueError: a setting is out of range.
-    """
-
-    batch_size: int = 64
-    """Images per step, at most the number of records in the store."""
-    rounds: int = 5
-    """Number of measured windows of each backend."""
-    seconds: float = 5.0
-    """Length of a window, in seconds; it ends with a batch, so it is a little longer."""
-    workers: int | None = None
-    """DataLoader worker processes, and threads of DALI's pipeline; None: the cores this process may use."""
-    size: int = 224
-    """Height and width of the images, in pixels."""
-    device: Literal["auto", "cuda", "cpu"] = "auto"
-    """Where batches are delivered and DALI decodes; ``"auto"`` uses the GPU if there is one."""
-    task: Literal["train", "eval"] = "train"
-    """``"train"``: shuffled, random crops and flips; ``"eval"``: in order, central crops."""
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.rounds < 1 or self.size < 1:
-            raise ValueError(
-                f"batch_size {self.batch_size}, rounds {self.rounds}, size {self.size}: expected at least 1 each"
-            )
-        if not self.seconds > 0:
-            raise ValueError(f"seconds is {self.seconds}, expected more than 0")
-        if self.workers is not None and self.workers < 1:
-            raise ValueError(f"workers is {self.workers}, expected at least 1")
-        if self.device not in ("auto", "cuda", "cpu"):
-            raise ValueError(f"device is {self.device!r}, expected 'auto', 'cuda' or 'cpu'")
-        if self.task not in ("train", "eval"):
-            raise ValueError(f"task is {self.task!r}, expected 'train' or 'eval'")
-
-    @property
-    def transform(self) -> Transform:
-        """Evaluation resizes the shorter side to size * 256 / 224."""
-        if self.task == "train":
-            return TrainTransform(size=self.size)
-        return EvalTransform(size=self.size, resize=round(self.size * 256 / 224))
+# Steps before each window on a GPU.
+_GPU_WARM_UP = 50
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,12 +97,19 @@ class Comparison(Measured):
     """The result of ``compare_throughput``."""
 
     settings: CompareSettings
-    """The settings that were used: nothing is None or ``"auto"``, ``batch_size`` fits the store."""
+    """The settings that were used: ``batch_size`` fits the store, ``device`` and ``workers`` are known."""
+    decoding: dict[str, dict[str, str]]
+    """By backend, the ``decode`` and ``decode_device`` that a ``DaliLoader`` chose."""
+    failed: dict[str, str]
+    """Why DALI's own file reader was not measured, by backend; empty if it was."""
     measurements: list[Measurement]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for JSON."""
         return self._described(
+            images={"dtype": self.settings.dtype, "layout": self.settings.layout},
+            decoding=self.decoding,
+            failed=self.failed,
             backends={found.backend: found.to_dict() for found in self.measurements},
         )
 
@@ -163,7 +135,7 @@ def compare_throughput(
 
     Args:
         store: the store that ``torch`` and ``dali`` read.
-        images: the image folder that the store was made from, to measure ``files`` too.
+        images: the image folder that the store was made from, to measure ``files`` and ``reader`` too.
         settings: by default ``CompareSettings()``.
         progress: called after every round.
 
@@ -171,23 +143,22 @@ def compare_throughput(
         StoreError, SourceError: the data cannot be opened, or the folder does not hold the store's records.
         RecordError: an image cannot be decoded.
         DeviceError: ``device="cuda"`` without a usable GPU.
+        ValueError: ``decode_device="gpu"`` on the CPU.
     """
     opened = open_store(store)
     settings = _resolve(settings or CompareSettings(), opened)
-    data = {"torch": opened, "dali": opened}
-    if images is not None:
-        data = {"files": _open_images(images, opened)} | data
-    repeats = -(-_EPOCH_STEPS * settings.batch_size // len(opened))
-    if repeats > 1:
-        data = {backend: RepeatedStore(one, times=repeats) for backend, one in data.items()}
-
-    rounds = []
+    data = _data(opened, images, settings)
+    rounds, failed = [], dict[str, str]()
     for number in range(settings.rounds + 1):
         speeds = {}
-        for backend in reversed(data) if number % 2 else data:
-            with _open_loader(backend, data[backend], settings) as loader:
-                loader.set_epoch(number)
-                speeds[backend] = _window(loader, settings, burst=_burst(backend, settings))
+        for backend in list(reversed(data) if number % 2 else data):
+            try:
+                speeds[backend] = _speed(backend, data[backend], settings, number=number)
+            except RuntimeError as error:
+                if backend != "reader":
+                    raise
+                failed[backend] = _cause(error)
+                del data[backend]
         rounds.append(Round(number=number, images_per_s=speeds))
         if progress is not None:
             progress(rounds[-1])
@@ -196,6 +167,8 @@ def compare_throughput(
         num_records=len(opened),
         image_bytes=int(opened.column("num_bytes").sum(dtype=np.int64)),
         settings=settings,
+        decoding={backend: _decoding(data[backend], backend, settings) for backend in data if _is_ours(backend)},
+        failed=failed,
         measurements=_measurements(rounds[1:]),
         versions=versions(),
         machine=machine(settings.device),
@@ -211,19 +184,40 @@ def _resolve(settings: CompareSettings, store: Store) -> CompareSettings:
     chosen = settings.device
     if chosen == "auto":
         chosen = "cuda" if torch.cuda.is_available() else "cpu"
+    if chosen == "cpu" and settings.decode_device == "gpu":
+        raise ValueError("decode_device is 'gpu' with device 'cpu', expected 'cpu' or None")
+    batch_size = settings.batch_size or (256 if chosen == "cuda" else 64)
     return replace(
         settings,
-        batch_size=min(settings.batch_size, len(store)),
+        batch_size=min(batch_size, len(store)),
         workers=settings.workers or threads_per_rank(),
         device=chosen,
     )
 
 
-def _open_images(path: str | os.PathLike[str], store: Store) -> Store:
+def _data(store: Store, images: str | os.PathLike[str] | None, settings: CompareSettings) -> dict[str, Store]:
+    """What each backend reads, in the order of the table."""
+    assert settings.batch_size is not None
+    times = -(-_EPOCH_STEPS * settings.batch_size // len(store))
+
+    def repeated(data: Store) -> Store:
+        return RepeatedStore(data, times=times) if times > 1 else data
+
+    folder = None if images is None else _open_images(images, store)
+    data = {} if folder is None else {"files": repeated(folder)}
+    data |= {"torch": repeated(store), "dali": repeated(store)}
+    if settings.device == "cuda" and settings.decode_device is None:
+        data["dali-cpu"] = repeated(store)
+    if folder is not None:
+        data["reader"] = folder  # its epochs follow each other without a pause
+    return data
+
+
+def _open_images(path: str | os.PathLike[str], store: Store) -> FolderStore:
     if not os.path.isdir(path):
         found = "not a folder" if os.path.exists(path) else "no such folder"
         raise SourceError(f"{path}: {found}; expected the image folder that {store.path} was made from")
-    folder = open_data(path)
+    folder = FolderStore(path)
     if len(folder) != len(store) or folder.classes != store.classes or (folder.labels != store.labels).any():
         raise SourceError(
             f"{path}: {len(folder)} images of {len(folder.classes)} classes are not the {len(store)} records of "
@@ -232,11 +226,57 @@ def _open_images(path: str | os.PathLike[str], store: Store) -> Store:
     return folder
 
 
+def _speed(backend: str, data: Store, settings: CompareSettings, *, number: int) -> float:
+    """Images/s of a backend in the window of one round."""
+    if isinstance(data, FolderStore) and backend == "reader":
+        if settings.device == "cpu":
+            return _reader_window(data, settings, number)
+        # On a GPU the reader decodes windows, for which nvImageCodec's issue 55 reports crashes: they must not end
+        # the comparison.
+        return _apart(_reader_window, data, settings, number)
+    with _open_loader(backend, data, settings) as loader:
+        loader.set_epoch(number)
+        return _window(loader, settings, burst=_burst(backend, settings))
+
+
+def _reader_window(folder: FolderStore, settings: CompareSettings, number: int) -> float:
+    assert settings.batch_size is not None
+    assert settings.workers is not None
+    reader = define_reader(
+        folder,
+        transform=settings.transform,
+        batch_size=settings.batch_size,
+        device_id=torch.cuda.current_device() if settings.device == "cuda" else None,
+        decode_device=settings.decode_device or ("gpu" if settings.device == "cuda" else "cpu"),
+        hw_decoder_load=settings.hw_decoder_load,
+        num_threads=settings.workers,
+        seed=number,
+    )
+    return _window(batches_of(reader), settings, burst=1)
+
+
+def _apart(function: Callable[..., float], *arguments: Any) -> float:
+    """Call a function in a process of its own, whose crash is a ``RuntimeError``."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def _cause(error: RuntimeError) -> str:
+    """What went wrong, on one line; DALI's messages begin with a traceback."""
+    text = str(error)
+    return one_line(text.partition("encountered:\n\n")[2].partition("\n")[0] or text)
+
+
+def _is_ours(backend: str) -> bool:
+    return backend in ("dali", "dali-cpu")
+
+
 def _open_loader(backend: str, data: Store, settings: CompareSettings) -> Loader:
+    assert settings.batch_size is not None
     assert settings.workers is not None
     return open_loader(
         data,
-        backend="dali" if backend == "dali" else "torch",
+        backend="dali" if _is_ours(backend) else "torch",
         workers=settings.workers,
         transform=settings.transform,
         batch_size=settings.batch_size,
@@ -244,16 +284,26 @@ def _open_loader(backend: str, data: Store, settings: CompareSettings) -> Loader
         rank=0,
         world_size=1,
         last_batch="drop",  # a short batch is not the same work
+        dtype=settings.dtype,
+        layout=settings.layout,
+        dali=replace(settings.dali, decode_device="cpu") if backend == "dali-cpu" else settings.dali,
     )
+
+
+def _decoding(data: Store, backend: str, settings: CompareSettings) -> dict[str, str]:
+    """What a ``DaliLoader`` makes of ``decode`` and ``decode_device``; decides it without a pipeline."""
+    with _open_loader(backend, data, settings) as loader:
+        assert isinstance(loader, DaliLoader)
+        return {"decode": loader.graph.decode, "decode_device": loader.graph.decode_device}
 
 
 def _burst(backend: str, settings: CompareSettings) -> int:
     """Batches that tend to arrive together: one from each DataLoader worker."""
     assert settings.workers is not None
-    return 1 if backend == "dali" else settings.workers
+    return 1 if _is_ours(backend) else settings.workers
 
 
-def _window(loader: Loader, settings: CompareSettings, *, burst: int) -> float:
+def _window(loader: Iterable[tuple[torch.Tensor, ...]], settings: CompareSettings, *, burst: int) -> float:
     """Images/s of one window.
 
     Only whole bursts are counted: otherwise a window could begin after the first batch of one burst and end after
@@ -261,7 +311,7 @@ def _window(loader: Loader, settings: CompareSettings, *, burst: int) -> float:
     """
     batches = _endless(loader)
     try:
-        for _ in range(_AHEAD * burst + 1):
+        for _ in range(max(_AHEAD * burst + 1, _GPU_WARM_UP if settings.device == "cuda" else 0)):
             next(batches)
         begin = _now(settings.device)
         num_images = 0
@@ -272,7 +322,7 @@ def _window(loader: Loader, settings: CompareSettings, *, burst: int) -> float:
         batches.close()
 
 
-def _endless(loader: Loader) -> Generator[int, None, None]:
+def _endless(loader: Iterable[tuple[torch.Tensor, ...]]) -> Generator[int, None, None]:
     """The number of images of each batch, epoch after epoch."""
     while True:
         for batch in loader:
@@ -296,5 +346,5 @@ def _measurements(rounds: list[Round]) -> list[Measurement]:
             ratios=[one.images_per_s[backend] / one.images_per_s["torch"] for one in rounds],
         )
         for backend in BACKENDS
-        if backend in rounds[0].images_per_s
+        if all(backend in one.images_per_s for one in rounds)
     ]

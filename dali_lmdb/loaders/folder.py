@@ -45,6 +45,9 @@ class FolderStore(Store):
     A hidden folder (``.git``) is a class only if it has images, as when converting. Only labels and names are
     known; there is no index with checksums, and all sizes are 0.
 
+    Attributes:
+        files: path of each image, by record.
+
     Raises:
         SourceError: no such folder, no class folders in it, or a class without images.
     """
@@ -58,13 +61,13 @@ class FolderStore(Store):
                 f"{path}: cannot be read as an image folder: {error}; expected CLASS/IMAGE files"
             ) from error
         self._classes: list[str] = folder.classes
-        self._files = [file for file, _ in folder.samples]
+        self.files: list[str] = [file for file, _ in folder.samples]
         self._labels = np.array(folder.targets, dtype=np.int32)
         names = "\n".join(self.name(index) for index in range(len(self)))
         self._fingerprint = "folder-" + hashlib.sha256(names.encode()).hexdigest()[:32]
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self.files)
 
     @property
     def classes(self) -> list[str]:
@@ -87,13 +90,13 @@ class FolderStore(Store):
     def arrays(self, records: npt.NDArray[np.int64]) -> list[npt.NDArray[np.uint8]]:
         try:
             for record in records:
-                check_regular(self._files[record], error=RecordError)
-            return [np.fromfile(self._files[record], dtype=np.uint8) for record in records]
+                check_regular(self.files[record], error=RecordError)
+            return [np.fromfile(self.files[record], dtype=np.uint8) for record in records]
         except OSError as error:
             raise RecordError(f"{error.filename}: cannot be read: {error.strerror}") from error
 
     def name(self, index: int) -> str:
-        return os.path.relpath(self._files[self._checked_index(index)], self.path)
+        return os.path.relpath(self.files[self._checked_index(index)], self.path)
 
 
 def open_data(path: str | os.PathLike[str]) -> Store:

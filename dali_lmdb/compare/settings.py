@@ -1,0 +1,77 @@
+"""Settings of a comparison, validated where they are made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dali_lmdb.loaders.settings import DaliSettings, Decode, DecodeDevice, Dtype, Layout
+from dali_lmdb.plan.augment import EvalTransform, TrainTransform, Transform
+
+__all__ = ["CompareSettings"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareSettings:
+    """What to measure, and for how long.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    batch_size: int | None = None
+    """Images per step, at most the number of records in the store; None: 256 on a GPU, else 64."""
+    rounds: int = 5
+    """Number of measured windows of each backend."""
+    seconds: float = 5.0
+    """Length of a window, in seconds; it ends with a batch, so it is a little longer."""
+    workers: int | None = None
+    """DataLoader worker processes, and threads of DALI's pipeline; None: the cores this process may use."""
+    size: int = 224
+    """Height and width of the images, in pixels."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where batches are delivered; ``"auto"`` uses the GPU if there is one."""
+    decode: Decode = DaliSettings.decode
+    """Whether ``DaliLoader`` decodes whole images or crop windows."""
+    decode_device: DecodeDevice | None = DaliSettings.decode_device
+    """Where DALI decodes; None: on ``device``, and with a GPU also on the CPU, as a backend of its own."""
+    hw_decoder_load: float = DaliSettings.hw_decoder_load
+    """Fraction of a batch that DALI offers to the GPU's hardware JPEG engine."""
+    task: Literal["train", "eval"] = "train"
+    """``"train"``: shuffled, random crops and flips; ``"eval"``: in order, central crops."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "rounds", "size", "workers"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} is {value}, expected at least 1")
+        if not self.seconds > 0:
+            raise ValueError(f"seconds is {self.seconds}, expected more than 0")
+        if self.device not in ("auto", "cuda", "cpu"):
+            raise ValueError(f"device is {self.device!r}, expected 'auto', 'cuda' or 'cpu'")
+        if self.task not in ("train", "eval"):
+            raise ValueError(f"task is {self.task!r}, expected 'train' or 'eval'")
+        _ = self.dali  # refuses bad values
+
+    @property
+    def dali(self) -> DaliSettings:
+        """The settings of ``DaliLoader``."""
+        return DaliSettings(
+            decode=self.decode, decode_device=self.decode_device, hw_decoder_load=self.hw_decoder_load
+        )
+
+    @property
+    def dtype(self) -> Dtype:
+        """Type of the images: what a model computes in."""
+        return "float16" if self.device == "cuda" else "float32"
+
+    @property
+    def layout(self) -> Layout:
+        """Layout of the images: what is fastest for convolutions."""
+        return "NHWC" if self.device == "cuda" else "NCHW"
+
+    @property
+    def transform(self) -> Transform:
+        """Evaluation resizes the shorter side to size * 256 / 224."""
+        if self.task == "train":
+            return TrainTransform(size=self.size)
+        return EvalTransform(size=self.size, resize=round(self.size * 256 / 224))
