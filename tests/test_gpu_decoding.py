@@ -210,7 +210,7 @@ def test_images_of_12_megapixels_stay_within_the_memory_budget(make, tmp_path, d
     """64 threads would preallocate 2.3 GB for them. What a batch needs comes on top of the budget."""
     path = store_of_giants(tmp_path / "giants.lmdb", num_records=8)
     before = used_bytes() if device == "cuda" else 0
-    arguments = {"decode": "image", "num_threads": 64, "gpu_memory_bytes": 256 << 20}
+    arguments = {"decode": "image", "num_threads": 64, "preallocation_bytes": 256 << 20}
     loader = make(path, transform=TRAIN, dtype="uint8", device=device, **arguments)
     drain(loader)
     estimated = loader.stats()["gpu_memory_bytes"]

@@ -435,7 +435,7 @@ def test_wrong_arguments_are_value_errors_when_the_loader_is_made(make, argument
         {"decode": "roi"},
         {"decode_device": "cuda"},
         {"decode_device": "gpu"},  # with device="cpu"
-        {"gpu_memory_bytes": -1},
+        {"preallocation_bytes": -1},
     ],
     ids=str,
 )

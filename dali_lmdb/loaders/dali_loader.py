@@ -83,7 +83,7 @@ class DaliLoader(Loader):
         decode_device: ``"gpu"``, the default with ``device="cuda"``, or ``"cpu"``: CPU threads decode, and the
             windows are copied to ``device`` as uint8; for idle cores beside a busy GPU, and for images that nvJPEG
             does not decode.
-        gpu_memory_bytes: limit of what nvJPEG's decoders preallocate, once on the GPU and once in pinned host
+        preallocation_bytes: limit of what nvJPEG's decoders preallocate, once on the GPU and once in pinned host
             memory. If images of the store's usual size would exceed it, they preallocate less and grow while they
             run.
         return_index: yield ``(images, labels, records)``, with record indices int64 (n,) on the CPU.
@@ -119,7 +119,7 @@ class DaliLoader(Loader):
         hw_decoder_load: float = DaliSettings.hw_decoder_load,
         decode: Decode = "auto",
         decode_device: DecodeDevice | None = None,
-        gpu_memory_bytes: int = DaliSettings.gpu_memory_bytes,
+        preallocation_bytes: int = DaliSettings.preallocation_bytes,
         return_index: bool = False,
     ) -> None:
         settings = LoaderSettings(
@@ -146,7 +146,7 @@ class DaliLoader(Loader):
             hw_decoder_load=hw_decoder_load,
             decode=decode,
             decode_device=decode_device,
-            gpu_memory_bytes=gpu_memory_bytes,
+            preallocation_bytes=preallocation_bytes,
         )
         if device == "cpu" and decode_device == "gpu":
             raise ValueError("decode_device is 'gpu' with device 'cpu', expected 'cpu' or None")

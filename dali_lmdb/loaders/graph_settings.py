@@ -66,7 +66,7 @@ def graph_settings(settings: LoaderSettings, dali: DaliSettings, usual: UsualSiz
         batch_size=settings.batch_size,
         num_threads=num_threads,
         hw_decoder_load=dali.hw_decoder_load,
-        budget_bytes=dali.gpu_memory_bytes,
+        budget_bytes=dali.preallocation_bytes,
     )
     return GraphSettings(
         transform=settings.transform,

@@ -91,7 +91,7 @@ class DaliSettings:
     hw_decoder_load: float = 0.65
     decode: Decode = "auto"
     decode_device: DecodeDevice | None = None
-    gpu_memory_bytes: int = 1 << 30
+    preallocation_bytes: int = 1 << 30
 
     def __post_init__(self) -> None:
         for name in ("num_threads", "prefetch_queue_depth"):
@@ -105,7 +105,5 @@ class DaliSettings:
             raise ValueError(f"decode is {self.decode!r}, expected 'auto', 'image' or 'window'")
         if self.decode_device not in (None, "gpu", "cpu"):
             raise ValueError(f"decode_device is {self.decode_device!r}, expected 'gpu', 'cpu' or None")
-        if self.gpu_memory_bytes < 0:
-            raise ValueError(
-                f"gpu_memory_bytes is {self.gpu_memory_bytes}, expected at least 0, which preallocates nothing"
-            )
+        if self.preallocation_bytes < 0:
+            raise ValueError(f"preallocation_bytes is {self.preallocation_bytes}, expected at least 0")

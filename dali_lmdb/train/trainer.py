@@ -130,7 +130,7 @@ class _Training:
         self._keeps_val_memory = fits_beside(
             self.train_loader.gpu_memory_bytes,
             self.val_loader.gpu_memory_bytes,
-            budget_bytes=settings.dali.gpu_memory_bytes,
+            budget_bytes=settings.dali.preallocation_bytes,
         )
         torch.manual_seed(settings.seed)  # the same weights on all ranks
         model = build_model(settings.arch, num_classes=len(self.train_loader.classes), size=settings.size)
