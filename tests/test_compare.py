@@ -175,8 +175,10 @@ def test_the_reader_makes_the_same_batches_but_for_the_crops(store, folder, task
 
 def reader_of(folder, *, device_id=None, decode_device="cpu", **overrides):
     used = settings(**overrides)
+    images = FolderStore(folder)
     return define_reader(
-        FolderStore(folder),
+        images.files,
+        images.labels.tolist(),
         transform=used.transform,
         batch_size=used.batch_size,
         device_id=device_id,

@@ -14,7 +14,6 @@ from nvidia.dali import Pipeline, fn, types
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
-from dali_lmdb.loaders.folder import FolderStore
 from dali_lmdb.loaders.settings import DecodeDevice
 from dali_lmdb.plan.augment import EvalTransform, TrainTransform, Transform
 
@@ -22,7 +21,8 @@ __all__ = ["batches_of", "define_reader"]
 
 
 def define_reader(
-    folder: FolderStore,
+    files: list[str],
+    labels: list[int],
     *,
     transform: Transform,
     batch_size: int,
@@ -35,7 +35,8 @@ def define_reader(
     """Define a graph of ``fn.readers.file``, without building it; its batches never end.
 
     Args:
-        folder: the images.
+        files: paths of the images.
+        labels: label of each.
         transform: ``TrainTransform`` for random crops and flips in random order, without colour, erasing and
             schedule; ``EvalTransform`` for central crops.
         batch_size: number of images in every batch.
@@ -52,14 +53,12 @@ def define_reader(
     if decode_device == "gpu":
         decoding |= {"device": "mixed", "hw_decoder_load": hw_decoder_load}
     with pipeline:
-        encoded, labels = fn.readers.file(
-            files=folder.files,
-            labels=folder.labels.tolist(),
-            random_shuffle=isinstance(transform, TrainTransform),
+        encoded, numbers = fn.readers.file(
+            files=files, labels=labels, random_shuffle=isinstance(transform, TrainTransform)
         )
         images = _decoded(encoded, transform, decoding)
         if on_gpu:
-            images, labels = images.gpu(), labels.gpu()
+            images, numbers = images.gpu(), numbers.gpu()
         images = fn.resize(images, interp_type=types.INTERP_LINEAR, antialias=True, **_size(transform))
         images = fn.crop_mirror_normalize(
             images,
@@ -70,7 +69,7 @@ def define_reader(
             dtype=types.FLOAT16 if on_gpu else types.FLOAT,
             output_layout="HWC" if on_gpu else "CHW",
         )
-        pipeline.set_outputs(images, labels)
+        pipeline.set_outputs(images, numbers)
     return pipeline
 
 

@@ -243,7 +243,8 @@ def _reader_window(folder: FolderStore, settings: CompareSettings, number: int) 
     assert settings.batch_size is not None
     assert settings.workers is not None
     reader = define_reader(
-        folder,
+        folder.files,
+        folder.labels.tolist(),
         transform=settings.transform,
         batch_size=settings.batch_size,
         device_id=torch.cuda.current_device() if settings.device == "cuda" else None,

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nvidia.dali import Pipeline, fn, types
 
+from dali_lmdb.compare.dali_reader import define_reader
 from dali_lmdb.compare.repeat import RepeatedStore
 from dali_lmdb.loaders.base import Loader
 from dali_lmdb.loaders.dali_loader import DaliLoader
-from dali_lmdb.loaders.settings import Device
+from dali_lmdb.loaders.settings import DaliSettings, Device
 from dali_lmdb.plan.augment import TrainTransform
 from dali_lmdb.store import Store, open_store
 from dali_lmdb.threads import threads_per_rank
@@ -88,7 +88,17 @@ def file_reader(store: str, *, device: Device, batch_size: int, seconds: float) 
             num_files = min(_FILES, len(opened))
             for record in range(num_files):
                 Path(folder, f"{record:06}.jpg").write_bytes(opened.read(record))
-        pipeline = _reading_files(sorted(map(str, Path(folder).iterdir())), device=device, batch_size=batch_size)
+        pipeline = define_reader(
+            sorted(map(str, Path(folder).iterdir())),
+            [0] * num_files,
+            transform=TrainTransform(),
+            batch_size=batch_size,
+            device_id=torch.cuda.current_device() if device == "cuda" else None,
+            decode_device="gpu" if device == "cuda" else "cpu",
+            hw_decoder_load=DaliSettings.hw_decoder_load,
+            num_threads=threads_per_rank(),
+            seed=0,
+        )
         pipeline.build()
 
         def batch() -> int:
@@ -103,35 +113,6 @@ def file_reader(store: str, *, device: Device, batch_size: int, seconds: float) 
             "threads": threads_per_rank(),
             "images/s": round(images / elapsed_s),
         } | busy.to_row()
-
-
-def _reading_files(files: list[str], *, device: Device, batch_size: int) -> Pipeline:
-    on_gpu, transform = device == "cuda", TrainTransform()
-    pipeline = Pipeline(
-        batch_size=batch_size,
-        num_threads=threads_per_rank(),
-        device_id=torch.cuda.current_device() if on_gpu else None,
-    )
-    with pipeline:
-        encoded, labels = fn.readers.file(files=files, random_shuffle=True, initial_fill=len(files))
-        images = fn.decoders.image_random_crop(
-            encoded,
-            device="mixed" if on_gpu else "cpu",
-            output_type=types.RGB,
-            random_area=list(transform.scale),
-            random_aspect_ratio=list(transform.ratio),
-        )
-        images = fn.resize(images, size=transform.size, interp_type=types.INTERP_LINEAR, antialias=True)
-        images = fn.crop_mirror_normalize(
-            images,
-            mirror=fn.random.coin_flip(),
-            dtype=types.FLOAT16,
-            output_layout="HWC",
-            mean=[255 * value for value in transform.mean],
-            std=[255 * value for value in transform.std],
-        )
-        pipeline.set_outputs(images, labels)
-    return pipeline
 
 
 def handover(store: str, *, seconds: float) -> Iterator[Row]:
