@@ -19,7 +19,15 @@ from dali_lmdb.compare.__main__ import _table, main
 from dali_lmdb.compare.dali_reader import batches_of, define_reader
 from dali_lmdb.compare.repeat import RepeatedStore
 from dali_lmdb.compare.report import driver_of
-from dali_lmdb.compare.throughput import _apart, _open_loader, _reader_window, _resolve, _window
+from dali_lmdb.compare.throughput import (
+    _apart,
+    _data,
+    _open_loader,
+    _reader_window,
+    _resolve,
+    _warm_up_steps,
+    _window,
+)
 from dali_lmdb.convert import ConvertSettings, convert
 from dali_lmdb.errors import DeviceError, RecordError, SourceError, StoreNotFoundError
 from dali_lmdb.loaders.folder import FolderStore, open_data
@@ -142,6 +150,26 @@ def test_settings_of_the_result_say_what_was_used(store):
     assert result.settings.device == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.mark.parametrize(
+    ("device", "burst", "steps"), [("cpu", 1, 3), ("cpu", 8, 17), ("cuda", 1, 50), ("cuda", 32, 65)]
+)
+def test_warm_up_exceeds_what_is_prefetched_and_is_at_least_50_steps_on_a_gpu(device, burst, steps):
+    assert _warm_up_steps(device, burst=burst) == steps
+
+
+def test_on_a_gpu_decoding_on_the_cpu_is_a_backend_of_its_own_unless_it_is_chosen(store, folder):
+    def backends(**chosen):
+        return list(_data(open_store(store), folder, settings(device="cuda", **chosen)))
+
+    assert backends() == ["files", "torch", "dali", "dali-cpu", "reader"]
+    assert backends(decode_device="gpu") == ["files", "torch", "dali", "reader"]
+
+
+def test_on_a_gpu_images_are_float16_and_channels_last():
+    on_gpu = settings(device="cuda")
+    assert (on_gpu.dtype, on_gpu.layout) == ("float16", "NHWC")
+
+
 def test_defaults_on_the_cpu_are_those_of_a_small_machine(store):
     result = compare_throughput(store, settings=settings(rounds=1, batch_size=None))
     used = result.settings
@@ -159,18 +187,35 @@ def test_the_gpu_cannot_decode_for_the_cpu(store):
         compare_throughput(store, settings=settings(decode_device="gpu"))
 
 
-@pytest.mark.parametrize("task", ["train", "eval"])
-def test_the_reader_makes_the_same_batches_but_for_the_crops(store, folder, task):
-    images, labels = next(batches_of(reader_of(folder, task=task, batch_size=10)))
-    with _open_loader("dali", open_store(store), settings(task=task, batch_size=10)) as loader:
+@pytest.fixture
+def rising(tmp_path):
+    """Images whose grey level rises from left to right by 120, from 0, 60 and 120."""
+    folder = tmp_path / "rising" / "class0"
+    folder.mkdir(parents=True)
+    for number in range(3):
+        row = np.linspace(60 * number, 60 * number + 120, 40).astype(np.uint8)
+        Image.fromarray(np.tile(row, (30, 1))).save(folder / f"{number}.jpg", quality=95)
+    return folder.parent
+
+
+def test_the_reader_evaluates_as_the_loader_does(rising, tmp_path):
+    convert(rising, tmp_path / "rising.lmdb")
+    images, labels = next(batches_of(reader_of(rising, task="eval", batch_size=3)))
+    data, used = open_store(tmp_path / "rising.lmdb"), settings(task="eval", batch_size=3)
+    with _open_loader("dali", data, used) as loader:
         theirs, their_labels = next(iter(loader))
-        if task == "eval":
-            assert labels[:, 0].tolist() == their_labels.tolist()
-            assert (images - theirs).abs().max() < 0.05
-        else:
-            ours, theirs = (batch.mean(dim=(1, 2, 3)).sort().values for batch in (images, theirs))
-            assert (ours - theirs).abs().max() < 0.05
-    assert (images.dtype, images.shape) == (torch.float32, (10, 3, 16, 16))
+        assert labels[:, 0].tolist() == their_labels.tolist()
+        assert (images - theirs).abs().max() < 0.1  # six of 255 grey levels
+
+
+def test_the_reader_trains_on_random_crops_and_flips(rising):
+    images, _ = next(batches_of(reader_of(rising, batch_size=60)))
+    assert (images.dtype, images.shape) == (torch.float32, (60, 3, 16, 16))
+    rises = (images[..., -1] - images[..., 0]).mean(dim=(1, 2))  # 120 grey levels are 2.1 after normalising
+    assert 10 < (rises > 0).sum() < 50
+    assert rises.abs().max() < 2.4
+    assert rises.abs().min() < 0.9
+    assert len(set(rises.tolist())) > 30
 
 
 def reader_of(folder, *, device_id=None, decode_device="cpu", **overrides):

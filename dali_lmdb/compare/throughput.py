@@ -312,7 +312,7 @@ def _window(loader: Iterable[tuple[torch.Tensor, ...]], settings: CompareSetting
     """
     batches = _endless(loader)
     try:
-        for _ in range(max(_AHEAD * burst + 1, _GPU_WARM_UP if settings.device == "cuda" else 0)):
+        for _ in range(_warm_up_steps(settings.device, burst=burst)):
             next(batches)
         begin = _now(settings.device)
         num_images = 0
@@ -321,6 +321,11 @@ def _window(loader: Iterable[tuple[torch.Tensor, ...]], settings: CompareSetting
         return num_images / (_now(settings.device) - begin)
     finally:
         batches.close()
+
+
+def _warm_up_steps(device: str, *, burst: int) -> int:
+    """Number of steps before a window: more than a loader has ready, and on a GPU enough for it to settle."""
+    return max(_AHEAD * burst + 1, _GPU_WARM_UP if device == "cuda" else 0)
 
 
 def _endless(loader: Iterable[tuple[torch.Tensor, ...]]) -> Generator[int, None, None]:
