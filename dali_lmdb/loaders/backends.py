@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
 from typing import Literal
 
 from dali_lmdb.loaders.bad import OnBad
@@ -51,7 +50,13 @@ def open_loader(
     if backend == "dali":
         return DaliLoader(
             data,
-            **asdict(dali) | {"num_threads": workers},
+            num_threads=workers,
+            prefetch_queue_depth=dali.prefetch_queue_depth,
+            hw_decoder_load=dali.hw_decoder_load,
+            readahead_bytes=dali.readahead_bytes,
+            decode=dali.decode,
+            decode_device=dali.decode_device,
+            preallocation_bytes=dali.preallocation_bytes,
             transform=transform,
             batch_size=batch_size,
             device=device,

@@ -79,8 +79,12 @@ def graph_settings(settings: LoaderSettings, dali: DaliSettings, usual: UsualSiz
         layout=settings.layout,
         hw_decoder_load=dali.hw_decoder_load,
         fancy_upsampling=decoding != ("window", "gpu") or has_fancy_windows(nvjpeg_version()),
-        **decoding._asdict(),
-        **preallocated._asdict(),
+        decode=decoding.decode,
+        decode_device=decoding.decode_device,
+        height_hint=preallocated.height_hint,
+        width_hint=preallocated.width_hint,
+        device_memory_padding=preallocated.device_memory_padding,
+        host_memory_padding=preallocated.host_memory_padding,
     )
 
 
