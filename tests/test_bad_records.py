@@ -281,7 +281,7 @@ def test_when_all_records_are_bad_there_is_no_substitute_and_the_epoch_ends(make
         steps = walk(loader)
         assert len(steps) == 3
         for error in steps:
-            assert "no record of the store decodes" in str(error)
+            assert "no record of the store can be decoded" in str(error)
             assert str(loader.store.path) in str(error)
             assert "\n" not in str(error)
     assert len(loader.bad_records) == 12

@@ -137,7 +137,7 @@ def test_decoders_that_decode_nothing_are_not_blamed_on_any_record(good_path, tm
     assert len(messages) == 2
     for message in messages:
         assert re.match(
-            r"DALI fails to decode a batch, but also a blank JPEG of \d+ x \d+ pixels: decoding failed; ",
+            r"DALI fails to decode a batch, and even a blank JPEG of \d+ x \d+ pixels: decoding failed; ",
             message,
         )
 

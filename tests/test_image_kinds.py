@@ -95,7 +95,7 @@ def test_a_store_of_jpegs_and_agreed_kinds_goes_to_dali_without_a_copy(tmp_path)
     path = stored(tmp_path, AGREED | {"jpeg": saved(COLOR, "JPEG")})
     with dali(path, transform=SHORT_SIDE, batch_size=4) as loader:
         plan = loader.planner.plan(0, 0)
-        encoded = loader._feed(plan)[0]
+        encoded = loader._make_feed(plan)[0]
         addresses = [array.ctypes.data for array in loader.store.arrays(plan.records)]
     assert [tensor.data_ptr() for tensor in encoded] == addresses
 

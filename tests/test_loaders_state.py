@@ -33,16 +33,16 @@ def test_a_short_first_batch_is_padded_for_dali_but_not_handed_out_padded(store_
     arguments = {"transform": TRAIN, "batch_size": 7, "last_batch": "short", "return_index": True}
     padded = []
     with dali_on_the_cpu(store_path, **arguments) as loader, dali_on_the_cpu(store_path, **arguments) as plain:
-        assert not loader._first_is_full
-        loader._first_is_full = first_is_full
-        feed = loader._feed
+        assert not loader._pad_first_batch
+        loader._pad_first_batch = first_is_full
+        feed = loader._make_feed
 
         def recording(plan):
             if threading.current_thread() is threading.main_thread():  # plans are fed by another one
                 padded.append(plan.records.tolist())
             return feed(plan)
 
-        loader._feed = recording
+        loader._make_feed = recording
         state = plain.state_dict() | {"position": 21}  # three records are left
         for one in (loader, plain):
             one.load_state_dict(state)

@@ -145,7 +145,7 @@ def test_dali_shows_no_good_image_of_which_the_index_has_no_size(tmp_path, trans
     with dali(path, transform=transform, batch_size=1, shuffle="none") as loader:
         steps = iter(loader)
         next(steps)
-        with pytest.raises(RecordError, match=r"record 1 .*the index has no size of it; convert it again"):
+        with pytest.raises(RecordError, match=r"record 1 .*the index has no size for it; convert it again"):
             next(steps)
 
 

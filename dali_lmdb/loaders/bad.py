@@ -1,4 +1,4 @@
-"""Records that cannot be decoded: named, counted, listed, and substituted by others of their batch."""
+"""Records that cannot be decoded: named, counted, listed, and replaced by others of their batch."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class BadRecords:
                 continue
             self.met[index] = BadRecord(index, self._store.name(index), cause)
             if self._quarantine is not None:
-                self._list(self.met[index], self._quarantine)
+                self._append(self.met[index], to=self._quarantine)
             if self.on_bad == "substitute":
                 where = self._store.where(index)
                 _log.warning("%s cannot be decoded; substituted: %s", where, one_line(cause))
@@ -90,21 +90,22 @@ class BadRecords:
                 "(--on-bad skip --check decode), or use on_bad='substitute'"
             )
 
-    def _list(self, bad: BadRecord, quarantine: Path) -> None:
+    def _append(self, bad: BadRecord, *, to: Path) -> None:
         line = {"store": str(self._store.path), **asdict(bad)}
         try:
-            with io.FileIO(quarantine, "a") as file:
+            with io.FileIO(to, "a") as file:
                 write_line(file, line)
-        except OSError as error:  # no reason to stop a training run
-            where = one_line(str(quarantine))
+        except OSError as error:  # not worth stopping a training run for
+            where = one_line(str(to))
             _log.warning("%s: cannot be written: %s; not listed: %s", where, error.strerror, line)
 
 
 def substituted(plan: BatchPlan, failed: Mapping[int, str], *, following: Iterable[int]) -> BatchPlan | None:
-    """Substitute other records for those of a step that failed.
+    """Replace the bad records of a step with good ones.
 
     The first bad record is replaced by the batch's first good one, and so on; in a batch without a good one, all
-    are replaced by the first good one that follows. So it depends only on the plan and on which records are bad.
+    are replaced by the first good one that follows. The result depends only on the plan and on which records are
+    bad.
 
     Args:
         failed: cause by record index.
@@ -126,4 +127,4 @@ def substituted(plan: BatchPlan, failed: Mapping[int, str], *, following: Iterab
 
 def nothing_decodes(store: Store) -> RecordError:
     """The error for a batch for which ``substituted`` finds no record."""
-    return RecordError(f"{store.path}: no record of the store decodes; convert it again")
+    return RecordError(f"{store.path}: no record of the store can be decoded; convert it again")

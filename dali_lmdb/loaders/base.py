@@ -1,4 +1,4 @@
-"""Base of the loaders: an iterable of epochs whose place in the data is a few integers."""
+"""Base of the loaders: each pass over one is an epoch, and its place in the data is a few integers."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class Loader(ABC):
     def __init__(self, store: Store, settings: LoaderSettings) -> None:
         rank, world_size = settings.rank, settings.world_size
         if rank is None or world_size is None:
-            rank, world_size = _distributed_place()
+            rank, world_size = _rank_and_world_size()
         sampling = sampling_of(
             len(store),
             sampler=settings.sampler,
@@ -128,7 +128,7 @@ class Loader(ABC):
         self._closed = False
         self._images = 0
         self._bytes_read = 0
-        self._pid: int | None = None  # of the process that uses it; nothing of it works in a forked one
+        self._pid: int | None = None  # of the first process to use it; a fork lacks its threads
         self._wait_s = 0.0
         self._busy_s = 0.0
         self._handed_out_at: float | None = None
@@ -208,7 +208,7 @@ class Loader(ABC):
         self._go_to(place, because="load_state_dict was called; make a new iterator after it")
 
     def _go_to(self, place: _Place, *, because: str) -> None:
-        """Move to another place; the iterator of an epoch under way will say why it ended."""
+        """Move to another place and cut the running pass short; its iterator will say why."""
         epoch, position, running = self._place
         if running is not None:
             running.cut_short = (
@@ -264,17 +264,17 @@ class Loader(ABC):
         if self._closed:
             raise RuntimeError(f"{type(self).__name__} is closed; make a new one")
 
-    def _advance(self, asking: _Pass) -> tuple[torch.Tensor, ...] | None:
-        """The next step's tensors; None at the end of the epoch."""
+    def _advance(self, requester: _Pass) -> tuple[torch.Tensor, ...] | None:
+        """The next step's tensors, for the iterator of a pass; None at the end of the epoch."""
         begin = time.perf_counter()
         self._check_open()
         self._check_process()
-        first = self._place.running is not asking
-        if self._handed_out_at is not None and not first:  # time between epochs does not count
+        is_first = self._place.running is not requester
+        if self._handed_out_at is not None and not is_first:  # time between epochs does not count
             self._busy_s += begin - self._handed_out_at
         self._handed_out_at = None
-        if first:
-            self._begin_pass(asking)
+        if is_first:
+            self._begin_pass(requester)
         epoch, position, _ = self._place
         if self.planner.steps.positions(position) is None:
             self._place = _Place(epoch + 1, 0, None)
@@ -283,7 +283,7 @@ class Loader(ABC):
             batch = self._batch_at(epoch, position)
         except RecordError as error:
             if error.end is not None:
-                self._move_to(error.end)
+                self._set_position(error.end)
             raise
         self._images += len(batch.labels)
         self._bytes_read += batch.num_bytes
@@ -291,22 +291,22 @@ class Loader(ABC):
         self._wait_s += self._handed_out_at - begin
         self._busy_s += self._handed_out_at - begin
         tensors = (batch.images, batch.labels) + ((batch.records,) if self.settings.return_index else ())
-        self._move_to(batch.end)
+        self._set_position(batch.end)
         return tensors
 
-    def _begin_pass(self, beginning: _Pass) -> None:
+    def _begin_pass(self, new: _Pass) -> None:
         epoch, position, running = self._place
         if running is None:
-            place = _Place(epoch, position, beginning)
-        else:  # an epoch that was left early is over
-            place = _Place(epoch + 1, 0, beginning)
+            place = _Place(epoch, position, new)
+        else:  # the running pass is abandoned, and its epoch with it
+            place = _Place(epoch + 1, 0, new)
         self._go_to(
             place,
-            because=f"another iterator began epoch {place.epoch}; use one iterator at a time, and a loader of its "
-            "own to look at single batches",
+            because=f"another iterator began epoch {place.epoch}; use one iterator at a time, and a separate "
+            "loader to inspect single batches",
         )
 
-    def _move_to(self, position: int) -> None:
+    def _set_position(self, position: int) -> None:
         self._place = self._place._replace(position=position)
 
     def _check_process(self) -> None:
@@ -331,7 +331,7 @@ class Loader(ABC):
 
     @abstractmethod
     def _batch_at(self, epoch: int, position: int) -> Batch:
-        """The batch of this rank's step at a place; there is one.
+        """The batch of this rank's step at a place where there is one.
 
         Steps are usually requested in order, so a backend works ahead; if another place is requested, it drops
         what it has prepared. After any exception it must be able to give the same step again.
@@ -358,8 +358,8 @@ class Loader(ABC):
         self.close()
 
 
-def _distributed_place() -> tuple[int, int]:
-    """(rank, world size) of the process group, else of a single process."""
+def _rank_and_world_size() -> tuple[int, int]:
+    """(rank, world size) of the process group; (0, 1) without one."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

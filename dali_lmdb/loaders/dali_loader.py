@@ -54,12 +54,13 @@ class DaliLoader(Loader):
         rank, world_size: by default those of the process group, if there is one, else 0 and 1.
         seed: seed of order and augmentation, the same on every rank.
         shuffle: ``"full"`` (default with TrainTransform), ``"block"`` or ``"none"`` (default otherwise).
-        sampler: instead of every record once: record indices in the order to show them (a sequence, array or
-            tensor; shuffled in every epoch if ``shuffle`` says so), or a PyTorch ``Sampler`` that gives the
-            records of all ranks, the same on every rank (so not a ``DistributedSampler``). A ``Sampler`` is asked
-            from a thread, and for the next epoch before this one is over; when a state is loaded, only its class
-            and its length are compared.
-        weights: instead: a weight for each of the N records; an epoch draws N records, with replacement.
+        sampler: the records of an epoch, by default every record once. Either record indices in the order to show
+            them (a sequence, array or tensor; shuffled in every epoch if ``shuffle`` says so), or a PyTorch
+            ``Sampler`` that gives the records of all ranks, the same on every rank (so not a
+            ``DistributedSampler``). A ``Sampler`` is iterated in a thread, for the next epoch before the current
+            one is over; when a state is loaded, only its class and its length are compared.
+        weights: an alternative to ``sampler``: a weight for each of the N records; an epoch draws N records, with
+            replacement.
         last_batch: what happens to records that do not fill a global step: ``"drop"`` (default with
             TrainTransform), ``"pad"`` from the epoch's beginning, or ``"short"`` (default otherwise): every
             record exactly once; ranks may then differ in their number of steps.
@@ -74,12 +75,13 @@ class DaliLoader(Loader):
         prefetch_queue_depth: batches DALI works on ahead.
         hw_decoder_load: share of a batch offered to the GPU's hardware JPEG engine, where it has one.
         decode: ``"image"`` decodes whole images and cuts the crop windows out, which takes memory: 144 MB for a
-            batch of 256 images of 500 x 375, 9 GB of 12 megapixels. ``"window"`` decodes inside the window only;
-            on a GPU it upsamples chroma simply, so that pixels differ, unless nvJPEG is 13.2 or newer, and with
-            nvImageCodec 0.9 it is reported to fail or crash on some GPUs (its issue 55). ``"auto"`` is
-            ``"window"`` where the CPU decodes and ``"image"`` on the GPU, unless the images of the batches that
-            DALI works on would take more than a quarter of the GPU's memory: then it is ``"window"``, on the CPU
-            if ``decode_device`` is not given. ``loader.graph`` says what was chosen.
+            batch of 256 images of 500 x 375 pixels, 9 GB if they have 12 megapixels. ``"window"`` decodes inside
+            the window only; on a GPU whose nvJPEG is older than 13.2 it does so without fancy upsampling of
+            chroma, so that pixels differ, and with nvImageCodec 0.9 it is reported to fail or crash on some GPUs
+            (nvImageCodec issue 55). ``"auto"`` is ``"window"`` where the CPU decodes and ``"image"`` on the GPU,
+            unless the whole images of all batches that DALI works on would take more than a quarter of the GPU's
+            memory: then it is ``"window"``, on the CPU if ``decode_device`` is not given. ``loader.graph`` says
+            what was chosen.
         decode_device: ``"gpu"``, the default with ``device="cuda"``, or ``"cpu"``: CPU threads decode, and the
             windows are copied to ``device`` as uint8; for idle cores beside a busy GPU, and for images that nvJPEG
             does not decode.
@@ -90,8 +92,8 @@ class DaliLoader(Loader):
 
     Raises:
         StoreError: the store cannot be opened.
-        DeviceError: ``device="cuda"`` without a usable GPU; in iteration, DALI fails for lack of memory, or for
-            whatever else is no record's fault and has a remedy.
+        DeviceError: ``device="cuda"`` without a usable GPU; while iterating, DALI runs out of memory, or fails in
+            another way that no record caused and that has a remedy.
         ValueError: an argument is out of range, or the store has too few records for one step.
     """
 
@@ -158,22 +160,22 @@ class DaliLoader(Loader):
         if device == "cuda" and self.planner.steps.rank == 0:
             log_decoding(store, dali, self.graph)
         # The prefetcher's thread must not keep the loader alive, so that one dropped without close() is freed.
-        self._feed = partial(feed_without_copy, planner=self.planner)
+        self._make_feed = partial(feed_without_copy, planner=self.planner)
         self._readahead_bytes = readahead_bytes
         self._prefetcher: Prefetcher | None = None  # the newest one; its run closes it
         self._late_bytes_before = 0  # sum over earlier prefetchers
         self._run: Run | None = None
         self._run_begins_at: tuple[int, int] | None = None
-        # nvImageCodec fixes the hardware engine's number of images at a pipeline's first batch.
-        self._first_is_full = self.graph.decode_device == "gpu" and self.graph.hw_decoder_load > 0
+        # nvImageCodec fixes the hardware engine's number of images at a pipeline's first batch: pad a short one.
+        self._pad_first_batch = self.graph.decode_device == "gpu" and self.graph.hw_decoder_load > 0
         self._probe = Probe(self.graph)
         # By (epoch, record), since windows differ: why the record failed to decode; None if it decoded.
         self._verdicts: dict[tuple[int, int], str | None] = {}
 
     def _batch_at(self, epoch: int, position: int) -> Batch:
         self._verdicts = {key: cause for key, cause in self._verdicts.items() if key[0] >= epoch}
-        # Put back when the step is complete: after an exception in the middle of it there is no pipeline whose
-        # place is unknown.
+        # Taken out until the step is complete, so that an exception in the middle of it cannot leave a pipeline
+        # whose place is unknown.
         run, self._run = self._run, None
         try:
             if run is not None and run.next_place != (epoch, position):
@@ -199,13 +201,13 @@ class DaliLoader(Loader):
         run.next_place = self.planner.place_after(batch.plan)
         self._run = run
         self.bad.num_substituted += batch.num_substituted
-        shown = slice(len(batch.plan.records))  # a run's first batch may be padded, see _prepare
-        images = images[shown]
+        unpadded = slice(len(batch.plan.records))  # a run's first batch may be padded, see _prepare
+        images = images[unpadded]
         if self.settings.layout == "NHWC":
             images = images.permute(0, 3, 1, 2)
         records = torch.tensor(batch.plan.records)  # a copy: the user may change it
         num_bytes = int(self.store.gather("num_bytes", batch.plan.records).sum(dtype=np.int64))
-        return Batch(images, labels[shown], records, batch.plan.end, num_bytes)
+        return Batch(images, labels[unpadded], records, batch.plan.end, num_bytes)
 
     def _new_run(self, epoch: int, position: int) -> Run:
         self._run_begins_at = epoch, position
@@ -218,14 +220,14 @@ class DaliLoader(Loader):
     def _new_prefetcher(self, epoch: int, position: int) -> Prefetcher:
         self._late_bytes_before += _late_bytes(self._prefetcher)
         self._prefetcher = Prefetcher(
-            self.planner, self._feed, epoch=epoch, start=position, readahead_bytes=self._readahead_bytes
+            self.planner, self._make_feed, epoch=epoch, start=position, readahead_bytes=self._readahead_bytes
         )
         return self._prefetcher
 
     def _recover(self, error: RuntimeError, run: Run) -> None:
-        """Find the bad records of a failed batch; return if it can be repeated with substitutes for them."""
+        """Find the bad records of a failed batch; return if it can be repeated with substitutes, else raise."""
         error.__traceback__ = None  # it holds the pipeline, and a kept RecordError holds this error
-        if not run.in_flight or not may_be_a_record(error):  # nothing is, if the prefetcher raised it
+        if not run.in_flight or not may_be_a_record(error):  # empty if the prefetcher raised it
             raise_explained(error)
         batch = run.in_flight[0]
         plan = batch.plan
@@ -234,7 +236,7 @@ class DaliLoader(Loader):
         except RuntimeError as other:
             raise_explained(other)
         if not failed:
-            raise error  # every record decodes apart from the batch: the cause is another one
+            raise error  # every record can be decoded outside the batch: the cause lies elsewhere
         known = {
             record: cause for (epoch, record), cause in self._verdicts.items() if cause and epoch == plan.epoch
         }
@@ -247,13 +249,13 @@ class DaliLoader(Loader):
             raise
 
     def _prepare(self, plan: BatchPlan, feed: Feed) -> InFlight:
-        """A batch as DALI gets it: with substitutes, and padded with its own records if it must be a full one."""
+        """A batch as DALI gets it: with substitutes, and padded with its own records if it must be full."""
         batch, size = self._with_substitutes(plan, feed), self.graph.batch_size
         is_first = (plan.epoch, plan.start) == self._run_begins_at
-        if not (self._first_is_full and is_first and len(plan.records) < size):
+        if not (self._pad_first_batch and is_first and len(plan.records) < size):
             return batch
         padded = replace(batch.plan, records=np.resize(batch.plan.records, size))
-        return batch._replace(feed=self._feed(padded))
+        return batch._replace(feed=self._make_feed(padded))
 
     def _with_substitutes(self, plan: BatchPlan, feed: Feed) -> InFlight:
         """Substitute records that are known to fail before DALI gets the batch, so that the pipeline survives."""
@@ -268,43 +270,46 @@ class DaliLoader(Loader):
             except RuntimeError:
                 if shown is not planned:
                     raise
-                # For lack of memory, say. If the batch fails, `_recover` probes its records without the pipeline.
+                # DALI lacks memory, say. If the batch fails, `_recover` probes its records without the pipeline.
                 return planned
             if not found:
                 return shown
             failed |= found
             replaced = substituted(plan, failed, following=self.planner.following(plan))
-            if replaced is None:  # an error, raised when the batch is needed
+            if replaced is None:  # `_recover` raises that error when the batch is needed
                 return planned
-            shown = InFlight(replaced, self._feed(replaced), int((replaced.records != plan.records).sum()))
+            shown = InFlight(replaced, self._make_feed(replaced), int((replaced.records != plan.records).sum()))
 
     def _probe_records(
         self, plan: BatchPlan, feed: Feed, records: list[int], *, failed_before: bool
     ) -> dict[int, str]:
-        """Decode some records of a batch apart from it; return the causes of those that fail.
+        """Decode some records of a batch separately; return the causes of those that fail.
 
         Args:
             failed_before: as ``Probe.causes``.
         """
         unknown = {record for record in records if (plan.epoch, record) not in self._verdicts}
-        places = {record: place for place, record in enumerate(plan.records.tolist()) if record in unknown}
+        rows = {record: row for row, record in enumerate(plan.records.tolist()) if record in unknown}
         heights, widths = (self.store.gather(name, plan.records).tolist() for name in ("height", "width"))
-        sizes = {
-            place: (heights[place], widths[place]) for place in places.values() if feed[0][place].shape() != [0]
-        }
+        # Those that DALI may decode: the others are REFUSED.
+        sizes = {row: (heights[row], widths[row]) for row in rows.values() if feed[0][row].shape() != [0]}
         causes = self._probe.causes(feed, sizes, failed_before=failed_before)
-        for record, place in places.items():
-            decoded = place in sizes and place not in causes
-            self._verdicts[plan.epoch, record] = None if decoded else self._cause(record, causes.get(place))
+        for record, row in rows.items():
+            decoded = row in sizes and row not in causes
+            self._verdicts[plan.epoch, record] = None if decoded else self._cause(record, causes.get(row))
         verdicts = {record: self._verdicts[plan.epoch, record] for record in records}
         return {record: cause for record, cause in verdicts.items() if cause is not None}
 
-    def _cause(self, record: int, told: str | None) -> str:
-        """Why a record cannot be decoded. DALI tells little, nothing if it was given nothing: ask Pillow too."""
-        other = pillow_cause(self.store, record)
-        if told is None:
-            return other or "the index has no size of it; convert it again with --check header"
-        return f"DALI: {told}; Pillow{f': {other}' if other else ' decodes it'}"
+    def _cause(self, record: int, from_dali: str | None) -> str:
+        """Why a record cannot be decoded: what DALI says, which is little, and what Pillow says.
+
+        Args:
+            from_dali: None if DALI did not get the record.
+        """
+        from_pillow = pillow_cause(self.store, record)
+        if from_dali is None:
+            return from_pillow or "the index has no size for it; convert it again with --check header"
+        return f"DALI: {from_dali}; Pillow{f': {from_pillow}' if from_pillow else ' decodes it'}"
 
     def stats(self) -> dict[str, float]:
         return super().stats() | {"late_bytes": self._late_bytes_before + _late_bytes(self._prefetcher)}
@@ -313,7 +318,7 @@ class DaliLoader(Loader):
         return self._run.fill if self._run is not None else 0
 
     def release_memory(self) -> None:
-        """Release the threads and the pipeline with its GPU memory; the next batch makes others."""
+        """Release the threads and the pipeline with its GPU memory; the next batch creates new ones."""
         run, self._run = self._run, None
         if run is not None:
             run.close()

@@ -18,7 +18,7 @@ __all__ = ["ImageFolderLMDB"]
 
 
 class ImageFolderLMDB(Dataset[tuple[Any, Any]]):
-    """A map-style data set over a store; takes the place of torchvision's ``ImageFolder``.
+    """A map-style data set over a store; a drop-in replacement for torchvision's ``ImageFolder``.
 
     Items are ``(image, label)``: a Pillow RGB image and an int, each after its transform; pixel for pixel
     what ``ImageFolder`` gives for the same files. Any process may use it, forked or spawned, before or
@@ -57,7 +57,7 @@ class ImageFolderLMDB(Dataset[tuple[Any, Any]]):
 
     @property
     def samples(self) -> list[tuple[str, int]]:
-        """(name, label) of every record; ``ImageFolder`` has paths instead of names. Read again each time."""
+        """(name, label) of every record; ``ImageFolder`` has paths instead of names. Read again on each access."""
         return [(self.store.name(index), label) for index, label in enumerate(self.targets)]
 
     imgs = samples

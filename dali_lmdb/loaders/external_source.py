@@ -55,8 +55,8 @@ def feed_of(plan: BatchPlan, planner: Planner) -> Feed:
     augmentation = planner.augment(plan)._asdict()
     names = [field.name for field in fields_of(planner.transform)[2:]]
     encoded = encoded_for_dali(planner.store, plan.records)
-    for place in np.flatnonzero((augmentation["shapes"] < 1).any(axis=1)):  # the index has no size of it
-        encoded[place] = REFUSED
+    for row in np.flatnonzero((augmentation["shapes"] < 1).any(axis=1)):  # the index has no size for it
+        encoded[row] = REFUSED
     return encoded, planner.labels(plan), *(augmentation[name] for name in names)
 
 
@@ -66,4 +66,4 @@ class InFlight(NamedTuple):
     plan: BatchPlan
     feed: Feed
     num_substituted: int
-    """Number of records shown in place of planned ones that cannot be decoded."""
+    """Number of records substituted for planned ones that cannot be decoded."""

@@ -27,7 +27,7 @@ def is_image_folder(path: str | os.PathLike[str]) -> bool:
 
 
 class _VisibleFolders(ImageFolder):  # type: ignore[misc]  # torchvision comes without types
-    """An ``ImageFolder`` that accepts hidden folders without images; they are classes only if they have some."""
+    """An ``ImageFolder`` that ignores hidden folders without images instead of refusing them."""
 
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
         found = super().find_classes(directory)[0]

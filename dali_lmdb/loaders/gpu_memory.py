@@ -1,6 +1,7 @@
 """GPU memory of a ``DaliLoader``: which way of decoding fits, what is preallocated, and how much is held.
 
-Pure functions of sizes. What nvImageCodec allocates was read in its source: see "What DALI does", design page.
+Pure functions of sizes. What nvImageCodec allocates was read in its source, see "What DALI does" in
+``dali_lmdb/README.md``.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ __all__ = ["Decoding", "Preallocation", "choose_decoding", "held_bytes", "preall
 
 # Share of the GPU's memory that whole decoded images may take; the model needs the rest.
 _IMAGES_SHARE = 1 / 4
-# DALI's own defaults: nvJPEG's buffers grow, which stalls the GPU, only beyond these.
+# DALI's own defaults. A buffer that is too small for an image grows, which stalls the GPU.
 _DEVICE_MEMORY_PADDING = 16 << 20
 _HOST_MEMORY_PADDING = 8 << 20
-# The hardware engine preallocates for a multiple of engines x cores, 5 on an A100; taken as no more than this.
+# The hardware engine's share is rounded up to a multiple of engines x cores (5 on an A100), which is not known
+# here: this is taken as its upper bound.
 _ENGINE_IMAGES = 64
 
 _ITEM_BYTES = {"float32": 4, "float16": 2, "uint8": 1}
@@ -104,11 +106,11 @@ def held_bytes(graph: GraphSettings, *, pixels: int) -> int:
     is_whole = graph.decode_device == "gpu" and graph.decode == "image"
     size = graph.transform.largest_size
     output_bytes = 3 * size**2 * _ITEM_BYTES[graph.dtype]
-    # Whole image and window, or window alone; then resized, then normalised.
-    worked_on_bytes = 3 * pixels * (2 if is_whole else 1) + 3 * size**2 + output_bytes
+    # Per image: whole image and window, or window alone; then resized, then normalised.
+    unfinished_bytes = 3 * pixels * (2 if is_whole else 1) + 3 * size**2 + output_bytes
     num_batches = graph.prefetch_queue_depth
     # One more batch of outputs is with the consumer.
-    return preallocated_bytes(graph) + graph.batch_size * (num_batches * worked_on_bytes + output_bytes)
+    return preallocated_bytes(graph) + graph.batch_size * (num_batches * unfinished_bytes + output_bytes)
 
 
 def _engine_images(batch_size: int, hw_decoder_load: float) -> int:

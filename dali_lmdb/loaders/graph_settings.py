@@ -23,12 +23,12 @@ _log = logging.getLogger("dali_lmdb")
 
 
 class UsualSize(NamedTuple):
-    """99th percentiles of a store's sizes: memory is reserved for all of a batch, so one giant must not decide."""
+    """99th percentiles of a store's image sizes: memory is reserved for a whole batch, so ignore a few giants."""
 
     height: int
     width: int
     pixels: int
-    """Of height x width, which is less than the product of both percentiles."""
+    """The percentile of height x width, usually less than the product of the other two."""
 
 
 def usual_size(store: Store) -> UsualSize:
@@ -40,7 +40,7 @@ def usual_size(store: Store) -> UsualSize:
     heights, widths = store.column("height"), store.column("width")
     if not len(store):
         return UsualSize(0, 0, 0)
-    # A classic database has sizes of whatever is an image, so there every record is bad.
+    # A classic database has a size for every value that is an image: without any, all its records are bad.
     if not heights.any() and not isinstance(store, ClassicStore):
         raise StoreFormatError(
             f"{store.path}: the index has no image sizes (it was converted with --check none), which crops "
@@ -51,7 +51,7 @@ def usual_size(store: Store) -> UsualSize:
 
 
 def graph_settings(settings: LoaderSettings, dali: DaliSettings, usual: UsualSize) -> GraphSettings:
-    """The settings of a loader's graph, with every default resolved; asks a GPU that is used for its memory."""
+    """The settings of a loader's graph, with every default resolved; queries the size of the GPU's memory."""
     on_gpu = settings.device == "cuda"
     num_threads = threads_per_rank() if dali.num_threads is None else dali.num_threads
     decoding = choose_decoding(
@@ -89,7 +89,7 @@ def graph_settings(settings: LoaderSettings, dali: DaliSettings, usual: UsualSiz
 
 
 def log_decoding(store: Store, dali: DaliSettings, graph: GraphSettings) -> None:
-    """Say once how images are decoded; a warning if ``"auto"`` chose otherwise than usual."""
+    """Log how images are decoded, as a warning if ``"auto"`` had to make an unusual choice."""
     what = "whole images are" if graph.decode == "image" else "crop windows are"
     where = "GPU" if graph.decode_device == "gpu" else "CPU"
     too_large = dali.decode == "auto" and dali.decode_device != "cpu" and graph.decode == "window"
@@ -100,5 +100,5 @@ def log_decoding(store: Store, dali: DaliSettings, graph: GraphSettings) -> None
         what,
         where,
         "; a batch's whole images would take too much of the GPU's memory" if too_large else "",
-        "" if graph.fancy_upsampling else "; chroma is upsampled simply, since nvJPEG is older than 13.2",
+        "" if graph.fancy_upsampling else "; without fancy upsampling of chroma, since nvJPEG is older than 13.2",
     )

@@ -13,7 +13,7 @@ from dali_lmdb.store import Store
 
 __all__ = ["REFUSED", "encoded_for_dali", "pillow_cause", "pixel_limits"]
 
-_AGREED = np.isin(np.arange(256), DALI_AGREES)  # by kind
+_ALWAYS_AGREES = np.isin(np.arange(256), DALI_AGREES)  # by kind
 
 REFUSED: npt.NDArray[np.uint8] = np.empty(0, np.uint8)
 """DALI's input for a record that it must not decode: an empty file, which it rejects."""
@@ -45,11 +45,11 @@ def encoded_for_dali(store: Store, records: npt.NDArray[np.int64]) -> list[npt.N
         uint8 of shape (num_bytes,) for each record.
     """
     encoded = store.arrays(records)
-    suspects = np.flatnonzero(~_AGREED[store.gather("kind", records)])
+    suspects = np.flatnonzero(~_ALWAYS_AGREES[store.gather("kind", records)])
     if len(suspects):
-        for place, limit in zip(suspects.tolist(), pixel_limits(store, records[suspects]), strict=True):
-            if not dali_agrees(encoded[place]):
-                encoded[place] = _as_ppm(encoded[place], limit)
+        for row, limit in zip(suspects.tolist(), pixel_limits(store, records[suspects]), strict=True):
+            if not dali_agrees(encoded[row]):
+                encoded[row] = _as_ppm(encoded[row], limit)
     return encoded
 
 

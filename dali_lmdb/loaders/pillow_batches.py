@@ -42,8 +42,8 @@ class DecodedBatch(NamedTuple):
     num_bytes: int
     """Size of the files that were read."""
     error: DaliLmdbError | None
-    """Why the batch failed, if not for ``failed`` alone. A value, since a ``DataLoader`` replaces the message of
-    what a worker raises by a traceback."""
+    """Why the batch failed, if not because of ``failed`` alone. Returned, not raised: a ``DataLoader`` replaces
+    the message of a worker's exception with a traceback."""
 
 
 class PlannedBatches(Dataset[DecodedBatch]):
@@ -101,7 +101,7 @@ class PlannedBatches(Dataset[DecodedBatch]):
                 files[record] = open_image(raw, max_pixels=limit)
             except (BadImageError, RecordError) as error:
                 failed[record] = str(error)
-        # Opening reads the header only: the sizes, which an image folder has no index of.
+        # Sizes come from the header, which opening reads: an image folder has no index of them.
         records = np.array(list(files), dtype=np.int64)
         widths, heights = np.array([file.size for file in files.values()], dtype=np.int32).reshape(-1, 2).T
         augmentation = transform.augment(records, heights, widths, seed=self.seed, epoch=epoch)

@@ -1,4 +1,4 @@
-"""The DALI graph: decode, cut the window out, resize, flip, normalise. One definition; the settings choose.
+"""The DALI graph: decode, cut the window out, resize, flip, normalise. One definition for GPU and CPU.
 
 =========  =================  =======================  ========================================
 step       operator           ``device="cuda"``        ``device="cpu"``
@@ -131,20 +131,20 @@ def _decode_arguments(settings: GraphSettings) -> dict[str, Any]:
     }
 
 
-def _parsed(encoded: Any) -> Any:
+def _with_parseable_headers(encoded: Any) -> Any:
     """The encoded images, unchanged; an error if a header cannot be parsed.
 
     In a batch of 32 or more such a header can crash DALI's decoders, which parse in several threads (see "What
-    DALI does" in the design). ``peek_image_shape`` only fails. The reshape copies nothing and needs the shapes, so
-    the decoders run after the check.
+    DALI does" in the design). ``peek_image_shape`` merely raises an error. The reshape copies nothing; it
+    depends on the shapes, so the decoders wait for the check.
     """
     shapes = fn.peek_image_shape(encoded, dtype=types.INT32, adjust_orientation=False)
-    return fn.reshape(encoded, shape=0 * shapes[:1] - 1)  # -1: the length that it has
+    return fn.reshape(encoded, shape=0 * shapes[:1] - 1)  # always -1, which keeps the length
 
 
 def _decoded_windows(given: dict[str, Any], settings: GraphSettings) -> Any:
     """The windows as uint8 HWC, on ``settings.device``."""
-    encoded = _parsed(given["encoded"])
+    encoded = _with_parseable_headers(given["encoded"])
     window = {"start": given["anchors"], "shape": given["shapes"], "axes": [0, 1]}
     if settings.decode == "window":
         windows = fn.decoders.image_slice(encoded, **window, **_decode_arguments(settings))
@@ -210,7 +210,7 @@ def define_pipeline(source: Callable[[Any], Any], settings: GraphSettings) -> Pi
                 anchor=given["erase_anchor"],
                 shape=given["erase_shape"],
                 axis_names="HW",
-                # Of uint8, the CPU truncates other values than integers and the GPU rounds them.
+                # With uint8, the CPU truncates a fractional fill value and the GPU rounds it.
                 fill_value=[float(value) for value in settings.transform.erased_color],
             )
         images = fn.crop_mirror_normalize(images, mirror=given["mirror"], **_normalise_arguments(settings))
@@ -227,7 +227,7 @@ def build_pipeline(source: Callable[[Any], Any], settings: GraphSettings) -> Pip
 
 
 def feed_without_copy(plan: BatchPlan, planner: Planner) -> Feed:
-    """``feed_of`` with the images' bytes as one list of DALI's on the same memory, which it keeps alive.
+    """``feed_of`` with the images' bytes in a DALI tensor list that shares their memory and keeps it alive.
 
     DALI would make it itself, but in the thread that runs the pipeline, and slower.
     """
@@ -238,5 +238,5 @@ def feed_without_copy(plan: BatchPlan, planner: Planner) -> Feed:
 
 
 def release_unused_memory() -> None:
-    """Return the memory that DALI keeps of deleted pipelines to the GPU's driver; others may run meanwhile."""
+    """Return to the driver the GPU memory that DALI kept from deleted pipelines; others may be running."""
     backend.ReleaseUnusedMemory()  # type: ignore[attr-defined]  # missing from DALI's stubs

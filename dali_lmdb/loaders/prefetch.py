@@ -28,18 +28,18 @@ _QUEUE_BATCHES = 2  # ready to be handed over; DALI's own prefetch queue comes o
 
 
 class Prefetcher:
-    """Endless batches of one rank from one place on, in order, epoch after epoch.
+    """One rank's batches from a place on, in order, epoch after epoch without end.
 
     Args:
-        planner: plans this rank's steps; there must be one at the place.
+        planner: plans this rank's steps; there must be one at the first place.
         feed_of: makes DALI's input from a plan; called in the thread.
         epoch, start: the place of the first batch.
         readahead_bytes: bytes requested from cold storage ahead of the batch that is needed next; 0 turns reading
             ahead off.
 
     The thread starts with the first ``next``, when there is an owner to close it, and runs until ``close``. It
-    shares only queues with its consumer, whose operations are atomic: no lock of ours is held when a signal
-    interrupts the consumer.
+    shares nothing with its consumer but queues with atomic operations, so a signal that interrupts the consumer
+    cannot leave a lock held.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Prefetcher:
         self._readahead_bytes = readahead_bytes
         self.readahead = Readahead(planner.store) if readahead_bytes else None
         self._ready = SimpleQueue[tuple[BatchPlan, Feed] | BaseException]()
-        self._room = SimpleQueue[None]()
+        self._room = SimpleQueue[None]()  # one token for each free place in `_ready`
         for _ in range(_QUEUE_BATCHES):
             self._room.put(None)
         self._closed = False
@@ -67,7 +67,7 @@ class Prefetcher:
         """The next batch; waits for it.
 
         Raises:
-            BaseException: what went wrong in the thread, every time.
+            BaseException: what the thread raised; again on every further call.
             RuntimeError: the prefetcher is closed, or was while this waited.
         """
         item = self._take(wait=True)
@@ -128,7 +128,7 @@ class Prefetcher:
                 or (self._is_cold() and ahead_bytes < self._readahead_bytes and len(ahead) < _AHEAD_BATCHES)
             ):
                 try:
-                    ahead.append(self._announced(next(plans)))
+                    ahead.append(self._announce(next(plans)))
                 except Exception as raised:  # it belongs to a later batch: those before it come first
                     error = raised
                 else:
@@ -144,8 +144,8 @@ class Prefetcher:
             if not self._closed:
                 self._ready.put((plan, feed))
 
-    def _announced(self, plan: BatchPlan) -> tuple[BatchPlan, int]:
-        """The plan and the number of its bytes that the kernel was asked to read."""
+    def _announce(self, plan: BatchPlan) -> tuple[BatchPlan, int]:
+        """Ask the kernel to read a plan's bytes; return the plan and their number, 0 if nothing was asked."""
         if self.readahead is None or not self.readahead.cold:
             return plan, 0
         num_bytes = int(self._planner.store.gather("num_bytes", plan.records).sum(dtype=np.int64))

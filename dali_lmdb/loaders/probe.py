@@ -1,4 +1,4 @@
-"""What a failure of DALI is about: some records, which are found by decoding them alone, or anything else."""
+"""Tell failures of DALI that records caused from all others, and find those records by decoding them again."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _JPEG_MAX_SIDE = 65_500  # libjpeg's
 _GROUP_RECORDS = 31
 
 Sizes = dict[int, tuple[int, int]]
-"""(height, width) of records, as in the index, by place in the batch."""
+"""(height, width) of records, as in the index, by row of the batch."""
 
 
 def may_be_a_record(error: RuntimeError) -> bool:
@@ -72,59 +72,59 @@ def raise_explained(error: RuntimeError) -> NoReturn:
 class Probe:
     """Decodes records apart from their batch, to find those that make it fail.
 
-    On a GPU it decodes in two ways: in a batch, the hardware JPEG engine may or may not decode a record, and it is
-    bad if it fails in either case.
+    On a GPU it decodes each record with the hardware JPEG engine and without it: in a batch either may happen, so
+    a record that fails in one of these ways is bad.
 
     Args:
         settings: settings of the graph whose batch failed.
     """
 
     def __init__(self, settings: GraphSettings) -> None:
-        # Little memory: nothing is preallocated, and decoders have buffers for each thread.
+        # Little memory: nothing is preallocated, and decoders have buffers for each thread, so there is only one.
         small = replace(settings, num_threads=1, prefetch_queue_depth=1, height_hint=0, width_hint=0)
         loads = (1.0, 0.0) if settings.decode_device == "gpu" else (settings.hw_decoder_load,)
         self.ways = [replace(small, hw_decoder_load=load) for load in loads]
 
     def causes(self, feed: Feed, sizes: Sizes, *, failed_before: bool) -> dict[int, str]:
-        """Why records of a batch cannot be decoded, by place in the batch; those that can be are left out.
+        """Why records of a batch cannot be decoded, by row of the batch; those that can be are left out.
 
         Args:
             feed: DALI's inputs for the batch.
-            sizes: of the records to decode.
-            failed_before: the records did, in another crop: each is decoded alone, since most will fail again, and
-                it need not be proved that DALI decodes anything.
+            sizes: sizes of the records to decode, by row.
+            failed_before: the records failed before, with other crops. Each is then decoded alone, since most will
+                fail again, and without checking first that DALI can decode a blank image.
 
         Raises:
-            RuntimeError: DALI fails for another reason than these records, for lack of memory say.
+            RuntimeError: DALI fails for a reason other than these records, such as lack of memory.
             DeviceError: not even a blank image can be decoded.
         """
         causes: dict[int, str] = {}
         for settings in self.ways:
-            places = [place for place in sizes if place not in causes]
+            rows = [row for row in sizes if row not in causes]
             size = 1 if failed_before else _GROUP_RECORDS
-            groups = [places[begin : begin + size] for begin in range(0, len(places), size)]
+            groups = [rows[begin : begin + size] for begin in range(0, len(rows), size)]
             if not groups:
                 break
-            way = _Way(replace(settings, batch_size=len(groups[0])))
+            decoder = _Decoder(replace(settings, batch_size=len(groups[0])))
             try:
                 if not failed_before:
-                    _check_blank(way, feed, sizes)
-                causes |= _halve(way, feed, groups)
+                    _check_blank(decoder, feed, sizes)
+                causes |= _halve(decoder, feed, groups)
             finally:
-                way.close()
+                decoder.close()
         return causes
 
 
-class _Way:
-    """One way of decoding: a pipeline, built when it is needed, and again after it has failed."""
+class _Decoder:
+    """A small pipeline, built when it is needed, and again after it has failed."""
 
     def __init__(self, settings: GraphSettings) -> None:
         self._settings = settings
         self._pipeline: Pipeline | None = None
         self._samples: Feed = ()
 
-    def failure(self, samples: Feed) -> RuntimeError | None:
-        """DALI's error for some samples, which may be about one of them; None if it decodes all.
+    def decode(self, samples: Feed) -> RuntimeError | None:
+        """Decode some samples; return DALI's error, which may be about one of them, or None if all are decoded.
 
         Raises:
             RuntimeError: an error of another kind.
@@ -149,14 +149,14 @@ class _Way:
         self._pipeline = None
 
 
-def _halve(way: _Way, feed: Feed, groups: list[list[int]]) -> dict[int, str]:
-    """Find the records that fail by splitting the groups that do: some ten runs for each bad one of 31."""
+def _halve(decoder: _Decoder, feed: Feed, groups: list[list[int]]) -> dict[int, str]:
+    """Find the records that fail by halving the groups that do: about ten runs for one bad record among 31."""
     causes: dict[int, str] = {}
     while groups:
         # The largest first: nvImageCodec sizes the hardware engine's share by a pipeline's first batch.
         groups.sort(key=len)
         group = groups.pop()
-        error = way.failure(_taken(feed, group))
+        error = decoder.decode(_select(feed, group))
         if error is None:
             continue
         if len(group) == 1:
@@ -167,35 +167,35 @@ def _halve(way: _Way, feed: Feed, groups: list[list[int]]) -> dict[int, str]:
     return causes
 
 
-def _taken(feed: Feed, places: list[int]) -> Feed:
-    """DALI's inputs for some places of a batch."""
+def _select(feed: Feed, rows: list[int]) -> Feed:
+    """DALI's inputs for some rows of a batch."""
     encoded, *numbers = feed
-    return [encoded[place] for place in places], *(values[places] for values in numbers)
+    return [encoded[row] for row in rows], *(values[rows] for values in numbers)
 
 
-def _check_blank(way: _Way, feed: Feed, sizes: Sizes) -> None:
-    """Raise ``DeviceError`` if DALI does not decode a blank image of the largest size, either.
+def _check_blank(decoder: _Decoder, feed: Feed, sizes: Sizes) -> None:
+    """Raise ``DeviceError`` if DALI cannot decode even a blank image of the largest record's size.
 
-    Then its failures say nothing about the records: a driver that does not fit, or memory that nvImageCodec lacked
-    without saying so, makes it fail to decode each of them.
+    Then its failures say nothing about the records: with an unsuitable driver, or if nvImageCodec lacks memory and
+    does not say so, it fails to decode every one of them.
     """
     pixels = {
-        place: height * width
-        for place, (height, width) in sizes.items()
+        row: height * width
+        for row, (height, width) in sizes.items()
         if height * width <= MAX_PIXELS and max(height, width) <= _JPEG_MAX_SIDE
     }
     if not pixels:
         return
-    place = max(pixels, key=pixels.__getitem__)
-    height, width = sizes[place]
+    row = max(pixels, key=pixels.__getitem__)
+    height, width = sizes[row]
     blank = np.frombuffer(blank_jpeg(height, width), np.uint8)
-    error = way.failure(([blank], *_taken(feed, [place])[1:]))
+    error = decoder.decode(([blank], *_select(feed, [row])[1:]))
     if error is not None:
         raise DeviceError(
-            f"DALI fails to decode a batch, but also a blank JPEG of {height} x {width} pixels: {_cause(error)}; "
+            f"DALI fails to decode a batch, and even a blank JPEG of {height} x {width} pixels: {_cause(error)}; "
             "check how it is installed, and the GPU's driver if there is one"
         ) from error
-    way.close()  # the next batch is the first one again
+    decoder.close()  # so that a new pipeline's first batch sizes the hardware engine's share, see `_halve`
 
 
 def _cause(error: RuntimeError) -> str:

@@ -1,4 +1,4 @@
-"""A running DALI pipeline, which gets batches when they are ready and hands their outputs out first."""
+"""A running DALI pipeline, whose finished batches never wait for one that is still being read."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class Run:
         prefetcher: gives the batches; the run closes it.
         define: defines the pipeline, given the callback of ``fn.external_source``. As many batches are in flight
             as its ``prefetch_queue_depth`` says, if they are ready.
-        next_place: see below.
+        next_place: initial value of the attribute.
 
     Attributes:
         in_flight: batches given to DALI, in order. The first one is the one that failed if ``next`` raises a
             ``RuntimeError`` of DALI. Keeps their bytes alive, since DALI reads them in place (``no_copy``).
-        next_place: (epoch, position) of the first batch in flight.
+        next_place: (epoch, position) of the batch that ``next`` gives next.
     """
 
     def __init__(
@@ -49,10 +49,10 @@ class Run:
         self.in_flight: deque[InFlight] = deque()
         self.next_place = next_place
         self._planned: tuple[BatchPlan, Feed] | None = None  # taken from the prefetcher, not yet given to DALI
-        self._give_to_dali = _Given()
+        self._source = _Source()
         self._take_from(prefetcher)
         try:
-            self._pipeline: Pipeline | None = define(self._give_to_dali)
+            self._pipeline: Pipeline | None = define(self._source)
             self._pipeline.build()
         except BaseException:
             self._close_prefetcher()
@@ -60,7 +60,7 @@ class Run:
 
     def _take_from(self, prefetcher: Prefetcher) -> None:
         self._prefetcher = prefetcher
-        # So that a run dropped without close() ends the thread, which does not refer to it.
+        # Ends the thread of a run that is dropped without close(); the thread does not refer to the run.
         self._close_prefetcher = weakref.finalize(self, prefetcher.close)
 
     def continue_at(self, epoch: int, position: int, prefetcher: Prefetcher) -> Run | None:
@@ -94,9 +94,9 @@ class Run:
     def _outputs(self) -> list[Tensor]:
         """The outputs of the first batch in flight; waits for them."""
         assert self._pipeline is not None, "a stopped run is asked for a batch"
-        # Without a stream they are complete when this returns, as DALI's own iterator has it.
+        # Without a stream they are complete when this returns, as with DALI's own iterator.
         outputs = [from_dlpack(output.as_tensor()) for output in self._pipeline.share_outputs()]
-        self._pipeline.release_outputs()  # of the executor's queue; the memory lives as long as the tensors
+        self._pipeline.release_outputs()  # frees a place in the executor's queue; the tensors keep the memory
         return outputs
 
     def _top_up(self, prepare: Prepare, *, wait: bool) -> None:
@@ -116,7 +116,7 @@ class Run:
                 return  # tried again when it is needed: the batches before it come first
             self._planned = None
             self.in_flight.append(batch)
-            self._give_to_dali.feed = batch.feed
+            self._source.feed = batch.feed
             # The first call asks for as many batches as the queue holds, unless the source ends; reset() then
             # makes the next call a first one again.
             self._pipeline.schedule_run()
@@ -128,9 +128,9 @@ class Run:
         return len(self.in_flight) + (self._planned is not None) + self._prefetcher.fill
 
     def stop(self) -> None:
-        """Drop the pipeline; a traceback may keep it alive, and with it the bytes that it reads."""
+        """Drop the pipeline but not the bytes that it reads: a traceback may keep it alive."""
         self._close_prefetcher()
-        self._pipeline = self._planned = self._give_to_dali.feed = None
+        self._pipeline = self._planned = self._source.feed = None
 
     def close(self) -> None:
         """Drop the pipeline and the bytes."""
@@ -138,13 +138,13 @@ class Run:
         self.in_flight.clear()
 
 
-class _Given:
-    """DALI's callback: gives what was put into it, once. DALI's operators refer to it until garbage collection."""
+class _Source:
+    """DALI's callback: gives the batch put into it, once. DALI's operators keep it until garbage collection."""
 
     feed: Feed | None = None
 
     def __call__(self, batch_info: object) -> Feed:
-        """The batch; ``batch_info`` is DALI's and not needed.
+        """The batch; ``batch_info`` comes from DALI and is not needed.
 
         Raises:
             StopIteration: there is none.

@@ -65,7 +65,7 @@ class LoaderSettings:
             raise ValueError(f"on_bad is {self.on_bad!r}, expected 'raise' or 'substitute'")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise DeviceError("device 'cuda': no usable GPU found; install its driver or use device 'cpu'")
-        for name in ("seed", "batch_size"):  # numpy's integers, too; TypeError for what is none
+        for name in ("seed", "batch_size"):  # accepts numpy's integers; TypeError for anything else
             object.__setattr__(self, name, operator.index(getattr(self, name)))
         if (self.rank is None) != (self.world_size is None):
             raise ValueError(f"rank is {self.rank} and world_size {self.world_size}; give both or neither")

@@ -43,7 +43,7 @@ class _Steps:
         self.begin(iter(()))
 
     def begin(self, plans: Iterator[BatchPlan]) -> None:
-        """Give these plans next."""
+        """Yield these plans next."""
         self._plans = plans
         self.in_flight: deque[BatchPlan] = deque()
         self.error: Exception | None = None
@@ -91,7 +91,7 @@ class _Run:
         return plan, decoded
 
     def close(self) -> None:
-        """Stop the workers. Dropping the iterator would do, if nothing else held it; a traceback, for one, may."""
+        """Stop the workers. Dropping the iterator is not enough: a traceback may hold it, too."""
         stop = getattr(self._decoded, "_shutdown_workers", None)
         if stop is not None:
             stop()
@@ -163,7 +163,7 @@ class TorchLoader(Loader):
         self._run: _Run | None = None
 
     def _batch_at(self, epoch: int, position: int) -> Batch:
-        # Put back when the step is complete: after an exception in the middle of it there are no workers whose
+        # Taken out until the step is complete, so that an exception in the middle of it cannot leave workers whose
         # place is unknown.
         run, self._run = self._run, None
         if run is None:
@@ -202,7 +202,7 @@ class TorchLoader(Loader):
 
 
 def _check_temporary_folder() -> None:
-    """Make a socket as the workers do to hand over their batches; if they cannot, the parent waits forever.
+    """Check that workers can make the sockets that hand over their batches; otherwise the parent waits forever.
 
     The path of a Unix socket has at most 107 bytes, and some network file systems have no sockets.
     """

@@ -45,5 +45,5 @@ def nvjpeg_version() -> tuple[int, int, int] | None:
 
 
 def has_fancy_windows(nvjpeg: tuple[int, ...] | None) -> bool:
-    """Whether nvImageCodec lets this nvJPEG decode a window with fancy upsampling; None is an unknown version."""
+    """Whether nvImageCodec decodes windows with fancy upsampling on this version of nvJPEG; None: unknown."""
     return nvjpeg is not None and nvjpeg >= (13, 2)
