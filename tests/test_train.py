@@ -297,7 +297,7 @@ def test_a_killed_rank_brings_the_others_down(data):
         ranks = rank_processes(process.pid)
         os.kill(ranks[1], signal.SIGKILL)
         assert process.wait(timeout=60) == 1
-        assert process.stderr.read() == "Error: rank 1 was killed by SIGKILL; was memory short?\n"
+        assert process.stderr.read() == "Error: rank 1 was killed by SIGKILL, perhaps for lack of memory\n"
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks.values())
 
 
@@ -416,7 +416,7 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(data, tmp_path):
         (("--world-size", "49"), "use --world-size 48 or less"),
         (("--log-json", tmp_path / "none" / "log"), "make it first"),
         (("--log-json", tmp_path), "expected a file"),
-        (("--output", text), "cannot be made"),
+        (("--output", text), "cannot be created"),
     ]
     before = sorted(tmp_path.rglob("*"))
     for options, says in cases:

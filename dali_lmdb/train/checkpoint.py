@@ -37,7 +37,7 @@ def only_writer(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
-        raise StateError(f"{folder}: cannot be made: {error.strerror}; choose another --output") from error
+        raise StateError(f"{folder}: cannot be created: {error.strerror}; choose another --output") from error
     _locked.add(descriptor)
     try:
         try:
@@ -98,7 +98,7 @@ def load(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU. Nothing in the file is executed.
 
     Raises:
-        StateError: not a checkpoint, a damaged one, or of a newer format; or it cannot be read.
+        StateError: not a checkpoint, a damaged one, or one of another format; or it cannot be read.
     """
     try:
         check_regular(path, error=StateError)
@@ -113,7 +113,9 @@ def load(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or "format" not in content:
         raise StateError(f"{path}: not a checkpoint of this program; choose another --output")
     if content["format"] != FORMAT_VERSION:
-        raise StateError(f"{path}: format {content['format']}, this version reads {FORMAT_VERSION}")
+        raise StateError(
+            f"{path}: format {content['format']}, this version reads {FORMAT_VERSION}; choose another --output"
+        )
     return content
 
 
@@ -124,6 +126,6 @@ def check_fits(content: dict[str, Any], *, arch: str, classes: Sequence[str], pa
         raise StateError(f"{path}: holds a {found}, --arch is {arch}; use --arch {found} or another --output")
     if content["classes"] != list(classes):
         raise StateError(
-            f"{path}: trained on {len(content['classes'])} classes, the data set has {len(classes)} or "
-            "others; choose another --output"
+            f"{path}: trained on {len(content['classes'])} classes, which are not the {len(classes)} of "
+            "the data set; choose another --output"
         )

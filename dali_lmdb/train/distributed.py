@@ -179,12 +179,12 @@ def _own_signals() -> Iterator[None]:
 
 def _explain(failures: dict[int, ProcessFailure]) -> Exception:
     """The error of the rank that died first."""
-    order = sorted(failures, key=lambda rank: _moment(failures[rank]))
+    order = sorted(failures, key=lambda rank: _time_of_death(failures[rank]))
     rank, failure = order[0], failures[order[0]]
     if failure.exitcode < 0:
         reason = f"killed by {failure.signal_name()}"
         if failure.exitcode == -signal.SIGKILL:
-            reason += "; was memory short?"
+            reason += ", perhaps for lack of memory"
         return RankFailedError(f"rank {rank} was {reason}", details="")
     if not os.path.isfile(failure.error_file):
         return RankFailedError(f"rank {rank} ended with exit code {failure.exitcode}", details="")
@@ -197,10 +197,10 @@ def _explain(failures: dict[int, ProcessFailure]) -> Exception:
     return RankFailedError(f"rank {rank} failed: {message['message']}", details=details)
 
 
-def _moment(failure: ProcessFailure) -> tuple[int, int]:
+def _time_of_death(failure: ProcessFailure) -> tuple[int, int]:
     """Sort key: signals, then errors by the time they were written, then ranks that the launcher stopped.
 
-    A rank that is killed by a signal leaves no time, but the errors of the others then follow from its death.
+    A signal leaves no time, but comes first: if it killed one rank, the errors of the others follow from that.
     """
     if failure.exitcode == -signal.SIGTERM:
         return (2, 0)

@@ -96,12 +96,12 @@ class EvaluationSums:
         """Reduce over all ranks; a collective.
 
         Returns:
-            ``val_top1``, ``val_top5``: percentages, 0 to 100, as in torchvision's references (with fewer than 5
-            classes, ``val_top5`` is top-k of all of them); ``val_loss``: mean cross entropy; ``val_records``:
+            ``val_top1``, ``val_top5``: percentages, 0 to 100, as in torchvision's references (with fewer
+            than 5 classes, ``val_top5`` is always 100); ``val_loss``: mean cross entropy; ``val_records``:
             number of records.
 
         Raises:
-            RuntimeError: not every one of ``num_records`` was counted exactly once.
+            RuntimeError: the ranks together did not count ``num_records`` records.
         """
         own = torch.cat([self._sums, self._sums.new_tensor([self._num_records])])
         top1, top5, loss, counted = all_sum(own).tolist()

@@ -21,7 +21,7 @@ def check(settings: TrainSettings, *, world_size: int, ranks_per_node: int) -> N
 
     Raises:
         ValueError: settings that do not fit the data, or files that cannot be written.
-        StoreError, SourceError, DeviceError, StateError: data, GPUs or a checkpoint that is missing or unfit.
+        StoreError, SourceError, DeviceError, StateError: data, GPUs or a checkpoint are missing or do not fit.
     """
     device = find_device(settings.device, local_rank=0, ranks_per_node=ranks_per_node)
     if settings.backend == "dali" and settings.decode_device == "gpu" and device.type == "cpu":
@@ -101,7 +101,7 @@ def _check_files(settings: TrainSettings) -> None:
         try:
             Path(settings.output).mkdir(parents=True, exist_ok=True)
         except OSError as cause:
-            raise ValueError(f"--output {settings.output}: cannot be made: {cause}") from cause
+            raise ValueError(f"--output {settings.output}: cannot be created: {cause}") from cause
         if not os.access(settings.output, os.W_OK):
             raise ValueError(f"--output {settings.output}: not writable; choose another folder")
 
@@ -110,6 +110,6 @@ def _check_file(file: Path, *, option: str) -> None:
     if os.path.isdir(file):
         raise ValueError(f"{option} {file}: a folder, expected a file")
     if not file.absolute().parent.is_dir():
-        raise ValueError(f"{option} {file}: no folder {file.absolute().parent}; make it first")
+        raise ValueError(f"{option} {file}: no folder {file.absolute().parent}; create it first")
     if not os.access(file if os.path.exists(file) else file.absolute().parent, os.W_OK):
         raise ValueError(f"{option} {file}: not writable; choose another file")

@@ -25,7 +25,7 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def show_progress(*, rank: int) -> None:
-    """Print what the trainer logs, on rank 0 only."""
+    """Print what the trainer logs; on other ranks than 0, warnings only."""
     logger = logging.getLogger("dali_lmdb")
     logger.addHandler(_Printer(sys.stdout))
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)

@@ -48,8 +48,8 @@ class TrainSettings:
     workers: int | None = None
     """DALI's threads, or DataLoader's worker processes, of each rank; None: its share of the node's cores."""
     decode: Decode = DaliSettings.decode
-    """Whether DALI decodes whole images or crop windows; this and the next four are as for ``DaliLoader``, and do
-    nothing with ``backend="torch"``."""
+    """Whether DALI decodes whole images or crop windows; this and the next four settings are those of
+    ``DaliLoader``, and have no effect with ``backend="torch"``."""
     decode_device: DecodeDevice | None = DaliSettings.decode_device
     """Where DALI decodes; None: on the training device."""
     hw_decoder_load: float = DaliSettings.hw_decoder_load
@@ -99,12 +99,12 @@ class TrainSettings:
                 raise ValueError(f"{name}: {getattr(self, name)}, expected at least 0")
         if self.backend == "dali" and self.workers == 0:
             raise ValueError("workers: 0, DALI needs at least 1 thread")
-        _ = self.dali  # refuses bad values
+        _ = self.dali  # raises ValueError for a bad value
         if not self.lr > 0:
             raise ValueError(f"lr: {self.lr}, expected more than 0")
         if self.output is None and (self.resume or self.checkpoint_every):
             option = "resume" if self.resume else "checkpoint_every"
-            raise ValueError(f"{option}: there is no output folder for a checkpoint; name one with output")
+            raise ValueError(f"{option}: there is no output folder for a checkpoint; set output")
         models.check_arch(self.arch)
 
     @property

@@ -87,7 +87,7 @@ def fits_beside(train_bytes: int, val_bytes: int, *, budget_bytes: int) -> bool:
 
     Args:
         train_bytes, val_bytes: GPU memory that DALI holds for each of the two loaders; 0 without a GPU.
-        budget_bytes: the limit for both together.
+        budget_bytes: how much both may hold together.
     """
     return val_bytes == 0 or train_bytes + val_bytes <= budget_bytes
 
@@ -138,9 +138,9 @@ class _Training:
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = True  # worthwhile, since images have one size
             self.model = self.model.to(memory_format=torch.channels_last)
-        self.wrapped: nn.Module = self.model
+        self.ddp_model: nn.Module = self.model  # wrapped only if there are several ranks
         if ranks.world_size > 1:
-            self.wrapped = DistributedDataParallel(
+            self.ddp_model = DistributedDataParallel(
                 self.model,
                 device_ids=[device] if device.type == "cuda" else None,
                 gradient_as_bucket_view=True,
@@ -193,7 +193,7 @@ class _Training:
         settings, loader = self.settings, self.train_loader
         if self.step == 0:
             loader.set_epoch(self.epoch)
-        self.wrapped.train()
+        self.ddp_model.train()
         self.meter.reset()
         batches = iter(loader)
         while (batch := self.meter.wait_for(lambda: next(batches, None))) is not None:
@@ -201,7 +201,7 @@ class _Training:
             del batch  # the pipeline needs its memory for the next one
             if self.step % settings.log_every == 0:
                 self._report_steps()
-            # After the last step, the end of the epoch saves.
+            # Not after the epoch's last step: `train` saves then anyway.
             due = settings.checkpoint_every and self.step % settings.checkpoint_every == 0
             if due and self.records_done + self._global_batch_size <= loader.num_records:
                 self.save()
@@ -220,7 +220,7 @@ class _Training:
             group["lr"] = learning_rate(progress, highest=self.settings.lr)
         torch.manual_seed(_step_seed(self.settings.seed, self.epoch, self.records_done, self.ranks.rank))
         with _autocast(self.device, self.precision):
-            loss = training_loss(self.wrapped(_arrange(images)), labels, arch=self.settings.arch)
+            loss = training_loss(self.ddp_model(_arrange(images)), labels, arch=self.settings.arch)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         self.scaler.step(self.optimizer)
@@ -328,7 +328,7 @@ class _Training:
 
 
 def _gpu_memory_held(train: Loader, val: Loader, *, kept: bool) -> str:
-    """How much GPU memory DALI holds, as a part of a sentence; empty if none."""
+    """How much GPU memory DALI holds, as the end of a sentence; empty if none."""
     train_gb, val_gb = train.gpu_memory_bytes / 1e9, val.gpu_memory_bytes / 1e9
     if not train_gb + val_gb:
         return ""
