@@ -20,8 +20,8 @@ from dali_lmdb.compare.dali_reader import batches_of, define_reader
 from dali_lmdb.compare.repeat import RepeatedStore
 from dali_lmdb.compare.report import driver_of
 from dali_lmdb.compare.throughput import (
-    _apart,
     _data,
+    _in_own_process,
     _open_loader,
     _reader_window,
     _resolve,
@@ -269,12 +269,12 @@ def test_a_reader_that_fails_costs_only_its_row(tmp_path):
 
 
 def test_a_window_in_a_process_of_its_own_is_measured_too(folder):
-    assert _apart(_reader_window, FolderStore(folder), QUICK, 1) > 0
+    assert _in_own_process(_reader_window, FolderStore(folder), QUICK, 1) > 0
 
 
 def test_a_process_that_crashes_is_an_error():
     with pytest.raises(RuntimeError, match="terminated abruptly"):
-        _apart(signal.raise_signal, signal.SIGKILL)
+        _in_own_process(signal.raise_signal, signal.SIGKILL)
 
 
 def test_the_table_of_a_gpu_says_what_decoding_depends_on(store):

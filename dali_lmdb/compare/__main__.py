@@ -63,7 +63,7 @@ def main(
     files: an image folder, Pillow in DataLoader workers (with --images). torch: STORE, Pillow in DataLoader
     workers (the classic path). dali: STORE, DALI. reader: the image folder, DALI's own file reader. All do the
     same work; they take turns, and the ratio to torch is the median of the rounds' ratios. With a GPU, dali-cpu is
-    STORE, DALI that decodes on the CPU.
+    STORE, DALI with decoding on the CPU.
     """
     settings = CompareSettings(
         task=task,
@@ -82,9 +82,9 @@ def main(
 
 
 def _report(done: Round) -> None:
-    name = f"round {done.number}" if done.number else "warm-up"
-    speeds = [f"{way} {done.images_per_s[way]:,.0f}" for way in BACKENDS if way in done.images_per_s]
-    print_progress(f"{name}: {'  '.join(speeds)} images/s")
+    what = f"round {done.number}" if done.number else "warm-up"
+    speeds = [f"{name} {done.images_per_s[name]:,.0f}" for name in BACKENDS if name in done.images_per_s]
+    print_progress(f"{what}: {'  '.join(speeds)} images/s")
 
 
 def _table(result: Comparison) -> str:
@@ -100,9 +100,9 @@ def _table(result: Comparison) -> str:
         f"{found.ratio:>8.2f}{min(found.ratios):>7.2f}{max(found.ratios):>7.2f}"
         for found in result.measurements
     ]
-    ways = [f"{found.backend:<9}{_way(found.backend, result)}" for found in result.measurements]
+    meanings = [f"{found.backend:<9}{_meaning(found.backend, result)}" for found in result.measurements]
     failed = [f"{backend:<9}not measured: {cause}" for backend, cause in result.failed.items()]
-    return "\n".join([head, columns, *rows, "", *ways, *failed])
+    return "\n".join([head, columns, *rows, "", *meanings, *failed])
 
 
 def _gpu_line(result: Comparison) -> list[str]:
@@ -117,7 +117,7 @@ def _gpu_line(result: Comparison) -> list[str]:
     ]
 
 
-def _way(backend: str, result: Comparison) -> str:
+def _meaning(backend: str, result: Comparison) -> str:
     chosen = result.decoding.get(backend)
     if chosen is None:
         return BACKENDS[backend]

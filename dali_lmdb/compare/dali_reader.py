@@ -49,7 +49,7 @@ def define_reader(
     pipeline = Pipeline(batch_size=batch_size, num_threads=num_threads, device_id=device_id, seed=seed)
     on_gpu = device_id is not None
     flip = transform.flip if isinstance(transform, TrainTransform) else 0.0
-    decoding: dict[str, Any] = {"output_type": types.RGB, "adjust_orientation": False}  # as ours
+    decoding: dict[str, Any] = {"output_type": types.RGB, "adjust_orientation": False}  # as in our graph
     if decode_device == "gpu":
         decoding |= {"device": "mixed", "hw_decoder_load": hw_decoder_load}
     with pipeline:
@@ -88,7 +88,7 @@ def _size(transform: Transform) -> dict[str, Any]:
 
 
 def batches_of(pipeline: Pipeline) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Run a reader: (images, labels), without an end.
+    """Run a reader and yield (images, labels) without end.
 
     Labels are int32 (n, 1); images are normalised, float32 (n, 3, size, size) on the CPU and float16
     (n, size, size, 3) on a GPU.

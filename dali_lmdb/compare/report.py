@@ -46,14 +46,14 @@ class Measured:
             ]
         )
 
-    def _described(self, **found: Any) -> dict[str, Any]:
+    def _described(self, **figures: Any) -> dict[str, Any]:
         """Convert to plain types for JSON, with the figures between the settings and the versions."""
         return {
             "store": self.store,
             "num_records": self.num_records,
             "image_bytes": self.image_bytes,
             "settings": asdict(self.settings),
-            **found,
+            **figures,
             "versions": self.versions,
             "machine": self.machine,
         }
@@ -90,7 +90,7 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def driver_of(text: str) -> str:
-    """The version of NVIDIA's driver in what its kernel module says of itself in ``/proc``."""
+    """The driver's version, from the text of ``/proc/driver/nvidia/version``."""
     found = re.search(r"Kernel Module\D.*?(\d+(?:\.\d+)+)", text)
     return found[1] if found else "unknown"
 

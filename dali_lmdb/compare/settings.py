@@ -50,7 +50,7 @@ class CompareSettings:
             raise ValueError(f"device is {self.device!r}, expected 'auto', 'cuda' or 'cpu'")
         if self.task not in ("train", "eval"):
             raise ValueError(f"task is {self.task!r}, expected 'train' or 'eval'")
-        _ = self.dali  # refuses bad values
+        _ = self.dali  # raises ValueError for a bad value
 
     @property
     def dali(self) -> DaliSettings:
@@ -71,7 +71,7 @@ class CompareSettings:
 
     @property
     def transform(self) -> Transform:
-        """Evaluation resizes the shorter side to size * 256 / 224."""
+        """The transform of the task; evaluation resizes the shorter side to size * 256 / 224."""
         if self.task == "train":
             return TrainTransform(size=self.size)
         return EvalTransform(size=self.size, resize=round(self.size * 256 / 224))

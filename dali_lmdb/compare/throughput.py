@@ -9,8 +9,8 @@ them from disk and the others do not.
 
 Only one loader exists at a time: it is opened for its window and closed after it. An open loader would
 continue to fill its queue during the next one's window. Batches prefetched before the clock starts would
-inflate the result, so that many are dropped first, and more on a GPU, whose clocks and buffers need some steps to
-settle; the queue is then in the same state at both ends of the window.
+inflate the result, so each window first takes as many without counting them, and more on a GPU, whose clocks and
+buffers need some steps to settle; the queue is then in the same state at both ends of the window.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ BACKENDS = {
     "files": "image folder, Pillow in DataLoader workers",
     "torch": "store, Pillow in DataLoader workers (the classic path)",
     "dali": "store, DALI",
-    "dali-cpu": "store, DALI that decodes on the CPU, the rest on the GPU",
+    "dali-cpu": "store, DALI with decoding on the CPU, the rest on the GPU",
     "reader": "image folder, DALI's own file reader, which draws its own crops",
 }
 """The backends that can be measured, in the order of the table."""
@@ -58,7 +58,7 @@ _EPOCH_STEPS = 1000
 # 2 by default, DataLoader's for each worker.
 _AHEAD = 2
 
-# Steps before each window on a GPU.
+# Steps before each window on a GPU, not measured.
 _GPU_WARM_UP = 50
 
 
@@ -147,7 +147,7 @@ def compare_throughput(
     """
     opened = open_store(store)
     settings = _resolve(settings or CompareSettings(), opened)
-    data = _data(opened, images, settings)
+    data = _data_by_backend(opened, images, settings)
     rounds, failed = [], dict[str, str]()
     for number in range(settings.rounds + 1):
         speeds = {}
@@ -167,7 +167,9 @@ def compare_throughput(
         num_records=len(opened),
         image_bytes=int(opened.column("num_bytes").sum(dtype=np.int64)),
         settings=settings,
-        decoding={backend: _decoding(data[backend], backend, settings) for backend in data if _is_ours(backend)},
+        decoding={
+            backend: _decoding(data[backend], backend, settings) for backend in data if _uses_dali_loader(backend)
+        },
         failed=failed,
         measurements=_measurements(rounds[1:]),
         versions=versions(),
@@ -195,7 +197,9 @@ def _resolve(settings: CompareSettings, store: Store) -> CompareSettings:
     )
 
 
-def _data(store: Store, images: str | os.PathLike[str] | None, settings: CompareSettings) -> dict[str, Store]:
+def _data_by_backend(
+    store: Store, images: str | os.PathLike[str] | None, settings: CompareSettings
+) -> dict[str, Store]:
     """What each backend reads, in the order of the table."""
     assert settings.batch_size is not None
     times = -(-_EPOCH_STEPS * settings.batch_size // len(store))
@@ -209,7 +213,7 @@ def _data(store: Store, images: str | os.PathLike[str] | None, settings: Compare
     if settings.device == "cuda" and settings.decode_device is None:
         data["dali-cpu"] = repeated(store)
     if folder is not None:
-        data["reader"] = folder  # its epochs follow each other without a pause
+        data["reader"] = folder  # not repeated: its epochs follow each other without a pause
     return data
 
 
@@ -233,7 +237,7 @@ def _speed(backend: str, data: Store, settings: CompareSettings, *, number: int)
             return _reader_window(data, settings, number)
         # On a GPU the reader decodes windows, for which nvImageCodec's issue 55 reports crashes: they must not end
         # the comparison.
-        return _apart(_reader_window, data, settings, number)
+        return _in_own_process(_reader_window, data, settings, number)
     with _open_loader(backend, data, settings) as loader:
         loader.set_epoch(number)
         return _window(loader, settings, burst=_burst(backend, settings))
@@ -256,8 +260,8 @@ def _reader_window(folder: FolderStore, settings: CompareSettings, number: int) 
     return _window(batches_of(reader), settings, burst=1)
 
 
-def _apart(function: Callable[..., float], *arguments: Any) -> float:
-    """Call a function in a process of its own, whose crash is a ``RuntimeError``."""
+def _in_own_process(function: Callable[..., float], *arguments: Any) -> float:
+    """Call a function in a process of its own; if that crashes, raise ``RuntimeError``."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
@@ -268,7 +272,7 @@ def _cause(error: RuntimeError) -> str:
     return one_line(text.partition("encountered:\n\n")[2].partition("\n")[0] or text)
 
 
-def _is_ours(backend: str) -> bool:
+def _uses_dali_loader(backend: str) -> bool:
     return backend in ("dali", "dali-cpu")
 
 
@@ -277,7 +281,7 @@ def _open_loader(backend: str, data: Store, settings: CompareSettings) -> Loader
     assert settings.workers is not None
     return open_loader(
         data,
-        backend="dali" if _is_ours(backend) else "torch",
+        backend="dali" if _uses_dali_loader(backend) else "torch",
         workers=settings.workers,
         transform=settings.transform,
         batch_size=settings.batch_size,
@@ -292,7 +296,7 @@ def _open_loader(backend: str, data: Store, settings: CompareSettings) -> Loader
 
 
 def _decoding(data: Store, backend: str, settings: CompareSettings) -> dict[str, str]:
-    """What a ``DaliLoader`` makes of ``decode`` and ``decode_device``; decides it without a pipeline."""
+    """The ``decode`` and ``decode_device`` that a ``DaliLoader`` chose, which needs no pipeline."""
     with _open_loader(backend, data, settings) as loader:
         assert isinstance(loader, DaliLoader)
         return {"decode": loader.graph.decode, "decode_device": loader.graph.decode_device}
@@ -301,7 +305,7 @@ def _decoding(data: Store, backend: str, settings: CompareSettings) -> dict[str,
 def _burst(backend: str, settings: CompareSettings) -> int:
     """Batches that tend to arrive together: one from each DataLoader worker."""
     assert settings.workers is not None
-    return 1 if _is_ours(backend) else settings.workers
+    return 1 if _uses_dali_loader(backend) else settings.workers
 
 
 def _window(loader: Iterable[tuple[torch.Tensor, ...]], settings: CompareSettings, *, burst: int) -> float:
