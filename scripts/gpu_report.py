@@ -1,7 +1,7 @@
-"""Show what is true on this machine's GPU, in one command of under 8 minutes: ``gpu_report.py STORE``.
+"""Report what works on this machine's GPU and how fast, in under 8 minutes: ``gpu_report.py STORE``.
 
 Versions; which decoder does the work in each decode mode; pixels against the CPU and Pillow; images/s over modes,
-the hardware engine's share and threads, with GPU memory; DALI's own reader; bad records; a lack of memory;
+the hardware engine's share and threads, with GPU memory; DALI's own reader; bad records; lack of memory;
 training; hand-over; the tests that need a GPU. Each step runs in a process of its own with a time limit
 (``gpu_steps/``), so a crash or a hang costs only that step. The report so far is written after each step, as
 Markdown and as JSON.
@@ -31,7 +31,7 @@ from dali_lmdb.store import open_store
 
 __all__ = ["main", "markdown", "steps_of"]
 
-_BUDGET_S = 470  # leaves 10 s of 8 minutes for ending the last step
+_BUDGET_S = 470  # leaves 10 s of the 8 minutes to end the last step
 _SHARES = [0.0, 0.12, 0.65, 1.0]  # none, NVIDIA's floor on Hopper, DALI's default, all
 
 _Modes = dict[str, tuple[dict[str, str], list[float], list[int]]]
@@ -43,7 +43,7 @@ _GPU_MODES: _Modes = {
 }
 _CPU_MODES: _Modes = {"image on the CPU": ({"decode": "image", "decode_device": "cpu"}, [0.0], [0])}
 
-# Tests that need a GPU: files, and patterns of those that are left out. Each is one step: a crash ends its pytest.
+# Tests that need a GPU: files, and patterns of files to leave out. One step each, since a crash ends its pytest.
 _TESTS: dict[str, tuple[list[str], list[str]]] = {
     "decoding": (["tests/test_gpu_decoding.py"], []),
     "loading": (["tests/test_gpu.py"], []),
@@ -52,7 +52,7 @@ _TESTS: dict[str, tuple[list[str], list[str]]] = {
 
 
 def steps_of(store: str, *, device: str, batch_size: int, seconds: float) -> list[Step]:
-    """All steps, what matters most first.
+    """All steps, the most important ones first.
 
     Args:
         device: with ``"cpu"``, those that need a GPU are left out.
@@ -148,10 +148,10 @@ def _write(output: str, title: str, settings: dict[str, Any], outcomes: Sequence
     metavar="NAME",
     default="gpu-report",
     show_default=True,
-    help="Write NAME.md and NAME.json, which are replaced.",
+    help="Write NAME.md and NAME.json, replacing them if they exist.",
 )
 def main(store: str, *, cpu: bool, batch_size: int, seconds: float, output: str) -> None:
-    """Report what decoding, loading and training STORE do on this machine's GPU.
+    """Report how decoding, loading and training on STORE work on this machine's GPU.
 
     Exit code 1 if there is no GPU, or if a step failed or found something wrong; the report is complete anyway.
     """

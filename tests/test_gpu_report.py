@@ -88,7 +88,7 @@ def test_a_crash_or_a_hang_costs_only_its_step():
 def test_steps_share_a_budget():
     first, second = run_steps([planted("hanging"), planted("good")], budget_s=2)
     assert first.status == "timed out"
-    assert (second.status, second.cause) == ("not run", "2 s were over")
+    assert (second.status, second.cause) == ("not run", "the 2 s are used up")
 
 
 # --- the report

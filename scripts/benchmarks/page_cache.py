@@ -32,7 +32,7 @@ def is_cached(
 ) -> npt.NDArray[np.bool_]:
     """Return whether the first and last page of each byte range are in the page cache; bool of shape (n, 2).
 
-    mincore(2) tells this only to users who own or may write the file; for others, every page is reported present.
+    mincore(2) reveals this only to users who own or can write the file; to others, every page is reported present.
 
     Raises:
         OSError: the kernel does not report it.

@@ -16,7 +16,7 @@ from dali_lmdb.store import Store
 
 __all__ = ["ReadingSettings", "reading_options", "shuffled_part"]
 
-_PART_SEED = 0x70617274  # not the epochs' seed, so that their order is independent of this choice
+_PART_SEED = 0x70617274  # "part"; not the epochs' seed, so that their order is independent of this choice
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from gpu_steps.isolated import Row
 
 __all__ = ["Utilization", "loaded_nvjpeg", "synchronize", "used_bytes", "utilization", "versions"]
 
-_SAMPLE_S = 0.02  # NVML updates its figures every 20 ms or slower; each comes with its period
+_SAMPLE_S = 0.02  # NVML updates its figures every 20 ms, or less often
 
 
 def versions(device: Device) -> Iterator[Row]:
@@ -76,31 +76,31 @@ class Utilization:
 @contextmanager
 def utilization(device: Device) -> Iterator[Utilization]:
     """Sample the current GPU's utilization while the block runs."""
-    found, over = Utilization(), threading.Event()
+    found, stop = Utilization(), threading.Event()
     nvml = _nvml() if device == "cuda" else None
     if nvml is None:
         yield found
         return
-    thread = threading.Thread(target=_sample, args=(*nvml, found, over))
+    thread = threading.Thread(target=_sample, args=(*nvml, found, stop))
     thread.start()
     try:
         yield found
     finally:
-        over.set()
+        stop.set()
         thread.join()
 
 
-def _sample(nvml: Any, handle: int, found: Utilization, over: threading.Event) -> None:
-    while not over.wait(_SAMPLE_S):
+def _sample(nvml: Any, handle: int, found: Utilization, stop: threading.Event) -> None:
+    while not stop.wait(_SAMPLE_S):
         try:
             found.gpu.append(nvml.device_get_utilization_rates(handle).gpu)
             found.jpeg.append(nvml.device_get_jpg_utilization(handle)[0])
-        except nvml.NvmlError:  # not known of every card, nor of a part of one (MIG)
+        except nvml.NvmlError:  # some cards do not report it, nor do MIG instances
             return
 
 
 def _nvml() -> tuple[Any, int] | None:
-    """NVML and its handle of the current GPU; None if they cannot be had, for a reason that is printed."""
+    """NVML and its handle of the current GPU; None if there is no NVML; the reason is printed."""
     try:
         from cuda.bindings import nvml  # comes with torch
     except ImportError as error:

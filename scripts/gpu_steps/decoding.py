@@ -32,8 +32,8 @@ __all__ = ["backends", "decoder_log", "decoders_in", "erased_float16", "largest_
 HARDWARE = "nvjpeg_hw_decoder"
 ON_THE_GPU = (HARDWARE, "nvjpeg_cuda_decoder", "nvjpeg_lossless_decoder")
 
-_OF_NVJPEG = [kind for kind in Kind if kind.decodes_on_gpu]
-# Bound of the mean difference in grey levels. Decoders round differently (photos differ by 0.2 between two on the
+_GPU_KINDS = [kind for kind in Kind if kind.decodes_on_gpu]
+# Limit of the mean difference in grey levels. Decoders round differently (photos differ by 0.2 between two on the
 # CPU); a crop that is off by a pixel, or another upsampling of a whole image, gives more.
 _MEAN_DIFFERENCE = 1.5
 _TRANSFORMS: dict[str, Transform] = {"train": TrainTransform(), "eval": EvalTransform()}
@@ -42,7 +42,7 @@ _TRANSFORMS: dict[str, Transform] = {"train": TrainTransform(), "eval": EvalTran
 def route(store: str, *, device: Device, batch_size: int, **arguments: Any) -> Iterator[Row]:
     """Which decoder decodes how many images of one training batch, as nvImageCodec's log says.
 
-    The log names each decoder and image, except with the hardware engine, whose images are the rest.
+    The log has a line for each image, except for those of the hardware engine: they are the rest.
 
     Args:
         arguments: more arguments of ``DaliLoader``.
@@ -68,11 +68,11 @@ def route(store: str, *, device: Device, batch_size: int, **arguments: Any) -> I
     for number in largest_batches(text):
         yield {"decoder": "most that the hardware engine takes", "images": number, "of": batch_size}
     print(text[-2000:])
-    jpegs = int(np.isin(kinds, _OF_NVJPEG).sum())
+    jpegs = int(np.isin(kinds, _GPU_KINDS).sum())
     on_gpu = sum(found[decoder] for decoder in ON_THE_GPU)
     by_gpu = graph.decode_device == "gpu"
     row: Row = {"decoder": f"all on the GPU ({loaded_nvjpeg() or 'no libnvjpeg.so loaded'})", "images": on_gpu}
-    if on_gpu < jpegs if by_gpu else on_gpu > 0:
+    if (by_gpu and on_gpu < jpegs) or (not by_gpu and on_gpu > 0):
         expected = f"at least {jpegs}" if by_gpu else "none"
         row["wrong"] = f"{on_gpu} images were decoded on the GPU, expected {expected} of {len(plan.records)}"
     yield row | {"of": len(plan.records)}
@@ -81,7 +81,8 @@ def route(store: str, *, device: Device, batch_size: int, **arguments: Any) -> I
 def decoders_in(log: str, *, num_images: int) -> Counter[str]:
     """The number of images by decoder, from nvImageCodec's log of one batch.
 
-    An image counts for the last decoder that took it; those of no line are the hardware engine's, if there is one.
+    An image counts for the last decoder that took it; those without a line are the hardware engine's, if there
+    is one.
     """
     took = {int(image): decoder for decoder, image in re.findall(r": (\w+) process #(\d+)", log)}
     found = Counter(took.values())
@@ -92,13 +93,13 @@ def decoders_in(log: str, *, num_images: int) -> Counter[str]:
 
 
 def largest_batches(log: str) -> list[int]:
-    """The most images of a batch that each hardware engine of the log will take: DALI fixes it once for each."""
+    """For each hardware engine in the log, the most images of a batch that it takes: fixed at its first batch."""
     return [int(number) for number in re.findall(rf"{HARDWARE} selecting max batch size to (\d+)", log)]
 
 
 @contextmanager
 def decoder_log() -> Iterator[Callable[[], str]]:
-    """Collect nvImageCodec's log, and whatever else the block prints; give a function that returns it afterwards.
+    """Collect nvImageCodec's log, and whatever else the block prints; yield a function that returns it afterwards.
 
     The level is read when a process makes its first decoder, so this needs a process of its own.
     """
@@ -121,14 +122,13 @@ def decoder_log() -> Iterator[Callable[[], str]]:
 
 
 def backends(store: str, *, device: Device, num_images: int = 16) -> Iterator[Row]:
-    """What each of nvImageCodec's backends decodes of the store's first JPEGs by itself, and its difference from
-    the CPU's pixels."""
+    """Decode the store's first JPEGs with each of nvImageCodec's backends; compare the pixels with the CPU's."""
     from nvidia import nvimgcodec as codec
 
     kinds, on_cpu = codec.BackendKind, codec.NVIMGCODEC_DEVICE_CPU_ONLY
     wanted = [kinds.GPU_ONLY, kinds.HYBRID_CPU_GPU, kinds.HW_GPU_ONLY] if device == "cuda" else []
     with open_store(store) as opened:
-        records = np.flatnonzero(np.isin(opened.column("kind"), _OF_NVJPEG))[:num_images].tolist()
+        records = np.flatnonzero(np.isin(opened.column("kind"), _GPU_KINDS))[:num_images].tolist()
         streams = [bytes(opened.read(record)) for record in records]
     reference: list[npt.NDArray[np.uint8] | None] = []
     for kind in [kinds.CPU_ONLY, *wanted]:
@@ -167,10 +167,10 @@ def pixels(store: str, *, device: Device, num_images: int = 64, **arguments: Any
     with open_store(store) as opened:
         shared: dict[str, Any] = {"sampler": _spread(opened, num_images), "dtype": "uint8"}
         for name, transform in _TRANSFORMS.items():
-            ours = _images(DaliLoader(opened, **_usual(transform), device=device, **shared, **arguments))
+            ours = _images(DaliLoader(opened, **_common(transform), device=device, **shared, **arguments))
             theirs = {
-                "DALI on the CPU": DaliLoader(opened, **_usual(transform), device="cpu", **shared),
-                "Pillow": TorchLoader(opened, **_usual(transform), num_workers=0, **shared),
+                "DALI on the CPU": DaliLoader(opened, **_common(transform), device="cpu", **shared),
+                "Pillow": TorchLoader(opened, **_common(transform), num_workers=0, **shared),
             }
             for against, loader in theirs.items():
                 yield {"transform": name, "against": against} | _difference(ours, _images(loader))
@@ -182,14 +182,14 @@ def erased_float16(store: str, *, device: Device, num_images: int = 64) -> Itera
     with open_store(store) as opened:
         shared: dict[str, Any] = {"sampler": _spread(opened, num_images), "dtype": "float16", "layout": "NHWC"}
         ours, theirs = (
-            _images(DaliLoader(opened, **_usual(transform), device=where, **shared)) for where in (device, "cpu")
+            _images(DaliLoader(opened, **_common(transform), device=where, **shared)) for where in (device, "cpu")
         )
     scale = 255 * torch.tensor(transform.std).reshape(3, 1, 1)
     row = _difference(*({record: image * scale for record, image in one.items()} for one in (ours, theirs)))
     yield {"transform": "train, erase 1.0", "against": "DALI on the CPU"} | row
 
 
-def _usual(transform: Transform) -> dict[str, Any]:
+def _common(transform: Transform) -> dict[str, Any]:
     return {"transform": transform, "batch_size": 16, "last_batch": "short", "return_index": True}
 
 

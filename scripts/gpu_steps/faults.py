@@ -28,8 +28,8 @@ from gpu_steps.isolated import Row
 __all__ = ["bad_records", "out_of_memory", "tests"]
 
 _ROOT = Path(__file__).resolve().parents[2]
-_NUM_IMAGES = 64  # of the store with bad records
-_LEFT_BYTES = 256 << 20  # of the GPU's memory in ``out_of_memory``: less than one batch of 256 needs decoded
+_NUM_IMAGES = 64  # in the store with bad records
+_LEFT_BYTES = 256 << 20  # free GPU memory in ``out_of_memory``: less than a decoded batch of 256 needs
 _VERDICT = re.compile(r"^(\S+\.py::.+?) (PASSED|FAILED|ERROR|SKIPPED)\b", re.MULTILINE)
 
 
@@ -88,7 +88,7 @@ def _store_with_bad_records(store: str, folder: Path) -> tuple[Path, list[int]]:
     bad = [len(values) // 4, len(values) // 4 + 1, len(values) // 2]
     (folder / "images" / "all").mkdir(parents=True)
     for number, value in enumerate(values):
-        # The last one: a thumbnail in the header has a scan of its own.
+        # The last start of a scan: a thumbnail in the header has one, too.
         kept = value[: value.rindex(b"\xff\xda") + 50] if number in bad else value
         (folder / "images" / "all" / f"{number:03}.jpg").write_bytes(kept)
     convert(folder / "images", folder / "bad.lmdb")
@@ -99,7 +99,7 @@ def out_of_memory(store: str, *, batch_size: int, left_bytes: int = _LEFT_BYTES)
     """What happens if the GPU has too little memory for a batch: an error about that, and no bad records.
 
     Args:
-        left_bytes: memory that the loader finds.
+        left_bytes: GPU memory that is left free for the loader.
     """
     with DaliLoader(
         store, transform=TrainTransform(), batch_size=batch_size, device="cuda", on_bad="substitute"
@@ -135,7 +135,7 @@ def tests(*, paths: list[str], ignored: list[str]) -> Iterator[Row]:
     ) as process:
         assert process.stdout is not None
         for line in process.stdout:
-            print(line, end="", flush=True)  # the end of it is shown if the time runs out
+            print(line, end="", flush=True)  # the report shows its end if the step runs out of time
             found = _VERDICT.search(line)
             if found is None:
                 continue

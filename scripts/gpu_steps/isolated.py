@@ -1,4 +1,4 @@
-"""Runs the steps of a report in a process each, with a time limit: a crash or a hang costs only its own step.
+"""Run the steps of a report, each in its own process with a time limit: a crash or a hang costs only its own step.
 
 A step is a generator function. Each row that it yields is saved at once, so what was found before a crash is kept.
 """
@@ -27,9 +27,9 @@ Row = dict[str, Any]
 
 Status = Literal["ok", "wrong", "failed", "crashed", "timed out", "interrupted", "not run"]
 
-_LOG_BYTES = 4000  # of the end of a step's output: a traceback of every thread
-_DYING_S = 5  # for the traceback of a process that hangs
-_ORPHAN_S = 30  # after its limit a step ends itself, if what started it is gone
+_LOG_BYTES = 4000  # kept of the end of a step's output: enough for a traceback of every thread
+_EXIT_S = 5  # for a process that hangs to print its traceback and end
+_ORPHAN_S = 30  # after this much more than its limit, a step whose report was killed ends itself
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class Outcome:
     elapsed_s: float = 0.0
     rows: list[Row] = field(default_factory=list)
     log: str = ""
-    """The end of what a step printed that is neither ok nor wrong."""
+    """The end of the step's output; empty if the status is ``"ok"`` or ``"wrong"``."""
 
 
 def run_steps(steps: Iterable[Step], *, budget_s: float) -> Iterator[Outcome]:
@@ -77,7 +77,7 @@ def run_steps(steps: Iterable[Step], *, budget_s: float) -> Iterator[Outcome]:
         if left_s > 0:
             outcome = run_step(step, limit_s=min(step.limit_s, left_s))
         else:
-            outcome = Outcome(name=step.name, status="not run", cause=f"{budget_s:g} s were over")
+            outcome = Outcome(name=step.name, status="not run", cause=f"the {budget_s:g} s are used up")
         yield outcome
         if outcome.status == "interrupted":
             return
@@ -100,7 +100,7 @@ def run_step(step: Step, *, limit_s: float | None = None) -> Outcome:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C reaches the report alone, and its group is ended as a whole
+                start_new_session=True,  # Ctrl-C reaches the report only, and the step's whole group can be killed
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             )
         ended = _wait(process, limit_s)
@@ -118,7 +118,7 @@ def _wait(process: subprocess.Popen[bytes], limit_s: float) -> int | str:
             return process.wait(limit_s)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGABRT)  # faulthandler prints where every thread is
-            process.wait(_DYING_S)
+            process.wait(_EXIT_S)
             return f"still running after {limit_s:.0f} s"
     except subprocess.TimeoutExpired:
         return f"still running after {limit_s:.0f} s, and SIGABRT did not end it"
@@ -127,13 +127,13 @@ def _wait(process: subprocess.Popen[bytes], limit_s: float) -> int | str:
     finally:
         try:
             os.killpg(process.pid, signal.SIGKILL)  # its workers too
-            process.wait(_DYING_S)
+            process.wait(_EXIT_S)
         except (ProcessLookupError, subprocess.TimeoutExpired):
             pass  # gone, or stuck in the driver, where no signal reaches it
 
 
 def _read(path: Path) -> tuple[list[Row], str | None]:
-    """The rows of a step, and its exception in one line; None if it did not come to its end."""
+    """The rows of a step, and its exception on one line: empty if it raised none, None if it did not finish."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     read = [json.loads(line) for line in lines if line.endswith("\n")]
     rows = [line["row"] for line in read if "row" in line]

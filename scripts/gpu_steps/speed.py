@@ -28,9 +28,9 @@ __all__ = ["decoding", "file_reader", "handover", "training"]
 
 _EPOCH_STEPS = 1000  # smaller stores are repeated, so that no epoch ends within a measurement
 _WARM_UP_STEPS = 10  # of decoding: DALI's buffers have grown by then
-_FILES = 4096  # of DALI's own reader, at most: half a GB of photos
-_ROUNDS = 4  # of training, each with both ways, so that the card's clock affects both alike
-_HEAD_STEPS = 3  # of a round, not timed: batches that were prefetched while the other way ran
+_MAX_FILES = 4096  # that DALI's own reader reads: half a GB of photos
+_ROUNDS = 4  # of training; each measures both ways, so that the card's clock affects both alike
+_UNTIMED_STEPS = 3  # first in each turn: their batches were prefetched while the other way ran
 
 
 def decoding(
@@ -79,13 +79,13 @@ def _one_speed(store: Store, *, device: Device, batch_size: int, seconds: float,
 
 
 def file_reader(store: str, *, device: Device, batch_size: int, seconds: float) -> Iterator[Row]:
-    """Images/s of a graph of DALI's own with its file reader: random crops by ``decoders.image_random_crop``.
+    """Images/s of DALI's own file reader, with random crops by ``decoders.image_random_crop``.
 
-    The reference for our loader: NVIDIA's examples train with it. It reads the first records, written to files.
+    The reference for our loader: NVIDIA's examples train with it. It reads the store's first records as files.
     """
     with tempfile.TemporaryDirectory(prefix="gpu_report-") as folder:
         with open_store(store) as opened:
-            num_files = min(_FILES, len(opened))
+            num_files = min(_MAX_FILES, len(opened))
             for record in range(num_files):
                 Path(folder, f"{record:06}.jpg").write_bytes(opened.read(record))
         pipeline = define_reader(
@@ -137,13 +137,13 @@ def handover(store: str, *, seconds: float) -> Iterator[Row]:
 def training(
     store: str, *, device: Device, batch_size: int, arch: str, steps: int, seconds: float
 ) -> Iterator[Row]:
-    """Images/s of training with the loader's batches and with one batch again and again, in turns.
+    """Images/s of training with the loader's batches and with the same batch every time, in turns.
 
-    The second is what the GPU can do if data cost nothing.
+    The second is what the GPU could do if loading cost nothing.
 
     Args:
-        steps: steps of each way.
-        seconds: time after which a way's share of a round ends before that, in seconds.
+        steps: number of steps of each way, over all rounds.
+        seconds: time limit of each way, over all rounds; it may end them before ``steps``.
     """
     with (
         open_store(store) as opened,
@@ -160,7 +160,7 @@ def training(
         for number in range(1, _ROUNDS + 1):
             row: Row = {"round": number}
             for way, work in ways.items():
-                for _ in range(_HEAD_STEPS):
+                for _ in range(_UNTIMED_STEPS):
                     work()
                 num_steps, elapsed_s = _repeat(work, steps // _ROUNDS, seconds / _ROUNDS, device)
                 row[f"{way}, images/s"] = round(num_steps * batch_size / elapsed_s, 1)
@@ -177,11 +177,11 @@ def _training_step(arch: str, *, num_classes: int, device: Device) -> Callable[.
     model = build_model(arch, num_classes=num_classes, size=224).to(device).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     dtype = torch.float16 if device == "cuda" else torch.float32
-    half = device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
-    scaler = torch.amp.GradScaler(device, enabled=half)
+    no_bf16 = device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    scaler = torch.amp.GradScaler(device, enabled=no_bf16)
 
     def step(images: torch.Tensor, labels: torch.Tensor) -> None:
-        with torch.autocast("cuda", dtype=torch.float16 if half else torch.bfloat16, enabled=device == "cuda"):
+        with torch.autocast("cuda", dtype=torch.float16 if no_bf16 else torch.bfloat16, enabled=device == "cuda"):
             loss = training_loss(model(images.to(dtype)), labels, arch=arch)
         optimizer.zero_grad()
         scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
@@ -192,7 +192,7 @@ def _training_step(arch: str, *, num_classes: int, device: Device) -> Callable[.
 
 
 def _repeat(work: Callable[[], None], steps: int, seconds: float, device: Device) -> tuple[int, float]:
-    """(steps, seconds) of doing something at least once, until steps or seconds are reached."""
+    """Do something once, then again until steps or seconds are used up; return (steps done, elapsed seconds)."""
     synchronize(device)
     begin, done = time.perf_counter(), 0
     while done == 0 or (done < steps and time.perf_counter() - begin < seconds):
@@ -205,7 +205,7 @@ def _repeat(work: Callable[[], None], steps: int, seconds: float, device: Device
 def _take(
     batches: Iterator[int], *, seconds: float, device: Device, steps: int | None = None
 ) -> tuple[int, float]:
-    """(images, seconds) of taking batches for a while; at least one, at most ``steps``."""
+    """Take batches for some seconds, at least one and at most ``steps``; return (images, elapsed seconds)."""
     taken = []
     num_steps, elapsed_s = _repeat(lambda: taken.append(next(batches)), steps or sys.maxsize, seconds, device)
     assert num_steps == len(taken)
