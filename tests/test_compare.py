@@ -20,7 +20,7 @@ from dali_lmdb.compare.dali_reader import batches_of, define_reader
 from dali_lmdb.compare.repeat import RepeatedStore
 from dali_lmdb.compare.report import driver_of
 from dali_lmdb.compare.throughput import (
-    _data,
+    _data_by_backend,
     _in_own_process,
     _open_loader,
     _reader_window,
@@ -159,7 +159,7 @@ def test_warm_up_exceeds_what_is_prefetched_and_is_at_least_50_steps_on_a_gpu(de
 
 def test_on_a_gpu_decoding_on_the_cpu_is_a_backend_of_its_own_unless_it_is_chosen(store, folder):
     def backends(**chosen):
-        return list(_data(open_store(store), folder, settings(device="cuda", **chosen)))
+        return list(_data_by_backend(open_store(store), folder, settings(device="cuda", **chosen)))
 
     assert backends() == ["files", "torch", "dali", "dali-cpu", "reader"]
     assert backends(decode_device="gpu") == ["files", "torch", "dali", "reader"]

@@ -156,6 +156,24 @@ def test_a_missing_store_is_an_error_in_one_line(tmp_path):
     assert (found.exit_code, found.stderr.count("\n")) == (1, 1)
 
 
+@pytest.mark.parametrize("options", [["--output", "none/report"], ["--seconds", "nan"]])
+def test_what_cannot_be_done_is_an_error_in_one_line_before_any_step(pictures, tmp_path, monkeypatch, options):
+    monkeypatch.chdir(tmp_path)
+    found = CliRunner().invoke(main, [str(pictures), "--cpu", *options])
+    assert (found.exit_code, found.stderr.count("\n")) == (1, 1), found.stderr
+    assert found.stderr.startswith("Error: ")
+    assert options[1] in found.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_training_on_a_cpu_takes_small_batches():
+    for device, expected in (("cpu", 2), ("cuda", 256)):
+        (step,) = (
+            one for one in steps_of("x.lmdb", device=device, batch_size=256, seconds=1) if "training" in one.name
+        )
+        assert step.arguments["batch_size"] == expected
+
+
 def command(store, tmp_path, *options):
     words = [sys.executable, "scripts/gpu_report.py", store, "--cpu", "--output", tmp_path / "report", *options]
     return [str(word) for word in words]
