@@ -14,6 +14,7 @@ from torchvision.datasets import ImageFolder
 
 from dali_lmdb.convert import ConvertSettings, convert
 from dali_lmdb.errors import ConversionError, SourceError
+from dali_lmdb.images.gpu_decoder import gpu_decoder
 from dali_lmdb.images.kinds import Kind
 from dali_lmdb.store import open_store
 
@@ -344,7 +345,7 @@ def test_the_command_prints_a_summary(images, target):
     assert code == 0
     for part in (str(target), "25 records", "3 classes", "images/s", "MB/s"):
         assert part in out
-    assert "with --decode-device gpu, nvJPEG decodes 24, 1 fall back to the CPU" in out
+    assert f"with --decode-device gpu, {gpu_decoder()} decodes 24, 1 fall back to the CPU" in out
     assert err == ""
 
 

@@ -10,6 +10,7 @@ import pytest
 from damage import write_store
 from graphs import settings
 
+from dali_lmdb.images.gpu_decoder import gpu_decoder
 from dali_lmdb.loaders.backends import open_loader
 from dali_lmdb.loaders.dali_loader import DaliLoader
 from dali_lmdb.loaders.gpu_memory import Decoding, choose_decoding, held_bytes, preallocated_bytes, preallocation
@@ -60,6 +61,13 @@ def test_the_way_of_decoding_is_what_was_asked_for_and_fits(decode, decode_devic
 )
 def test_windows_have_fancy_upsampling_from_nvjpeg_13_2_on(nvjpeg, expected):
     assert has_fancy_windows(nvjpeg) == expected
+
+
+def test_reports_name_the_installed_versions():
+    codec, jpeg = nvimagecodec_version(), nvjpeg_version()
+    numbers = re.fullmatch(r"nvJPEG ([\d.]+) \(nvImageCodec ([\d.]+)\)", gpu_decoder()).groups()
+    found = [tuple(map(int, number.split(".")[:3])) for number in numbers]
+    assert found == [jpeg, codec]
 
 
 def test_versions_are_read_without_a_gpu():

@@ -25,6 +25,7 @@ from PIL import Image
 from dali_lmdb.cli import main
 from dali_lmdb.convert import ConvertSettings, convert
 from dali_lmdb.errors import ConversionError, DaliLmdbError, RecordError, StoreError
+from dali_lmdb.images.gpu_decoder import gpu_decoder
 from dali_lmdb.images.kinds import Kind
 from dali_lmdb.inspect import Spread, export, info, verify
 from dali_lmdb.inspect.paths import record_paths
@@ -181,7 +182,7 @@ def test_info_command_prints_a_table_or_json(mixed_store):
     table = run("info", mixed_store)
     assert table.exit_code == 0
     assert "on the GPU" in table.output
-    assert "nvJPEG decodes 3 with --decode-device gpu" in table.output
+    assert f"{gpu_decoder()} decodes 3 with --decode-device gpu" in table.output
     printed = json.loads(run("info", mixed_store, "--json").output)
     assert (printed["records"], printed["decoders"]) == (6, {"gpu": 3, "cpu": 3, "none": 0})
 

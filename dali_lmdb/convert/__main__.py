@@ -28,6 +28,7 @@ from dali_lmdb.convert.sources import KINDS, open_source
 from dali_lmdb.convert.sources._files import lines_of
 from dali_lmdb.convert.sources._names import listed
 from dali_lmdb.errors import DaliLmdbError, one_line
+from dali_lmdb.images.gpu_decoder import gpu_decoder
 from dali_lmdb.store.shards import MAX_SHARDS
 from dali_lmdb.torchrun import RankEnvironment
 
@@ -181,7 +182,10 @@ def _sentence(summary: Summary) -> str:
         f"{summary.bytes:,} bytes, {summary.seconds:.1f} s, {summary.images_per_s:,.0f} images/s, "
         f"{summary.megabytes_per_s:,.0f} MB/s"
     )
-    text += f"\nwith --decode-device gpu, nvJPEG decodes {summary.gpu:,}, {summary.cpu:,} fall back to the CPU"
+    text += (
+        f"\nwith --decode-device gpu, {gpu_decoder()} decodes {summary.gpu:,}, "
+        f"{summary.cpu:,} fall back to the CPU"
+    )
     if summary.none:
         text += f", {summary.none:,} have no known decoder"
     if summary.transcoded or summary.resized:

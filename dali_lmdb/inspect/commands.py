@@ -11,6 +11,7 @@ import click
 
 from dali_lmdb.cli import Command, ProgressBar, interrupt_on_sigterm, print_result
 from dali_lmdb.errors import one_line
+from dali_lmdb.images.gpu_decoder import gpu_decoder
 from dali_lmdb.inspect import Progress, Spread, StoreInfo, Verification, export, info, verify
 from dali_lmdb.inspect.export import SHARD_SIZE_BYTES
 
@@ -116,7 +117,7 @@ def _table(found: StoreInfo) -> str:
         ("height", _spread("", found.height) or "unknown"),
         ("width", _spread("", found.width) or "unknown"),
         ("kinds", ", ".join(f"{kind} {count:,}" for kind, count in found.kinds.items()) or "none"),
-        ("on the GPU", f"nvJPEG decodes {found.decoders.gpu:,} with --decode-device gpu"),
+        ("on the GPU", f"{gpu_decoder()} decodes {found.decoders.gpu:,} with --decode-device gpu"),
         ("on the CPU", f"{found.decoders.cpu:,} fall back to a CPU decoder{_by_pillow(found)}"),
         ("no decoder", f"{found.decoders.none:,}{_uninspected(found)}"),
         ("changed", f"{found.transcoded:,} transcoded, {found.resized:,} resized"),
