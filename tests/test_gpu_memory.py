@@ -178,7 +178,7 @@ def test_a_loader_on_the_cpu_decodes_windows_and_holds_no_gpu_memory(store_path,
             "WARNING",
             "on the GPU; a batch's .*; without fancy upsampling of chroma",
         ),
-        ({"decode": "window", "fancy_upsampling": False}, {"decode": "window"}, "INFO", "on the GPU; chroma is"),
+        ({"decode": "window", "fancy_upsampling": False}, {"decode": "window"}, "INFO", "the GPU; without fancy"),
     ],
 )
 def test_the_log_says_how_images_are_decoded_and_warns_if_they_do_not_fit(

@@ -414,7 +414,7 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(data, tmp_path):
         (("--arch", "alexnet"), "alexnet cannot be trained on 8 images of 32x32 pixels"),
         (("--batch-size", "25", "--world-size", "2"), "48 records, one step needs 50"),
         (("--world-size", "49"), "use --world-size 48 or less"),
-        (("--log-json", tmp_path / "none" / "log"), "make it first"),
+        (("--log-json", tmp_path / "none" / "log"), "create it first"),
         (("--log-json", tmp_path), "expected a file"),
         (("--output", text), "cannot be created"),
     ]
