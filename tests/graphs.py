@@ -3,8 +3,14 @@
 from dali_lmdb.loaders.pipeline import GraphSettings
 from dali_lmdb.plan.augment import EvalTransform, TrainTransform
 
-JITTER = TrainTransform(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, grayscale=0.2, erase=0.25)
-TRANSFORMS = {"train": TrainTransform(), "eval": EvalTransform(), "jitter": JITTER}
+COLOR = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1, "grayscale": 0.2}
+TRANSFORMS = {
+    "train": TrainTransform(),
+    "eval": EvalTransform(),
+    "color": TrainTransform(**COLOR),
+    "erase": TrainTransform(erase=0.25),
+    "jitter": TrainTransform(**COLOR, erase=0.25),
+}
 
 
 def settings(device="cuda", transform="train", **changes):

@@ -67,7 +67,7 @@ def numbers(text):
 
 
 DECODERS = {"image": ["decoders__Image", "Slice"], "window": ["decoders__ImageSlice"]}
-MAYBE = {"train": [], "eval": [], "jitter": ["ColorTwist", "Erase"]}
+MAYBE = {"train": [], "eval": [], "color": ["ColorTwist"], "erase": ["Erase"], "jitter": ["ColorTwist", "Erase"]}
 DEVICES = [("cuda", "gpu"), ("cuda", "cpu"), ("cpu", "cpu")]  # and where they decode
 
 
