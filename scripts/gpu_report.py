@@ -131,7 +131,7 @@ def _write(output: str, title: str, settings: dict[str, Any], outcomes: Sequence
         os.replace(f"{path}.partial", path)
 
 
-@click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(cls=Command)
 @click.argument("store", metavar="STORE")
 @click.option("--cpu", is_flag=True, help="Run what makes sense without a GPU, to try the report itself.")
 @click.option(
