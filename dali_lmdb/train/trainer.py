@@ -29,6 +29,9 @@ from dali_lmdb.train.settings import TrainSettings
 
 __all__ = ["WARM_UP", "evaluate", "fits_beside", "learning_rate", "train"]
 
+# GPU memory that DALI may hold for the training and evaluation loaders together.
+_LOADERS_BYTES = 1 << 30
+
 _log = logging.getLogger(__name__)
 
 WARM_UP = 0.05  # fraction of the run: 4.5 of 90 epochs; Goyal et al. 2017 (section 2.2) warm up for 5 of 90
@@ -130,7 +133,7 @@ class _Training:
         self._keeps_val_memory = fits_beside(
             self.train_loader.gpu_memory_bytes,
             self.val_loader.gpu_memory_bytes,
-            budget_bytes=settings.dali.preallocation_bytes,
+            budget_bytes=_LOADERS_BYTES,
         )
         torch.manual_seed(settings.seed)  # the same weights on all ranks
         model = build_model(settings.arch, num_classes=len(self.train_loader.classes), size=settings.size)
