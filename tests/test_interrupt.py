@@ -74,3 +74,34 @@ def test_ctrl_c_ends_a_training_loop_at_once(store_path, kind, to_all):
     assert process.returncode == -signal.SIGINT
     assert errors.count("Traceback") == 1, errors
     assert errors.rstrip().endswith("KeyboardInterrupt"), errors
+
+
+def test_no_interrupt_is_lost_while_torch_takes_over_tensors_of_dali():
+    script = """
+import signal
+import numpy as np
+from nvidia.dali.backend import TensorCPU
+from dali_lmdb.loaders.run import as_torch
+
+raised = caught = 0
+
+def interrupt(number, frame):
+    global raised
+    raised += 1
+    raise KeyboardInterrupt
+
+signal.signal(signal.SIGALRM, interrupt)
+tensor = TensorCPU(np.arange(4, dtype=np.uint8))
+while raised < 2000:
+    try:
+        # Again after 10 ms, in case that one is lost.
+        signal.setitimer(signal.ITIMER_REAL, 1e-5 * (1 + raised % 7), 0.01)
+        while True:
+            as_torch(tensor)
+    except KeyboardInterrupt:
+        caught += 1
+signal.setitimer(signal.ITIMER_REAL, 0)
+print(raised - caught, as_torch(tensor).tolist())
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "0 [0, 1, 2, 3]\n", done.stderr

@@ -7,7 +7,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from nvidia.dali import Pipeline
+from nvidia.dali.backend import TensorGPU
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
@@ -15,7 +17,7 @@ from dali_lmdb.loaders.external_source import InFlight
 from dali_lmdb.loaders.prefetch import Feed, Prefetcher
 from dali_lmdb.plan.batches import BatchPlan
 
-__all__ = ["Run"]
+__all__ = ["Run", "as_torch"]
 
 Prepare = Callable[[BatchPlan, Feed], InFlight]
 """Called with each batch before DALI gets it; may substitute records."""
@@ -95,7 +97,7 @@ class Run:
         """The outputs of the first batch in flight; waits for them."""
         assert self._pipeline is not None, "a stopped run is asked for a batch"
         # Without a stream they are complete when this returns, as with DALI's own iterator.
-        outputs = [from_dlpack(output.as_tensor()) for output in self._pipeline.share_outputs()]
+        outputs = [as_torch(output.as_tensor()) for output in self._pipeline.share_outputs()]
         self._pipeline.release_outputs()  # frees a place in the executor's queue; the tensors keep the memory
         return outputs
 
@@ -136,6 +138,20 @@ class Run:
         """Drop the pipeline and the bytes."""
         self.stop()
         self.in_flight.clear()
+
+
+def as_torch(tensor: Any) -> Tensor:
+    """DALI's ``TensorCPU`` or ``TensorGPU`` as torch's, on the same memory; on a GPU, ready for torch's stream.
+
+    torch gets the capsule rather than the tensor: given a tensor, it compares DALI's type of device with its own,
+    and pybind11 (in DALI 2.4) swallows an exception that a signal handler raises during that comparison. One
+    Ctrl-C in a hundred did nothing.
+    """
+    is_gpu = isinstance(tensor, TensorGPU)
+    if is_gpu:
+        stream = torch.cuda.current_stream(tensor.device_id()).cuda_stream
+        return from_dlpack(tensor.__dlpack__(stream=stream or 1))  # 1: the legacy default stream, torch's 0
+    return from_dlpack(tensor.__dlpack__())
 
 
 class _Source:
