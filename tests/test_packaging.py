@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "disk": {"errors"},
     "torchrun": {"errors"},
     "threads": set(),
+    "isolated": {"errors"},
     "images": set(),
     "store": {"errors", "disk", "images", "threads"},
     "convert": {"errors", "disk", "images", "store", "torchrun", "threads"},
