@@ -34,11 +34,12 @@ MAY_IMPORT = {
     "threads": set(),
     "isolated": {"errors"},
     "images": set(),
+    "decoding": {"errors", "images", "isolated"},
     "store": {"errors", "disk", "images", "threads"},
-    "convert": {"errors", "disk", "images", "store", "torchrun", "threads"},
-    "inspect": {"errors", "disk", "images", "store", "threads"},
+    "convert": {"errors", "disk", "images", "decoding", "store", "torchrun", "threads"},
+    "inspect": {"errors", "disk", "images", "decoding", "store", "threads"},
     "plan": {"errors", "disk", "store"},
-    "loaders": {"errors", "disk", "images", "store", "plan", "threads"},
+    "loaders": {"errors", "disk", "images", "decoding", "isolated", "store", "plan", "threads"},
     "train": {"errors", "disk", "store", "plan", "loaders", "torchrun", "threads"},
     "compare": {"errors", "store", "plan", "loaders", "threads"},
 }
@@ -91,7 +92,7 @@ def may_use(library, path):
     """Whether a library with one owner may be imported by a module."""
     return {
         "lmdb": path in ("store/writer.py", "store/structure.py"),
-        "nvidia": path == "compare/dali_reader.py"
+        "nvidia": path in ("compare/dali_reader.py", "decoding/dali.py")
         or path in (f"loaders/{name}.py" for name in ("pipeline", "run", "probe", "versions")),
         "PIL": path.startswith("images/") or path == "loaders/pillow_batches.py",
         "simplejpeg": path == "images/checking.py",

@@ -68,8 +68,8 @@ _option = option_of(ConvertSettings)
 )
 @_option(
     "--check",
-    help="header: parse each image's header; decode: also decode it, and reject what libjpeg only warns about; "
-    "none: store images unseen.",
+    help="header: parse each image's header; decode: also decode it, in processes of their own, and reject what "
+    "libjpeg only warns about or DALI does not decode; none: store images unseen.",
 )
 @_option(
     "--on-bad",
@@ -77,7 +77,11 @@ _option = option_of(ConvertSettings)
     "lists them.",
 )
 @_option("--max-pixels", type=click.IntRange(min=1), help="Reject larger images.")
-@_option("--transcode", is_flag=True, help="Re-encode what the GPU cannot decode as baseline RGB JPEG.")
+@_option(
+    "--transcode",
+    is_flag=True,
+    help="Re-encode what the GPU cannot decode as baseline RGB JPEG, and decode all, as --check decode.",
+)
 @_option(
     "--resize",
     type=click.IntRange(min=1),
@@ -92,7 +96,11 @@ _option = option_of(ConvertSettings)
     help="Write K files, NAME-00000-of-0000K.lmdb and so on. Under torchrun the ranks share them.",
 )
 @click.option("--restart", is_flag=True, help="Start over instead of resuming an interrupted conversion.")
-@click.option("--threads", type=click.IntRange(min=1), help="Threads that read images.  [default: all cores]")
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    help="Threads that read images, and processes that decode.  [default: all cores]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
 def main(
     source: str,

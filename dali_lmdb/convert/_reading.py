@@ -11,11 +11,12 @@ from typing import NamedTuple
 from dali_lmdb.convert._journal import Row
 from dali_lmdb.convert.settings import ConvertSettings
 from dali_lmdb.convert.sources.base import Item
-from dali_lmdb.images.checking import check_decodes
+from dali_lmdb.decoding.examination import Examination
+from dali_lmdb.decoding.examiner import Examiner, Verdict
 from dali_lmdb.images.header import Header, read_header
 from dali_lmdb.images.kinds import Kind
 from dali_lmdb.images.opening import BadImageError
-from dali_lmdb.images.reencoding import Change, change_image
+from dali_lmdb.images.reencoding import Change, needed_change
 from dali_lmdb.store.checksum import crc32
 
 __all__ = ["ReadImage", "read_images"]
@@ -49,10 +50,11 @@ def read_images(
     max_bytes = min(_BLOCK_BYTES, _AHEAD_BYTES // max_blocks)
     queue: deque[tuple[Future[list[ReadImage]], list[Item]]] = deque()
     mean_bytes = 1 << 20  # of an image; a guess at first, then a running mean
-    with ThreadPoolExecutor(num_threads) as pool:
+    # The examiner ends first, so that no thread waits for it when this is left early.
+    with ThreadPoolExecutor(num_threads) as pool, Examiner(_examination(settings)) as examiner:
 
         def start(block: list[Item]) -> tuple[Future[list[ReadImage]], list[Item]]:
-            return pool.submit(_read_block, block, settings, max_bytes), block
+            return pool.submit(_read_block, block, settings, examiner, max_bytes), block
 
         try:
             while True:
@@ -79,38 +81,65 @@ def _read_now(item: Item) -> Item:
     return item._replace(read=lambda: data)
 
 
-def _read_block(items: list[Item], settings: ConvertSettings, max_bytes: int) -> list[ReadImage]:
-    """Read images until they total ``max_bytes``; runs in a thread."""
-    done: list[ReadImage] = []
+def _examination(settings: ConvertSettings) -> Examination:
+    return Examination(
+        certify=settings.decodes_all,
+        transcode=settings.transcode,
+        resize=settings.resize,
+        quality=settings.quality,
+        max_pixels=settings.max_pixels,
+    )
+
+
+class _Original(NamedTuple):
+    """An image as the source has it, and what is known of it from its header."""
+
+    item: Item
+    data: bytes
+    stamp: int
+    header: Header
+    reason: str | None
+
+
+def _read_block(
+    items: list[Item], settings: ConvertSettings, examiner: Examiner, max_bytes: int
+) -> list[ReadImage]:
+    """Read and validate images until they total ``max_bytes``; runs in a thread."""
+    originals: list[_Original] = []
     num_bytes = 0
     for item in items:
-        done.append(_read_image(item, settings))
-        num_bytes += len(done[-1].data)
+        originals.append(_read_original(item, settings))
+        num_bytes += len(originals[-1].data)
         if num_bytes >= max_bytes:
             break
-    return done
+    decoded = [number for number, original in enumerate(originals) if _must_be_decoded(original, settings)]
+    verdicts = examiner.examine([(originals[number].data, originals[number].header) for number in decoded])
+    by_number = dict(zip(decoded, verdicts, strict=True))
+    return [_read_image(original, by_number.get(number)) for number, original in enumerate(originals)]
 
 
-def _read_image(item: Item, settings: ConvertSettings) -> ReadImage:
-    """Read and validate one image, and re-encode it if the settings say so; runs in a thread."""
+def _read_original(item: Item, settings: ConvertSettings) -> _Original:
     data = item.read()
-    stamp = item.stamp()
-    header, change, reason = Header(Kind.UNKNOWN, 0, 0), Change.NONE, None
+    header, reason = Header(Kind.UNKNOWN, 0, 0), None
     if settings.check != "none":
         try:
             header = read_header(data, max_pixels=settings.max_pixels)
-            if settings.check == "decode":
-                check_decodes(data, max_pixels=None)
-            data, header, change = change_image(
-                data,
-                header,
-                transcode=settings.transcode,
-                resize=settings.resize,
-                quality=settings.quality,
-                max_pixels=settings.max_pixels,
-            )
         except BadImageError as error:
             reason = str(error)
+    return _Original(item, data, item.stamp(), header, reason)
+
+
+def _must_be_decoded(original: _Original, settings: ConvertSettings) -> bool:
+    change = needed_change(original.header, transcode=settings.transcode, resize=settings.resize)
+    return original.reason is None and (settings.decodes_all or change != Change.NONE)
+
+
+def _read_image(original: _Original, verdict: Verdict | None) -> ReadImage:
+    item, data, stamp, header, reason = original
+    change = Change.NONE
+    if verdict is not None:
+        reason, header, change, _ = verdict
+        data = data if verdict.data is None else verdict.data
     row = Row(
         name=item.name,
         label=item.label,

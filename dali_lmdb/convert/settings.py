@@ -23,14 +23,15 @@ class ConvertSettings:
     """
 
     check: Check = "header"
-    """``"header"``: parse each file's header; ``"decode"``: decode it too, and reject what libjpeg only warns
-    about; ``"none"``: store sizes and kinds as unknown (0)."""
+    """``"header"``: parse each file's header; ``"decode"``: decode it too, strictly and as the loaders will, and
+    reject what libjpeg only warns about and what DALI does not decode; ``"none"``: store sizes and kinds as
+    unknown (0)."""
     on_bad: OnBadImage = "fail"
     """``"fail"``: validate everything, report, publish nothing; ``"skip"``: publish without bad images."""
     max_pixels: int = MAX_PIXELS
     """Reject images with more pixels."""
     transcode: bool = False
-    """Re-encode what the GPU cannot decode as baseline RGB JPEG."""
+    """Re-encode what the GPU cannot decode as baseline RGB JPEG; decode all images as ``check="decode"`` does."""
     resize: int | None = None
     """Shrink images whose shorter side exceeds this many pixels; None leaves all as they are."""
     quality: int = QUALITY
@@ -49,6 +50,11 @@ class ConvertSettings:
             raise ValueError(f"resize is {self.resize}, expected at least 1 pixel")
         if not 1 <= self.quality <= 100:
             raise ValueError(f"quality is {self.quality}, expected 1 to 100")
+
+    @property
+    def decodes_all(self) -> bool:
+        """Whether every image is decoded."""
+        return self.check == "decode" or self.transcode
 
     def identity(self) -> dict[str, Any]:
         """The settings that must not differ when a conversion is resumed."""

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import simplejpeg
 
+from dali_lmdb.images.kinds import Kind
 from dali_lmdb.images.opening import BadImageError, open_image
 
 __all__ = ["check_decodes"]
 
+# Kinds that libjpeg-turbo decodes at a reduced size. It writes a lossless JPEG at its full size, whatever size was
+# asked for, and so beyond the end of the image's memory.
+_SCALABLE = (
+    Kind.JPEG_BASELINE,
+    Kind.JPEG_EXTENDED,
+    Kind.JPEG_PROGRESSIVE,
+    Kind.JPEG_GRAYSCALE,
+    Kind.JPEG_CMYK,
+)
+_OWN_COLORSPACE = {1: "GRAY", 3: "RGB", 4: "CMYK"}  # a lossless JPEG is not converted to another one
 
-def check_decodes(data: bytes, *, max_pixels: int | None) -> None:
+
+def check_decodes(data: bytes, kind: Kind) -> None:
     """Decode an image fully, and reject what libjpeg only warns about.
 
     Pillow ignores libjpeg's warnings (data that ends early, bad Huffman codes, bytes left over) and shows grey
@@ -17,36 +29,41 @@ def check_decodes(data: bytes, *, max_pixels: int | None) -> None:
     simplejpeg decodes them. Pillow decodes everything else, including JPEGs that TurboJPEG does not support.
 
     Args:
-        max_pixels: as for ``read_header``; None if that has already checked it.
+        data: an image that ``read_header`` accepts.
+        kind: as ``read_header`` says.
 
     Raises:
         BadImageError: it cannot be decoded, or only with a warning.
     """
     try:
-        with open_image(data, max_pixels=max_pixels) as image:
+        with open_image(data, max_pixels=None) as image:
             components = len(image.getbands())
-            if data[:2] != b"\xff\xd8" or not _decodes_strictly(data, components=components):
-                # A JPEG at 1/8 of its size: that reads all of its data, and saves most of the inverse transform.
-                image.draft("L", (1, 1))
+            if not kind.is_jpeg or not _decodes_strictly(data, kind, components=components):
                 image.load()
     except BadImageError:
         raise
     except Exception as error:  # Pillow's decoders raise almost anything on damaged files
-        raise BadImageError.of(error, what="cannot be decoded: ") from error
+        raise BadImageError.of(error, what="Pillow cannot decode it: ") from error
 
 
-def _decodes_strictly(data: bytes, *, components: int) -> bool:
-    """Decode a JPEG with TurboJPEG, at 1/8 of the size; return False if it does not support this kind of JPEG.
+def _decodes_strictly(data: bytes, kind: Kind, *, components: int) -> bool:
+    """Decode a JPEG with TurboJPEG; return False if it does not support this kind of JPEG.
 
     Raises:
         BadImageError: it cannot be decoded, or only with a warning.
     """
-    colorspace = "CMYK" if components == 4 else "GRAY"
+    if kind in _SCALABLE:
+        # Grey at 1/8 of the size: that reads all of the data, and saves the conversion of colours and most of the
+        # inverse transform.
+        colorspace = "CMYK" if components == 4 else "GRAY"
+        size = {"min_height": 1, "min_width": 1, "min_factor": 8}
+    else:
+        colorspace, size = _OWN_COLORSPACE.get(components, "GRAY"), {}
     try:
-        simplejpeg.decode_jpeg(data, colorspace, min_height=1, min_width=1, min_factor=8, strict=True)
+        simplejpeg.decode_jpeg(data, colorspace, **size, strict=True)
     except ValueError as error:
         # TurboJPEG's own limits (unusual chroma sampling, two components) are not damage.
-        if str(error).startswith("tj"):
+        if str(error).startswith(("tj", "Unsupported color conversion")):
             return False
         raise BadImageError(f"damaged: {error}") from error
     return True

@@ -10,7 +10,7 @@ from PIL import Image
 from dali_lmdb.images.header import Header, read_header
 from dali_lmdb.images.opening import BadImageError, open_image
 
-__all__ = ["QUALITY", "Change", "change_image"]
+__all__ = ["QUALITY", "Change", "change_image", "needed_change"]
 
 QUALITY = 95
 """Default JPEG quality: the highest that libjpeg's documentation recommends."""
@@ -24,34 +24,40 @@ class Change(enum.IntFlag):
     RESIZED = 2
 
 
-def change_image(
-    data: bytes, header: Header, *, transcode: bool, resize: int | None, quality: int, max_pixels: int
-) -> tuple[bytes, Header, Change]:
-    """Transcode or shrink an image if that is requested and needed; all others are returned unchanged.
+def needed_change(header: Header, *, transcode: bool, resize: int | None) -> Change:
+    """What has to be done to an image.
 
     Args:
-        data, header: the image.
         transcode: re-encode images that the GPU cannot decode as baseline RGB JPEGs.
         resize: shrink images whose shorter side is longer than this, in pixels.
-        quality: of the JPEG that is written, 1 to 100.
-        max_pixels: as for ``read_header``.
-
-    Returns:
-        (data, header, what was done); the EXIF orientation is neither applied nor kept, as in
-        ``Image.convert("RGB")``.
-
-    Raises:
-        BadImageError: it must be re-encoded but cannot be decoded.
     """
     change = Change.NONE
     if transcode and not header.kind.decodes_on_gpu:
         change |= Change.TRANSCODED
     if resize is not None and min(header.height, header.width) > resize:
         change |= Change.RESIZED
-    if change == Change.NONE:
-        return data, header, change
+    return change
+
+
+def change_image(
+    data: bytes, change: Change, *, resize: int | None, quality: int, max_pixels: int | None
+) -> tuple[bytes, Header]:
+    """Re-encode an image as baseline RGB JPEG, and shrink it if ``change`` says so.
+
+    Args:
+        data: an image that ``read_header`` accepts.
+        resize: shorter side of a resized image, in pixels.
+        quality: of the JPEG that is written, 1 to 100.
+        max_pixels: as for ``read_header``.
+
+    Returns:
+        (data, header); the EXIF orientation is neither applied nor kept, as in ``Image.convert("RGB")``.
+
+    Raises:
+        BadImageError: it cannot be decoded, or is too large for a JPEG.
+    """
     try:
-        with open_image(data, max_pixels=None) as opened:  # `header` is within the limit
+        with open_image(data, max_pixels=None) as opened:
             image = opened.convert("RGB")
         if Change.RESIZED in change and resize is not None:
             short = min(image.size)
@@ -63,4 +69,4 @@ def change_image(
     except Exception as error:  # Pillow raises almost anything on damaged files, and on more than 65,500 pixels
         raise BadImageError.of(error, what="cannot be re-encoded: ") from error
     data = encoded.getvalue()
-    return data, read_header(data, max_pixels=max_pixels), change
+    return data, read_header(data, max_pixels=max_pixels)

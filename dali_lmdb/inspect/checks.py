@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from dali_lmdb.decoding.examiner import Examiner
 from dali_lmdb.errors import DaliLmdbError, StoreDamagedError
-from dali_lmdb.images.checking import check_decodes
-from dali_lmdb.images.header import read_header
+from dali_lmdb.images.header import Header, read_header
 from dali_lmdb.images.kinds import Kind
 from dali_lmdb.images.opening import BadImageError, pixel_limit
 from dali_lmdb.inspect.records import Progress, ProgressCallback, duplicates, in_order, runs
@@ -30,6 +30,10 @@ __all__ = ["MAX_LISTED", "FileCheck", "Findings", "PayloadCheck"]
 
 MAX_LISTED = 10_000
 """Number of damage lines that are listed; further ones are only counted."""
+
+# Limits of what is decoded at a time, per thread.
+_BLOCK_IMAGES = 32
+_BLOCK_BYTES = 4 << 20
 
 _UNINSPECTED = {"kind": Kind.UNKNOWN, "height": 0, "width": 0}
 """What the index holds for images stored with ``--check none``."""
@@ -55,16 +59,22 @@ class _Check:
     """Base class of the checks: reads all records in threads and reports progress."""
 
     def __init__(
-        self, path: Path, findings: Findings, *, decode: bool, threads: int, progress: ProgressCallback | None
+        self,
+        path: Path,
+        findings: Findings,
+        *,
+        examiner: Examiner | None,
+        threads: int,
+        progress: ProgressCallback | None,
     ) -> None:
         self.path, self.findings = path, findings
-        self.decode, self.threads, self.progress = decode, threads, progress
+        self.examiner, self.threads, self.progress = examiner, threads, progress
 
     def _check_records(self, check_run: Callable[[range], Findings], total: int) -> None:
         """Check all records, some at a time, in threads."""
-        for run, found in zip(
-            runs(total), in_order(check_run, runs(total), num_threads=self.threads), strict=True
-        ):
+        stop = self.examiner.close if self.examiner is not None else None
+        found_in = in_order(check_run, runs(total), num_threads=self.threads, stop=stop)
+        for run, found in zip(runs(total), found_in, strict=True):
             self.findings.add(*found.damage)
             self.findings.records += found.records
             self.findings.num_bytes += found.num_bytes
@@ -74,13 +84,28 @@ class _Check:
         if self.progress is not None:
             self.progress(Progress(f"{phase} of {self.path.name}", done, total, self.findings.num_bytes))
 
-    def _decoding_problem(self, data: bytes, max_pixels: int | None) -> str | None:
-        try:
-            if self.decode:
-                check_decodes(data, max_pixels=max_pixels)
-        except BadImageError as error:
-            return str(error)
-        return None
+    def _problems_of(self, images: Iterable[tuple[int, bytes, Header]]) -> dict[int, str]:
+        """The problems of records that cannot be decoded; none if that was not requested."""
+        problems: dict[int, str] = {}
+        images = iter(images)
+        while block := _block(images):
+            if self.examiner is not None:
+                verdicts = self.examiner.examine([(data, header) for _, data, header in block])
+                reasons = zip((record for record, _, _ in block), verdicts, strict=True)
+                problems |= {record: verdict.reason for record, verdict in reasons if verdict.reason is not None}
+        return problems
+
+
+def _block(images: Iterator[tuple[int, bytes, Header]]) -> list[tuple[int, bytes, Header]]:
+    """The next images, up to the limits of a block."""
+    block: list[tuple[int, bytes, Header]] = []
+    num_bytes = 0
+    for image in images:
+        block.append(image)
+        num_bytes += len(image[1])
+        if len(block) == _BLOCK_IMAGES or num_bytes >= _BLOCK_BYTES:
+            break
+    return block
 
 
 class FileCheck(_Check):
@@ -205,34 +230,44 @@ class FileCheck(_Check):
         found = Findings()
         records = run.start + np.flatnonzero(self.offsets[run.start : run.stop])
         values = read_values(self.path, self.offsets[records], self.columns["num_bytes"][records])
-        for record, data in zip(records.tolist(), values, strict=True):
-            if isinstance(data, OSError):
-                found.add(self._line(record, f"cannot be read: {data.strerror}"))
-                continue
-            found.records += 1
-            found.num_bytes += len(data)
-            problem = self._problem(record, data)
-            if problem is not None:
-                found.add(self._line(record, problem))
+        problems: dict[int, str] = {}
+
+        def sound() -> Iterator[tuple[int, bytes, Header]]:
+            for record, data in zip(records.tolist(), values, strict=True):
+                if isinstance(data, OSError):
+                    problems[record] = f"cannot be read: {data.strerror}"
+                    continue
+                found.records += 1
+                found.num_bytes += len(data)
+                result = self._compare(record, data)
+                if isinstance(result, str):
+                    problems[record] = result
+                else:
+                    yield record, data, result
+
+        undecodable = self._problems_of(sound())
+        problems |= undecodable
+        found.add(*(self._line(record, problems[record]) for record in sorted(problems)))
         return found
 
-    def _problem(self, record: int, data: bytes) -> str | None:
-        """The problem with a record, or None."""
+    def _compare(self, record: int, data: bytes) -> Header | str:
+        """A record's header, or the problem with the record."""
         columns = self.columns
         if len(data) != columns["num_bytes"][record]:
             return f"only {len(data):,} bytes could be read"
         if crc32(data) != columns["crc32"][record]:
             return "wrong checksum"
         expected = tuple(int(columns[name][record]) for name in _UNINSPECTED)
-        max_pixels = pixel_limit(*expected[1:])
-        if expected != tuple(_UNINSPECTED.values()):
-            try:
-                found = read_header(data, max_pixels=max_pixels)
-            except BadImageError as error:
-                return f"{error}, the index says {_describe(*expected)}"
-            if found != expected:
-                return f"{_describe(*found)}, the index says {_describe(*expected)}"
-        return self._decoding_problem(data, max_pixels)
+        is_inspected = expected != tuple(_UNINSPECTED.values())
+        if not is_inspected and self.examiner is None:
+            return Header(Kind.UNKNOWN, 0, 0)
+        try:
+            header = read_header(data, max_pixels=pixel_limit(*expected[1:]))
+        except BadImageError as error:
+            return f"{error}, the index says {_describe(*expected)}" if is_inspected else str(error)
+        if is_inspected and header != expected:
+            return f"{_describe(*header)}, the index says {_describe(*expected)}"
+        return header
 
     def _line(self, record: int, what: str) -> str:
         name = f" ({self.names[record].as_py()})" if self.names is not None else ""
@@ -254,17 +289,27 @@ class PayloadCheck(_Check):
     def _check_run(self, run: range) -> Findings:
         """Check consecutive records; called in a thread."""
         found = Findings()
-        for record in run:
-            try:
-                data = self.store.copy(record)
-            except DaliLmdbError as error:
-                found.add(str(error))
-                continue
-            found.records += 1
-            found.num_bytes += len(data)
-            problem = self._decoding_problem(data, pixel_limit(0, 0))
-            if problem is not None:
-                found.add(f"{self.store.where(record)}: {problem}")
+        damage: dict[int, str] = {}
+
+        def readable() -> Iterator[tuple[int, bytes, Header]]:
+            for record in run:
+                try:
+                    data = self.store.copy(record)
+                    header = read_header(data, max_pixels=pixel_limit(0, 0)) if self.examiner is not None else None
+                except DaliLmdbError as error:
+                    damage[record] = str(error)
+                    continue
+                except BadImageError as error:
+                    damage[record] = f"{self.store.where(record)}: {error}"
+                    header = None
+                found.records += 1
+                found.num_bytes += len(data)
+                if header is not None:
+                    yield record, data, header
+
+        for record, problem in self._problems_of(readable()).items():
+            damage[record] = f"{self.store.where(record)}: {problem}"
+        found.add(*(damage[record] for record in sorted(damage)))
         return found
 
 

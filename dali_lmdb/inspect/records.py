@@ -55,9 +55,17 @@ def runs(num_records: int) -> Iterator[range]:
 
 
 def in_order(
-    function: Callable[[_Task], _Result], tasks: Iterable[_Task], *, num_threads: int
+    function: Callable[[_Task], _Result],
+    tasks: Iterable[_Task],
+    *,
+    num_threads: int,
+    stop: Callable[[], None] | None = None,
 ) -> Iterator[_Result]:
-    """Yield a function's results in the order of the tasks; threads work a few tasks ahead."""
+    """Yield a function's results in the order of the tasks; threads work a few tasks ahead.
+
+    Args:
+        stop: called if not all tasks are done, so that those in work end soon.
+    """
     ahead: deque[Future[Any]] = deque()
     with ThreadPoolExecutor(num_threads) as pool:
         try:
@@ -67,6 +75,10 @@ def in_order(
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()
+        except BaseException:
+            if stop is not None:
+                stop()
+            raise
         finally:
             for future in ahead:
                 future.cancel()

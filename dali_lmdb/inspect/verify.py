@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dali_lmdb.decoding.examination import Examination
+from dali_lmdb.decoding.examiner import Examiner
 from dali_lmdb.errors import StoreDamagedError, one_line
 from dali_lmdb.inspect.checks import FileCheck, Findings, PayloadCheck
 from dali_lmdb.inspect.records import ProgressCallback
@@ -18,7 +20,7 @@ from dali_lmdb.store import layout, open_store
 from dali_lmdb.store.classic import database_file
 from dali_lmdb.store.pages import PageFile
 from dali_lmdb.store.shards import shard_files
-from dali_lmdb.threads import threads_to_read
+from dali_lmdb.threads import threads_to_convert, threads_to_read
 
 __all__ = ["Verification", "verify"]
 
@@ -62,8 +64,9 @@ def verify(
 
     Args:
         path: a store.
-        decode: decode each record too.
-        num_threads: number of threads; by default the cores this process may use, at least 4.
+        decode: decode each record too, strictly and as the loaders will.
+        num_threads: number of threads, and of processes that decode; by default the cores this process may use, at
+            least 4, or 2 with ``decode``.
         progress: called from time to time.
 
     Raises:
@@ -71,11 +74,12 @@ def verify(
     """
     begin = time.perf_counter()
     findings = Findings()
-    threads = num_threads or threads_to_read()
-    with warnings.catch_warnings():
+    threads = num_threads or (threads_to_convert() if decode else threads_to_read())
+    with warnings.catch_warnings(), Examiner(Examination()) as examiner:
         # Pillow warns about damaged metadata in images, which is not damage to the store.
         warnings.simplefilter("ignore", UserWarning)
-        for check in _checks(Path(path), findings, decode=decode, threads=threads, progress=progress):
+        options = {"examiner": examiner if decode else None, "threads": threads, "progress": progress}
+        for check in _checks(Path(path), findings, **options):
             check.run()
     return Verification(
         store=str(path),

@@ -1,0 +1,1 @@
+"""Decoding of untrusted images, in processes of their own."""

@@ -1,0 +1,111 @@
+"""Examine images from several threads, each with a process of its own."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from dali_lmdb.decoding.examination import Examination
+from dali_lmdb.images.header import Header
+from dali_lmdb.images.kinds import Kind
+from dali_lmdb.images.reencoding import Change
+from dali_lmdb.isolated import Died, Isolated, Sample
+
+__all__ = ["Examiner", "Verdict"]
+
+# Pixels that all processes together decode at once, except that one image may have more. Decoders and Pillow take
+# 3 to 20 bytes for each, the most for JPEG 2000.
+_MOST_PIXELS = 100_000_000
+
+
+class Verdict(NamedTuple):
+    """The result for one image."""
+
+    reason: str | None
+    """Why it is bad, in one line; None if it is good."""
+    header: Header
+    change: Change
+    data: bytes | None
+    """The bytes that it was re-encoded to; None if it was not."""
+
+
+class Examiner:
+    """Examines images. Any thread may ask; each gets a process when it first does. A context manager.
+
+    Args:
+        settings: what to do with the images.
+    """
+
+    def __init__(self, settings: Examination) -> None:
+        self._settings = settings
+        self._of_thread = threading.local()
+        self._processes: list[Isolated] = []
+        self._room = _Room(_MOST_PIXELS)
+
+    def examine(self, images: Sequence[tuple[Any, Header]]) -> list[Verdict]:
+        """Examine images, whose headers ``read_header`` gave.
+
+        Raises:
+            RuntimeError: closed meanwhile, or the process cannot start.
+            DeviceError: DALI does not decode at all.
+        """
+        if not images:
+            return []
+        samples = [Sample(data, header) for data, header in images]
+        # The process decodes one at a time.
+        with self._room.taken(max(header.height * header.width for _, header in images)):
+            answers = self._process().work(samples)
+        return [
+            _verdict_of_dead(answer, header) if isinstance(answer, Died) else _verdict(answer.data, *answer.value)
+            for answer, (_, header) in zip(answers, images, strict=True)
+        ]
+
+    def _process(self) -> Isolated:
+        if not hasattr(self._of_thread, "process"):
+            self._of_thread.process = Isolated("dali_lmdb.decoding.examination:examine", self._settings)
+            self._processes.append(self._of_thread.process)
+        process: Isolated = self._of_thread.process
+        return process
+
+    def close(self) -> None:
+        """End the processes, even in the middle of an image."""
+        for process in self._processes:
+            process.close()
+
+    def __enter__(self) -> Examiner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _verdict(data: bytes | None, reason: str | None, kind: int, height: int, width: int, change: int) -> Verdict:
+    return Verdict(reason, Header(Kind(kind), height, width), Change(change), data)
+
+
+def _verdict_of_dead(died: Died, header: Header) -> Verdict:
+    return Verdict(f"the decoder {died.cause}", header, Change.NONE, None)
+
+
+class _Room:
+    """A number of pixels that threads share."""
+
+    def __init__(self, pixels: int) -> None:
+        self._size = self._left = pixels
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def taken(self, pixels: int) -> Iterator[None]:
+        """Wait for so many, or for all if that is less, and give them back in the end."""
+        pixels = min(pixels, self._size)
+        with self._changed:
+            self._changed.wait_for(lambda: self._left >= pixels)
+            self._left -= pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._left += pixels
+                self._changed.notify_all()
