@@ -112,7 +112,7 @@ class Isolated:
         try:
             answers: list[Answer | Died] = list(self._ask(items))
             if self._memory is not None and self._memory.num_bytes > _MOST_BYTES:
-                self._end()
+                self.end()
             return answers
         except _DiedError as error:
             if len(items) == 1:
@@ -121,7 +121,7 @@ class Isolated:
         except Exception:
             raise
         except BaseException:  # an interrupt: the answer that comes now would be taken for the next one's
-            self._end()
+            self.end()
             raise
         if guilty is None:  # while it worked on several
             middle = len(items) // 2
@@ -134,9 +134,9 @@ class Isolated:
         # One before it has damaged the process's memory: each gets a process of its own.
         answers = []
         for item in items:
-            self._end()
+            self.end()
             answers += self.work([item])
-        self._end()
+        self.end()
         return answers
 
     def _work_if_any(self, items: Sequence[Sample]) -> list[Answer | Died]:
@@ -152,7 +152,7 @@ class Isolated:
     def __del__(self) -> None:
         if sys.is_finalizing():
             return
-        self._end()
+        self.end()
 
     def _ask(self, items: Sequence[Sample]) -> list[Answer]:
         connection, memory = self._start()
@@ -210,7 +210,7 @@ class Isolated:
             except subprocess.TimeoutExpired:
                 process.kill()
         code = process.wait()
-        self._end()
+        self.end()
         if self._closed:
             raise RuntimeError("the process that decodes is closed")
         timed_out = code in (-signal.SIGPROF, -signal.SIGALRM)
@@ -228,7 +228,8 @@ class Isolated:
             return f"crashed: {name}" if -code in _CRASHES else f"was killed: {name}"
         return f"ended with exit code {code}"
 
-    def _end(self) -> None:
+    def end(self) -> None:
+        """End the process and its memory; the next items get a new one."""
         process, connection, memory = self._process, self._connection, self._memory
         self._process = self._connection = self._memory = None
         if process is not None:

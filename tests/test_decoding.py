@@ -17,8 +17,8 @@ from dali_lmdb.convert import convert
 from dali_lmdb.convert.settings import ConvertSettings
 from dali_lmdb.decoding.dali import DaliDecoder
 from dali_lmdb.decoding.examination import Examination
-from dali_lmdb.decoding.examiner import Examiner
-from dali_lmdb.images.checking import check_decodes
+from dali_lmdb.decoding.examiner import Examiner, Room
+from dali_lmdb.images.checking import check_jpeg
 from dali_lmdb.images.header import read_header
 from dali_lmdb.images.opening import BadImageError
 from dali_lmdb.images.reencoding import Change
@@ -115,6 +115,38 @@ def test_a_closed_examiner_ends_a_thread_that_waits_for_an_image(planted):
     assert failures == ["the process that decodes is closed"]
 
 
+def test_pixels_that_are_decoded_at_once_are_limited_over_all_threads():
+    room, entered = Room(100), []
+
+    def enter(pixels):
+        with room.taken(pixels):
+            entered.append(pixels)
+
+    small, large = threading.Thread(target=enter, args=(40,)), threading.Thread(target=enter, args=(1000,))
+    with room.taken(60):
+        small.start()
+        small.join()
+        large.start()
+        large.join(0.5)
+        assert large.is_alive(), "an image beyond the limit has to wait until it is alone"
+        assert entered == [40]
+    large.join()
+    assert entered == [40, 1000]
+
+
+def test_a_process_with_a_large_image_is_not_kept():
+    large = saved(Image.new("L", (5_000, 4_000)), "PNG")
+    with Examiner(Examination()) as examiner:
+        examiner.examine([(large, read_header(large))])
+        assert children() == []
+
+
+def children():
+    """Processes that this one has started and that still run."""
+    tasks = Path("/proc/self/task").iterdir()
+    return [int(pid) for task in tasks for pid in (task / "children").read_text().split()]
+
+
 def test_good_images_are_unchanged_and_bad_ones_have_the_decoder_that_refused_them():
     good, cut = jpeg(0), jpeg(0)[:-1000]
     png = saved(COLOR, "PNG")
@@ -141,7 +173,7 @@ def test_one_pixel_tells_whether_dali_decodes_a_jpeg(test_data):
         try:
             header = read_header(data)
             if header.kind.is_jpeg:
-                check_decodes(data, header.kind)
+                check_jpeg(data, header.kind)
         except BadImageError:
             continue
         if header.kind.is_jpeg:
@@ -166,9 +198,13 @@ def test_what_is_certified_trains(test_data, tmp_path, settings):
     target = tmp_path / "s.lmdb"
     convert(tmp_path / "source", target, settings=ConvertSettings(on_bad="skip", **settings))
     assert len(open_store(target)) > 100
-    for transform in (TrainTransform(size=32), EvalTransform(size=32, resize=40)):
-        options = {"transform": transform, "batch_size": 16, "last_batch": "short"}
-        loaders = [DaliLoader(target, device="cpu", decode=decode, **options) for decode in ("image", "window")]
-        for loader in (*loaders, TorchLoader(target, num_workers=0, **options)):
-            with loader:
-                assert sum(len(images) for images, _ in loader) == len(open_store(target))
+    options = {"batch_size": 16, "last_batch": "short"}
+    train, evaluation = TrainTransform(size=32), EvalTransform(size=32, resize=40)
+    for loader in (
+        DaliLoader(target, transform=train, device="cpu", decode="window", **options),
+        DaliLoader(target, transform=evaluation, device="cpu", decode="image", **options),
+        TorchLoader(target, transform=train, num_workers=0, **options),
+        TorchLoader(target, transform=evaluation, num_workers=0, **options),
+    ):
+        with loader:
+            assert sum(len(images) for images, _ in loader) == len(open_store(target))

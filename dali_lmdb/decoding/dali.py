@@ -53,13 +53,13 @@ class DaliDecoder:
         return np.stack([np.array(size)[:2] for size in sizes])
 
     def pixels(self, encoded: Any) -> npt.NDArray[np.uint8]:
-        """Decode an image; return an array of shape (height, width, 3).
+        """Decode an image; return an array of shape (height, width, 3), valid until the next call.
 
         Raises:
             RuntimeError: of DALI; it cannot be decoded, see ``cause_of``.
         """
         (images,) = self._run(_whole_images, [encoded])
-        return np.array(images[0])
+        return np.asarray(images[0])
 
     def _run(self, define: Callable[[Any], Any], encoded: Sequence[Any]) -> Any:
         self._samples = [np.frombuffer(sample, np.uint8) for sample in encoded]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from dali_lmdb.decoding.dali import MAX_GROUP, DaliDecoder, cause_of
 from dali_lmdb.errors import DeviceError
 from dali_lmdb.images.agreement import dali_agrees
 from dali_lmdb.images.blank import blank_jpeg
-from dali_lmdb.images.checking import check_decodes
+from dali_lmdb.images.checking import check_jpeg
 from dali_lmdb.images.header import Header
 from dali_lmdb.images.kinds import Kind
 from dali_lmdb.images.opening import BadImageError, open_image, to_rgb
@@ -26,7 +27,7 @@ class Examination:
     """What to do with images; the settings have the meaning that ``ConvertSettings`` gives them."""
 
     certify: bool = True
-    """Decode images strictly, and as the loaders will: with DALI, and with Pillow where that decodes for DALI."""
+    """Decode images as the loaders will, with DALI and with Pillow, and JPEGs strictly."""
     transcode: bool = False
     resize: int | None = None
     quality: int = QUALITY
@@ -86,8 +87,8 @@ def _changed(
         begin(number)
         image = _Image(number, sample)
         try:
-            if settings.certify:
-                check_decodes(image.data, image.header.kind)
+            if settings.certify and image.header.kind.is_jpeg:
+                check_jpeg(image.data, image.header.kind)
             image.apply(
                 needed_change(image.header, transcode=settings.transcode, resize=settings.resize), settings
             )
@@ -127,22 +128,29 @@ class _Certifier:
         return np.array_equal(sizes, [image.header[1:] for image in jpegs])
 
     def _objection(self, image: _Image) -> str | None:
-        """What DALI has against an image that is sound otherwise."""
+        """Why the loaders could not decode an image; JPEGs have passed the strict check."""
         try:
             if image.header.kind.is_jpeg:
                 found = Header(image.header.kind, *self._dali.sizes([image.data])[0].tolist())
                 if found != image.header:
                     return f"DALI reads another size: {found.width} x {found.height} pixels"
             elif dali_agrees(image.data):
-                with open_image(image.data, max_pixels=None) as opened:
-                    expected = np.asarray(to_rgb(opened))
+                expected = np.asarray(_decoded_by_pillow(image.data))
                 if not np.array_equal(self._dali.pixels(image.data), expected):
                     return "DALI and Pillow decode it to different pixels"
-            else:  # Pillow decodes it for DALI, too
-                with open_image(image.data, max_pixels=None) as opened:
-                    to_rgb(opened)
+            else:
+                _decoded_by_pillow(image.data)  # for DALI, too
         except BadImageError as error:
-            return f"Pillow cannot decode it: {error}"
+            return str(error)
         except RuntimeError as error:
             return f"DALI does not decode it: {cause_of(error)}; --transcode re-encodes it"
         return None
+
+
+def _decoded_by_pillow(data: bytes) -> Any:
+    """An RGB image of Pillow."""
+    with open_image(data, max_pixels=None) as opened:
+        try:
+            return to_rgb(opened)
+        except BadImageError as error:
+            raise BadImageError(f"Pillow cannot decode it: {error}") from error

@@ -13,11 +13,13 @@ from dali_lmdb.images.kinds import Kind
 from dali_lmdb.images.reencoding import Change
 from dali_lmdb.isolated import Died, Isolated, Sample
 
-__all__ = ["Examiner", "Verdict"]
+__all__ = ["Examiner", "Room", "Verdict"]
 
 # Pixels that all processes together decode at once, except that one image may have more. Decoders and Pillow take
 # 3 to 20 bytes for each, the most for JPEG 2000.
 _MOST_PIXELS = 100_000_000
+# A process that decoded an image of so many pixels is ended, since decoders and malloc may keep its memory.
+_LARGE_PIXELS = 16_000_000
 
 
 class Verdict(NamedTuple):
@@ -42,7 +44,7 @@ class Examiner:
         self._settings = settings
         self._of_thread = threading.local()
         self._processes: list[Isolated] = []
-        self._room = _Room(_MOST_PIXELS)
+        self._room = Room(_MOST_PIXELS)
 
     def examine(self, images: Sequence[tuple[Any, Header]]) -> list[Verdict]:
         """Examine images, whose headers ``read_header`` gave.
@@ -54,9 +56,11 @@ class Examiner:
         if not images:
             return []
         samples = [Sample(data, header) for data, header in images]
-        # The process decodes one at a time.
-        with self._room.taken(max(header.height * header.width for _, header in images)):
+        most_pixels = max(header.height * header.width for _, header in images)
+        with self._room.taken(most_pixels):  # the process decodes one at a time
             answers = self._process().work(samples)
+            if most_pixels > _LARGE_PIXELS:
+                self._process().end()
         return [
             _verdict_of_dead(answer, header) if isinstance(answer, Died) else _verdict(answer.data, *answer.value)
             for answer, (_, header) in zip(answers, images, strict=True)
@@ -89,7 +93,7 @@ def _verdict_of_dead(died: Died, header: Header) -> Verdict:
     return Verdict(f"the decoder {died.cause}", header, Change.NONE, None)
 
 
-class _Room:
+class Room:
     """A number of pixels that threads share."""
 
     def __init__(self, pixels: int) -> None:

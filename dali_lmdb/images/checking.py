@@ -1,4 +1,4 @@
-"""Full, strict decoding of an image, to find damage."""
+"""Full, strict decoding of a JPEG, to find damage."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import simplejpeg
 from dali_lmdb.images.kinds import Kind
 from dali_lmdb.images.opening import BadImageError, open_image
 
-__all__ = ["check_decodes"]
+__all__ = ["check_jpeg"]
 
 # Kinds that libjpeg-turbo decodes at a reduced size. It writes a lossless JPEG at its full size, whatever size was
 # asked for, and so beyond the end of the image's memory.
@@ -21,15 +21,15 @@ _SCALABLE = (
 _OWN_COLORSPACE = {1: "GRAY", 3: "RGB", 4: "CMYK"}  # a lossless JPEG is not converted to another one
 
 
-def check_decodes(data: bytes, kind: Kind) -> None:
-    """Decode an image fully, and reject what libjpeg only warns about.
+def check_jpeg(data: bytes, kind: Kind) -> None:
+    """Decode a JPEG fully, and reject what libjpeg only warns about.
 
     Pillow ignores libjpeg's warnings (data that ends early, bad Huffman codes, bytes left over) and shows grey
     or garbage for the rest of such an image; simplejpeg's strict mode reports them. So Pillow parses JPEGs, and
-    simplejpeg decodes them. Pillow decodes everything else, including JPEGs that TurboJPEG does not support.
+    simplejpeg decodes them. Pillow decodes those that TurboJPEG does not support.
 
     Args:
-        data: an image that ``read_header`` accepts.
+        data: a JPEG that ``read_header`` accepts.
         kind: as ``read_header`` says.
 
     Raises:
@@ -38,7 +38,7 @@ def check_decodes(data: bytes, kind: Kind) -> None:
     try:
         with open_image(data, max_pixels=None) as image:
             components = len(image.getbands())
-            if not kind.is_jpeg or not _decodes_strictly(data, kind, components=components):
+            if not _decodes_strictly(data, kind, components=components):
                 image.load()
     except BadImageError:
         raise
