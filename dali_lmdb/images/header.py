@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from typing import NamedTuple
 
@@ -23,10 +24,15 @@ _PILLOW_KINDS = {
 }
 
 # Markers of ITU T.81, table B.1.
-_SOI, _EOI, _SOS, _TEM = 0xD8, 0xD9, 0xDA, 0x01
+_EOI, _SOS = 0xD9, 0xDA
+_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # a length follows, except after EOI
+_MARKER_BETWEEN_SCANS = re.compile(rb"\xff[\xc0-\xcf\xd9-\xfe]")  # so: no reserved ones, which decoders skip
 _SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # start of frame, without DHT, JPG, DAC
 _BASELINE, _EXTENDED, _PROGRESSIVE = 0xC0, 0xC1, 0xC2
+_ALL_PROGRESSIVE = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
 _FRAME = struct.Struct(">BHHB")  # precision, height, width, components
+_MAX_SCANS = 256  # where nvImageCodec stops; decoding a scan may take as long as decoding the image
+_MAX_SEGMENTS = 20_000  # 64 KiB each at most, so comments of 1.3 GB, or 78 tables for every scan
 
 
 class Header(NamedTuple):
@@ -63,34 +69,53 @@ def _pillow_header(data: bytes, max_pixels: int | None) -> Header:
 
 
 def _jpeg_header(data: bytes) -> Header:
-    """Walk the marker segments up to the start of the first scan."""
-    position, end = 2, len(data)
+    """Walk the marker segments up to the start of the first scan; count the scans if there may be many."""
+    position = 2
     frame: Header | None = None
-    while True:
-        position = data.find(b"\xff", position)
-        while 0 <= position < end and data[position] == 0xFF:  # a marker may be preceded by fill bytes
-            position += 1
-        if position < 0 or position >= end:
-            raise BadImageError("damaged header: the JPEG ends before its image data")
-        marker = data[position]
-        position += 1
-        if marker == 0 or marker == _TEM or 0xD0 <= marker <= _SOI:  # no length follows
-            continue
-        if marker == _EOI or position + 2 > end:
+    num_components, is_progressive = 0, False
+    for _ in range(_MAX_SEGMENTS):
+        found = _MARKER.search(data, position)
+        position = len(data) if found is None else found.end()
+        marker = data[position - 1]
+        if position + 2 > len(data) or marker == _EOI:
             raise BadImageError("damaged header: the JPEG ends before its image data")
         length = int.from_bytes(data[position : position + 2], "big")
-        if length < 2 or position + length > end:
+        if length < 2 or position + length > len(data):
             raise BadImageError("damaged header: a JPEG segment extends past the end")
         if marker in _SOF and frame is None:
             if length < 2 + _FRAME.size:
                 raise BadImageError("damaged header: a JPEG frame header is too short")
-            precision, height, width, components = _FRAME.unpack_from(data, position + 2)
-            frame = Header(_jpeg_kind(marker, precision, components), height, width)
+            precision, height, width, num_components = _FRAME.unpack_from(data, position + 2)
+            frame = Header(_jpeg_kind(marker, precision, num_components), height, width)
+            is_progressive = marker in _ALL_PROGRESSIVE
         if marker == _SOS:
             if frame is None:
                 raise BadImageError("damaged header: JPEG image data without a frame header")
+            if is_progressive or data[position + 2 : position + 3] != bytes([num_components]):
+                _check_scans(data, position + length)
             return frame
         position += length
+    raise BadImageError(f"damaged header: more than {_MAX_SEGMENTS} JPEG segments")
+
+
+def _check_scans(data: bytes, position: int) -> None:
+    """Reject more scans than decoders take; damage is left to them.
+
+    Args:
+        position: where the data of the first scan begin.
+    """
+    num_scans = 1
+    for _ in range(_MAX_SEGMENTS):
+        found = _MARKER_BETWEEN_SCANS.search(data, position)
+        position = len(data) if found is None else found.end()
+        marker = data[position - 1]
+        if found is None or marker == _EOI:
+            return
+        num_scans += marker == _SOS
+        if num_scans > _MAX_SCANS:
+            raise BadImageError(f"more than {_MAX_SCANS} scans, the limit of DALI's decoder")
+        position += max(2, int.from_bytes(data[position : position + 2], "big"))
+    raise BadImageError(f"damaged: more than {_MAX_SEGMENTS} JPEG segments")
 
 
 def _jpeg_kind(marker: int, precision: int, components: int) -> Kind:
