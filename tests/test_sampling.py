@@ -49,6 +49,17 @@ def test_listed_records_are_shuffled_when_asked():
     assert first != second != indices.tolist()
 
 
+@pytest.mark.parametrize("scale", [1e308, 1e-308, 5e-324, 2.0**-1074 * 3, 1])
+def test_weights_of_any_size_draw_alike(scale):
+    weights = np.array([0, 1, 0, 1, 1, 0, 1, 0] * 25, dtype=np.float64)
+    assert epoch_of(sampling(200, weights=weights * scale), 3) == epoch_of(sampling(200, weights=weights), 3)
+
+
+def test_weights_beside_which_others_are_nothing_are_drawn_alone():
+    weights = np.array([5e-324, 1.7e308, 0, 1.7e308, 1e-300])
+    assert set(epoch_of(sampling(5, weights=weights), 0)) <= {1, 3}
+
+
 def test_weighted_draws_follow_the_weights():
     weights = np.array([0, 1, 2, 0, 5, 0.5, 0])
     draws = 4000

@@ -66,7 +66,9 @@ class Weighted:
     """N draws with replacement from N records, each with a probability proportional to its weight."""
 
     def __init__(self, weights: npt.NDArray[np.float64], *, seed: int) -> None:
-        self._cumulative, self._seed = np.cumsum(weights), seed
+        # Scaled by a power of two, which is exact, so that no sum overflows or loses bits to subnormal numbers.
+        _, exponent = np.frexp(weights.max())
+        self._cumulative, self._seed = np.cumsum(np.ldexp(weights, -exponent)), seed
         self.num_positions = len(weights)
         self.identity = f"weights {_digest(weights)}"
 
@@ -154,7 +156,7 @@ def sampling_of(
             raise ValueError("sampler is empty, expected at least one record index")
         return sampled
     array = np.asarray(weights, dtype=np.float64)
-    if array.shape != (num_records,) or not (np.isfinite(array).all() and (array >= 0).all() and array.sum() > 0):
+    if array.shape != (num_records,) or not (np.isfinite(array).all() and (array >= 0).all() and array.any()):
         raise ValueError(
             f"weights of shape {array.shape}, expected {num_records} finite numbers of at least 0, one above 0"
         )
