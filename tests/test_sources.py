@@ -11,7 +11,7 @@ from packing import image_paths, items_of, pack, pack_folder, records_of, write_
 from dali_lmdb.convert import convert
 from dali_lmdb.convert.sources import KINDS, FolderSource, open_source
 from dali_lmdb.convert.sources import _files as files
-from dali_lmdb.errors import ConversionError, SourceError
+from dali_lmdb.errors import ConversionError, SourceError, StoreError
 
 CLASSES = ["ant", "bee", "cat"]
 
@@ -349,6 +349,25 @@ def test_an_endless_link_is_refused(tmp_path):
     (root / "ant" / "up").symlink_to("..")
     with pytest.raises(SourceError, match="endless loop"):
         items_of(open_source(root))
+
+
+@pytest.mark.parametrize("name", ["ant/x.jpg", "ant/x.txt", "ant/x", "x", "x.tar", ".x"])
+def test_a_link_to_itself_among_images_is_refused_or_left_out(tmp_path, name):
+    folder = make_image_folder(tmp_path / "images", num_records=9)
+    link = folder / name
+    link.symlink_to(link.name)
+    if name == "ant/x.jpg":
+        with pytest.raises(SourceError, match="a dangling link"):
+            open_source(folder).count()
+        return
+    assert open_source(folder).count() == 9
+
+
+@pytest.mark.parametrize("kind", [None, "folder", "tar", "parquet", "webdataset", "manifest", "store", "classic"])
+def test_a_source_that_is_a_link_to_itself_is_refused(tmp_path, kind):
+    (tmp_path / "x").symlink_to("x")
+    with pytest.raises((SourceError, StoreError)):
+        open_source(tmp_path / "x", kind=kind)
 
 
 @pytest.mark.parametrize("make", [lambda path: path.symlink_to("nothing"), os.mkfifo], ids=["broken link", "pipe"])

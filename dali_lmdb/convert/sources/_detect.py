@@ -11,7 +11,7 @@ from typing import NamedTuple, NoReturn
 
 from dali_lmdb.convert.sources._archive import COMPRESSED, Archive
 from dali_lmdb.convert.sources._contents import TarContents
-from dali_lmdb.convert.sources._files import list_folder, reading
+from dali_lmdb.convert.sources._files import is_file, is_folder, list_folder, reading
 from dali_lmdb.convert.sources._names import listed
 from dali_lmdb.convert.sources._patterns import SPLITS
 from dali_lmdb.convert.sources.folder import advice_below, has_images
@@ -114,9 +114,9 @@ def _kind_of_folder(folder: str) -> str:
 def _format_of(entry: os.DirEntry[str]) -> str:
     """What a folder's entry is by its name: a kind of source, ``"image"``, ``"compressed tar"`` or ``"file"``."""
     name = entry.name.lower()
-    if entry.is_dir():
+    if is_folder(entry):
         return "lmdb" if os.path.exists(os.path.join(entry.path, "data.mdb")) else "folder"
-    if not entry.is_file():
+    if not is_file(entry):
         return "file"
     if is_image_name(name):
         return "image"
@@ -154,7 +154,7 @@ def _class_folder(path: str) -> _ClassFolder:
     try:
         with os.scandir(path) as entries:
             for entry in entries:
-                if entry.is_dir():
+                if is_folder(entry):
                     folders.add(entry.name)
                 elif is_image_name(entry.name):
                     return _ClassFolder(True, set())

@@ -21,6 +21,8 @@ __all__ = [
     "check_inside",
     "check_size",
     "is_as_listed",
+    "is_file",
+    "is_folder",
     "lines_of",
     "list_folder",
     "list_images",
@@ -56,6 +58,22 @@ def list_folder(path: str) -> list[os.DirEntry[str]]:
         raise SourceError(f"{path}: cannot be read: {error.strerror}; check its permissions") from error
 
 
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """``entry.is_dir()``, but False for a link that cannot be followed, such as one that points to itself."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def is_file(entry: os.DirEntry[str]) -> bool:
+    """``entry.is_file()``, but False for a link that cannot be followed."""
+    try:
+        return entry.is_file()
+    except OSError:
+        return False
+
+
 class FolderListing(NamedTuple):
     """What lies under a folder, at any depth."""
 
@@ -88,11 +106,11 @@ def list_images(top: str, *, below: str, root: str, follow_links: bool) -> Folde
         folders[folder] = _changed_ns(folder)
         files = []
         for entry in list_folder(folder):
-            if not entry.is_dir() and not is_image_name(entry.name):
+            if not is_folder(entry) and not is_image_name(entry.name):
                 others.append(entry.path[prefix:])
                 continue
             _check_entry(entry, folder, root=root, follow_links=follow_links)
-            if entry.is_dir():
+            if is_folder(entry):
                 pending.append(entry.path)
             else:
                 files.append(entry.name)
@@ -106,9 +124,9 @@ def _check_entry(entry: os.DirEntry[str], folder: str, *, root: str, follow_link
     if entry.is_symlink():
         check_inside(entry.path, root=root, follow_links=follow_links)
         real = os.path.realpath(entry.path)
-        if entry.is_dir() and (os.path.realpath(folder) + os.sep).startswith(real + os.sep):
+        if is_folder(entry) and (os.path.realpath(folder) + os.sep).startswith(real + os.sep):
             raise SourceError(f"{entry.path}: a link to a folder above itself, an endless loop; remove it")
-    if not entry.is_dir() and not entry.is_file():
+    if not is_folder(entry) and not is_file(entry):
         found = "a dangling link" if entry.is_symlink() else "not a regular file"
         raise SourceError(f"{entry.path}: {found}, expected an image file; remove it")
 

@@ -9,7 +9,7 @@ import re
 from itertools import product
 from pathlib import Path
 
-from dali_lmdb.convert.sources._files import list_folder
+from dali_lmdb.convert.sources._files import is_folder, list_folder
 from dali_lmdb.errors import SourceError
 
 __all__ = ["SPLITS", "files_of", "matches_of", "stems_of"]
@@ -58,7 +58,7 @@ def files_of(path: str | os.PathLike[str], *, suffix: str) -> list[Path]:
     files = [
         Path(entry.path)
         for entry in list_folder(folder)
-        if entry.name.lower().endswith(suffix) and not entry.name.startswith(".") and not entry.is_dir()
+        if entry.name.lower().endswith(suffix) and not entry.name.startswith(".") and not is_folder(entry)
     ]
     if not files:
         raise SourceError(f"{folder}: no {suffix} file there; check the folder or pattern")

@@ -16,6 +16,8 @@ from dali_lmdb.convert.sources._files import (
     ImageFile,
     check_inside,
     is_as_listed,
+    is_file,
+    is_folder,
     list_folder,
     list_images,
 )
@@ -59,9 +61,9 @@ class FolderSource(Source):
         self._folders: list[str] = []
         beside: list[str] = []
         for entry in list_folder(str(path)):
-            if entry.is_dir() and entry.name.startswith(".") and not has_images(entry.path):
+            if is_folder(entry) and entry.name.startswith(".") and not has_images(entry.path):
                 beside.append(entry.name + "/")
-            elif entry.is_dir():
+            elif is_folder(entry):
                 check_inside(entry.path, root=self._root, follow_links=follow_links)
                 self._folders.append(entry.name)
             else:
@@ -168,7 +170,7 @@ def advice_below(top: str | os.PathLike[str]) -> str | None:
     for _ in range(_LEVELS_BELOW):
         level = [inside.path for folder in level for inside in _folders_in(folder)][:_FOLDERS_BELOW]
         for folder in level:
-            suffixes = {os.path.splitext(entry.name)[1] for entry in list_folder(folder) if entry.is_file()}
+            suffixes = {os.path.splitext(entry.name)[1] for entry in list_folder(folder) if is_file(entry)}
             packed = sorted(suffixes & {".parquet", ".tar", ".lmdb", ".mdb"})
             if packed:
                 return f"{folder} has {packed[0]} files, give that"
@@ -187,7 +189,7 @@ def has_images(folder: str) -> bool:
 
 
 def _folders_in(folder: str) -> list[os.DirEntry[str]]:
-    return [entry for entry in list_folder(folder) if entry.is_dir() and not entry.name.startswith(".")]
+    return [entry for entry in list_folder(folder) if is_folder(entry) and not entry.name.startswith(".")]
 
 
 def _compressed(value: FolderListing | list[str]) -> bytes:
