@@ -29,7 +29,7 @@ from dali_lmdb.convert.sources._files import lines_of
 from dali_lmdb.convert.sources._names import listed
 from dali_lmdb.errors import DaliLmdbError, one_line
 from dali_lmdb.images.gpu_decoder import gpu_decoder
-from dali_lmdb.store.shards import MAX_SHARDS
+from dali_lmdb.store.layout import MAX_SHARDS
 from dali_lmdb.torchrun import RankEnvironment
 
 __all__ = ["main"]

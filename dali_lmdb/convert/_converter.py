@@ -29,8 +29,9 @@ from dali_lmdb.disk import ensure_descriptors, os_errors, sync_folder
 from dali_lmdb.errors import ConversionError, DaliLmdbError
 from dali_lmdb.images.kinds import DecoderCounts
 from dali_lmdb.images.reencoding import Change
+from dali_lmdb.store.layout import MAX_SHARDS
 from dali_lmdb.store.reader import FileStore
-from dali_lmdb.store.shards import MAX_SHARDS, shard_path
+from dali_lmdb.store.shards import shard_path
 from dali_lmdb.threads import threads_to_convert
 
 __all__ = ["convert"]

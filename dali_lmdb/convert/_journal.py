@@ -14,6 +14,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import struct
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -26,6 +27,7 @@ import pyarrow as pa
 from dali_lmdb.disk import os_errors
 from dali_lmdb.errors import ConversionError
 from dali_lmdb.store.checksum import crc32
+from dali_lmdb.store.encoding import ARROW_ERRORS, read_batch
 from dali_lmdb.store.layout import INDEX_SCHEMA
 
 __all__ = ["INDEX_ROW_COLUMNS", "RESUME", "ROW_SCHEMA", "Journal", "Row", "batch_of"]
@@ -41,6 +43,8 @@ ROW_SCHEMA = pa.schema(
         pa.field("reason", pa.large_string()),  # why it is not in the store; null if it is
     ]
 )
+
+_NEVER_NULL = [name for name in ROW_SCHEMA.names if name != "reason"]
 
 
 class Row(NamedTuple):
@@ -112,7 +116,11 @@ class Journal:
         self._write(sink.getvalue())
 
     def rows(self) -> Iterator[pa.RecordBatch]:
-        """Yield all rows in order, one batch for each commit."""
+        """Yield all rows in order, one batch for each commit.
+
+        Raises:
+            ConversionError: the journal is damaged.
+        """
         for batch, _ in self._batches():
             yield batch
 
@@ -168,11 +176,11 @@ class Journal:
         last: tuple[pa.RecordBatch, int] | None = None
         for payload, end in islice(self._frames(), 1, None):
             if last is not None and payload.startswith(b"{"):  # {"rows": n} shortens the batch before it
-                last = last[0].slice(0, json.loads(payload)["rows"]), end
+                last = last[0].slice(0, self._rows_kept(payload, last[0].num_rows)), end
                 continue
             if last is not None:
                 yield last
-            last = pa.ipc.open_stream(payload).read_next_batch(), end
+            last = self._batch(payload), end
         if last is not None:
             yield last
 
@@ -190,6 +198,30 @@ class Journal:
                 return
             position += _FRAME.size + length
             yield payload, position
+
+    def _batch(self, payload: bytes) -> pa.RecordBatch:
+        """Decode the rows of one commit.
+
+        Raises:
+            ConversionError: they are not what ``append`` writes.
+        """
+        try:
+            batch = read_batch(pa.py_buffer(payload))
+        except ARROW_ERRORS:
+            raise self._damaged() from None
+        if batch.schema != ROW_SCHEMA or any(batch.column(name).null_count for name in _NEVER_NULL):
+            raise self._damaged()
+        return batch
+
+    def _rows_kept(self, payload: bytes, num_rows: int) -> int:
+        """Decode ``{"rows": n}``, which follows ``num_rows`` rows."""
+        match = re.fullmatch(rb'\{"rows": (\d{1,18})\}', payload)
+        if match is None or not 0 < int(match[1]) <= num_rows:
+            raise self._damaged()
+        return int(match[1])
+
+    def _damaged(self) -> ConversionError:
+        return ConversionError(f"{self.path}: damaged; use --restart to start over")
 
     def _write(self, payload: Any) -> int:
         frame = memoryview(_FRAME.pack(len(payload), crc32(payload)) + bytes(payload))

@@ -8,7 +8,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -186,7 +186,7 @@ class ClassicStore(Store):
         """Number of records, from ``__len__``, otherwise ``__keys__``."""
         count = self._unpacked(LENGTH_KEY, decode_length)
         if count is None:
-            keys = self._unpacked(KEYS_KEY, decode_keys)
+            keys = self._listed_keys()
             if keys is None:
                 raise StoreFormatError(
                     f"{self.path}: not a classic database, with {self._pages.describe()}; expected "
@@ -209,10 +209,14 @@ class ClassicStore(Store):
         except PayloadError as error:
             raise StoreFormatError(f"{self.path}: {key.decode()}: {error}; rebuild the database") from error
 
+    def _listed_keys(self) -> list[bytes] | None:
+        max_keys = self._pages.count_keys()
+        return self._unpacked(KEYS_KEY, partial(decode_keys, max_keys=max_keys))
+
     @cached_property
     def _keys(self) -> list[bytes] | None:
         """Keys in record order; None if they are the usual ``b"0"``, ``b"1"``, ..."""
-        keys = self._unpacked(KEYS_KEY, decode_keys)
+        keys = self._listed_keys()
         if keys is None:
             return None
         if len(keys) != self._num_records or len(set(keys)) != len(keys):

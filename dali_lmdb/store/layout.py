@@ -24,6 +24,7 @@ __all__ = [
     "INDEX_DTYPES",
     "INDEX_SCHEMA",
     "MAX_RECORD_BYTES",
+    "MAX_SHARDS",
     "META_KEY",
     "NAMES_SCHEMA",
     "PIECE_RECORDS",
@@ -38,6 +39,7 @@ MAX_RECORD_BYTES = (1 << 32) - 1  # limit of LMDB's values and of the column num
 FORMAT_VERSION = 3  # in 1 and 2, index and names were one value each
 PIECE_RECORDS = 1 << 16
 """Records in one piece of index (2 MB) and names (about 2.5 MB; writing it takes five times that memory)."""
+MAX_SHARDS = 99_999  # five digits in a name
 META_KEY = b"__meta__"
 RESERVED_KEY = b"__"
 """Prefix of all keys other than records'; it sorts after every record's key."""

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from dali_lmdb.errors import StoreDamagedError, StoreFormatError
 from dali_lmdb.store.checksum import crc32
-from dali_lmdb.store.layout import FORMAT_VERSION, pieces_of
+from dali_lmdb.store.layout import FORMAT_VERSION, MAX_SHARDS, pieces_of
 
 __all__ = ["Meta"]
+
+# Parsed, JSON takes up to 24 times its bytes in empty lists and objects, of which ours has few.
+_MAX_CONTAINERS = 10_000
+_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"')
+_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON's escapes allow them, UTF-8 does not
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +59,10 @@ class Meta:
             StoreDamagedError: not the JSON that ``to_bytes`` writes.
         """
         try:
+            if raw.count(b"[") + raw.count(b"{") > _MAX_CONTAINERS:  # class names may hold brackets, too
+                bare = _STRING.sub(b"", raw)
+                if bare.count(b"[") + bare.count(b"{") > _MAX_CONTAINERS:
+                    raise ValueError
             values = json.loads(raw)
             version = values["format"]
         except (ValueError, KeyError, TypeError, RecursionError):
@@ -91,6 +101,17 @@ def _well_formed(meta: Meta) -> bool:
         and isinstance(meta.fingerprint, str)
         and isinstance(meta.classes, list)
         and all(isinstance(name, str) for name in meta.classes)
+        and not any(map(_SURROGATE.search, meta.classes))
         and isinstance(meta.made, dict)
-        and (meta.shard is None or isinstance(meta.shard, dict))
+        and (meta.shard is None or _is_shard(meta.shard))
+    )
+
+
+def _is_shard(shard: Any) -> bool:
+    return (
+        isinstance(shard, dict)
+        and type(index := shard.get("index")) is int
+        and type(count := shard.get("count")) is int
+        and 0 <= index < count <= MAX_SHARDS
+        and isinstance(shard.get("set"), str)
     )

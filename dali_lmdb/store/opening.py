@@ -41,5 +41,5 @@ def open_store(path: str | os.PathLike[str]) -> Store:
         advice = "restore its original name, then open the set"
         if shard is not None:
             advice = f"open the set: {Path(path).with_name(shard.set_name)}"
-        raise StoreFormatError(f"{path}: one of {store.meta.shard.get('count')} shards; {advice}")
+        raise StoreFormatError(f"{path}: one of {store.meta.shard['count']} shards; {advice}")
     return store

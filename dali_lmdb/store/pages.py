@@ -187,6 +187,14 @@ class PageFile:
                 if not self._is_database(base, pointer):
                     yield self._key(base, pointer), self._value(base, pointer, validate=False)
 
+    def count_keys(self) -> int:
+        """Count the keys in the leaf pages; ``entries`` is only what the file says.
+
+        Raises:
+            StoreDamagedError: a page is damaged.
+        """
+        return sum(len(pointers) for _, _, pointers in self._leaves())
+
     def has_databases(self) -> bool:
         """Return whether the file has named databases; reads all leaf pages.
 

@@ -70,16 +70,19 @@ def decode_length(view: memoryview) -> int:
     return value
 
 
-def decode_keys(view: memoryview) -> list[bytes]:
+def decode_keys(view: memoryview, *, max_keys: int) -> list[bytes]:
     """Decode the value of ``__keys__``.
 
     Raises:
-        PayloadError: not a list of bytes or text.
+        PayloadError: not a list of at most ``max_keys`` bytes or text.
     """
-    value = unpack(view)
-    if not isinstance(value, list) or not all(isinstance(key, Span) for key in value):
+    value = unpack(view, max_values=max_keys)
+    spans = [key for key in value if isinstance(key, Span)] if isinstance(value, list) else []
+    if not isinstance(value, list) or len(spans) != len(value):
         raise PayloadError(f"holds {_describe(value)}, expected a list of keys")
-    return [bytes(bytes_at(view, key)) for key in value if isinstance(key, Span)]
+    if sum(span.stop - span.start for span in spans) > len(view):  # a pickle may repeat a large one
+        raise PayloadError("lists keys that overlap")
+    return [bytes(bytes_at(view, span)) for span in spans]
 
 
 def _describe(value: Value) -> str:

@@ -25,7 +25,6 @@ from dali_lmdb.store.pages import is_lmdb
 from dali_lmdb.store.reader import FileStore
 
 __all__ = [
-    "MAX_SHARDS",
     "RESERVED_SUFFIXES",
     "ShardName",
     "ShardedStore",
@@ -37,7 +36,6 @@ __all__ = [
 
 RESERVED_SUFFIXES = (".partial", ".partial-journal", ".bad.tsv", ".dali-index")
 """Suffixes of the files kept beside a store; no store's own name has one."""
-MAX_SHARDS = 99_999  # five digits in a name
 _MAX_SHOWN = 5  # files in a message
 _SHARD = re.compile(r"(.*[^.].*)-([0-9]{5})-of-([0-9]{5})(\.[^.]*)?", re.DOTALL)
 
@@ -252,14 +250,14 @@ def _check_set(path: Path, shards: Sequence[FileStore]) -> None:
         alone = shards[infos.index({})].path
         raise StoreFormatError(f"{path}: {alone} is a store of its own, not a shard; open that file instead")
     for shard, info in zip(shards, infos, strict=True):
-        if info.get("set") != infos[0].get("set") or shard.classes != shards[0].classes:
+        if info["set"] != infos[0]["set"] or shard.classes != shards[0].classes:
             raise StoreFormatError(
                 f"{path}: {shard.path.name} belongs to a different conversion from {shards[0].path.name}; "
                 "keep only the shards of one conversion there"
             )
-    indices, count = [info.get("index") for info in infos], infos[0].get("count")
+    indices, count = [info["index"] for info in infos], infos[0]["count"]
     if indices != list(range(len(shards))) or count != len(shards):
-        missing = sorted(set(range(count if isinstance(count, int) else 0)) - set(indices))
+        missing = sorted(set(range(count)) - set(indices))
         what = f"missing: {missing[:_MAX_SHOWN]}" if missing else "their names do not match their contents"
         raise StoreFormatError(
             f"{path}: {len(shards)} shards, expected {count} in order; {what}; "

@@ -38,6 +38,8 @@ from typing import Any, NamedTuple, Union
 
 import pyarrow as pa
 
+from dali_lmdb.store.encoding import ARROW_ERRORS, read_batch
+
 __all__ = ["PayloadError", "Span", "Value", "unpack"]
 
 _ADMITTED = "only integers, bytes, text, tuples and lists are read from a database"
@@ -59,20 +61,23 @@ class Span(NamedTuple):
 Value = Union[int, Span, "list[Value]"]
 
 
-def unpack(view: memoryview) -> Value:
+def unpack(view: memoryview, *, max_values: int = 16) -> Value:
     """Unpack a value, whose first bytes tell how it was packed.
+
+    Args:
+        max_values: refuse a longer list or tuple, before memory is allocated for it.
 
     Raises:
         PayloadError: anything but an integer, bytes, text, or one list or tuple of those.
     """
     head = bytes(view[:24])
     if len(head) > 1 and head[0] == 0x80 and 2 <= head[1] <= 5:
-        return _PickleReader(view).read()
+        return _PickleReader(view, max_values).read()
     if len(head) > 16 and head[:8] == bytes(8):
-        return _decode_arrow(view)
+        return _decode_arrow(view, max_values)
     if len(head) == 24 and head[16:20] == b"\xff\xff\xff\xff" and max(struct.unpack_from("<4I", head)) < 1 << 16:
         raise PayloadError("a pa.serialize payload with tensors or buffers, which is not supported")
-    return _MsgpackReader(view).read()
+    return _MsgpackReader(view, max_values).read()
 
 
 class _Reader:
@@ -80,8 +85,8 @@ class _Reader:
 
     format: str
 
-    def __init__(self, view: memoryview) -> None:
-        self.view, self.at = view, 0
+    def __init__(self, view: memoryview, max_values: int) -> None:
+        self.view, self.at, self.max_values = view, 0, max_values
 
     def take(self, field: struct.Struct) -> int:
         """Take the next integer."""
@@ -130,6 +135,8 @@ _TUPLE, _EMPTY_LIST, _APPEND, _APPENDS, _MEMOIZE, _LONG1 = ord("t"), ord("]"), o
 # How protocol 2 writes bytes (save_bytes in the standard library's pickle.py); on the stack, these represent the
 # functions.
 _ENCODE, _BYTES = b"_codecs\nencode\n", b"__builtin__\nbytes\n"
+# Instructions, each of which adds at most one object; protocol 2 uses ten for one value of bytes.
+_STEPS, _STEPS_PER_VALUE = 64, 12
 
 
 class _PickleReader(_Reader):
@@ -137,16 +144,21 @@ class _PickleReader(_Reader):
 
     format = "pickle"
 
-    def __init__(self, view: memoryview) -> None:
-        super().__init__(view)
+    def __init__(self, view: memoryview, max_values: int) -> None:
+        super().__init__(view, max_values)
         self.stack: list[Any] = []
         self.marks: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
 
     def read(self) -> Value:
         try:
-            while (code := self.take(_U8)) != _STOP:
+            for _ in range(_STEPS + _STEPS_PER_VALUE * self.max_values):
+                code = self.take(_U8)
+                if code == _STOP:
+                    break
                 self.step(code)
+            else:
+                raise PayloadError(f"a pickle of more than the {self.max_values} values expected at most")
             (value,) = self.stack
         except (IndexError, KeyError, ValueError, TypeError, AttributeError):
             raise PayloadError("damaged pickle: its instructions are invalid") from None
@@ -229,6 +241,11 @@ class _PickleReader(_Reader):
         self.stack.append(Span(text.start, text.stop, is_text=True))
 
 
+def _check_count(count: int, max_values: int) -> None:
+    if count > max_values:
+        raise PayloadError(f"holds a list of {count} values, expected at most {max_values}")
+
+
 def _is_plain(value: Any) -> bool:
     """Return whether a value is an integer, a span, or a list of those; deeper nesting is not supported."""
     if isinstance(value, list):
@@ -259,8 +276,9 @@ class _MsgpackReader(_Reader):
             count = self.take(_MSGPACK_ARRAYS[code])
         else:
             return self.end(self.scalar(code))
+        _check_count(count, self.max_values)
         values: list[Value] = []
-        for _ in range(count):  # each takes at least one byte, so a false count fails at the value's end
+        for _ in range(count):
             values.append(self.scalar(self.take(_U8)))
         return self.end(values)
 
@@ -279,32 +297,18 @@ class _MsgpackReader(_Reader):
         raise PayloadError(f"begins with 0x{self.view[0]:02x}: not pickle, msgpack or pa.serialize; {_ADMITTED}")
 
 
-# Errors that pyarrow raises for malformed bytes; not all of them are an ArrowException.
-_ARROW_ERRORS = (
-    pa.ArrowException,
-    StopIteration,
-    EOFError,
-    OSError,
-    ValueError,
-    LookupError,
-    TypeError,
-    OverflowError,
-)
-
-
-def _decode_arrow(view: memoryview) -> Value:
+def _decode_arrow(view: memoryview, max_values: int) -> Value:
     """Decode a ``pa.serialize`` payload."""
     prefix = 16 if view[8:16] == bytes(8) else 8
     buffer = pa.py_buffer(view)
     if buffer.address % 8:
         buffer = pa.py_buffer(bytes(view))  # Arrow requires aligned messages; spans are the same in a copy
     try:
-        batch = pa.ipc.open_stream(buffer.slice(prefix)).read_next_batch()
-        batch.validate(full=True)
-        if batch.num_columns != 1 or batch.num_rows != 1:
+        batch = read_batch(buffer.slice(prefix), num_rows=1)
+        if batch.num_columns != 1:
             raise PayloadError("not a pa.serialize payload: more than one value")
-        (value,) = _ArrowWalk(buffer).values(batch.column(0), 0, 1, nested=True)
-    except _ARROW_ERRORS as error:
+        (value,) = _ArrowWalk(buffer, max_values).values(batch.column(0), 0, 1, nested=True)
+    except ARROW_ERRORS as error:
         reason = " ".join(str(error).split())[:120]
         raise PayloadError(f"damaged pa.serialize payload: {reason or type(error).__name__}") from None
     return value
@@ -313,13 +317,16 @@ def _decode_arrow(view: memoryview) -> Value:
 class _ArrowWalk:
     """Walks a validated ``pa.serialize`` column and locates its bytes in ``buffer``."""
 
-    def __init__(self, buffer: pa.Buffer) -> None:
-        self.buffer = buffer
+    def __init__(self, buffer: pa.Buffer, max_values: int) -> None:
+        self.buffer, self.max_values = buffer, max_values
 
     def values(self, union: pa.Array, start: int, stop: int, *, nested: bool) -> list[Value]:
         """Values ``start`` to ``stop`` of a dense union; lists among them only if ``nested``."""
         if not isinstance(union, pa.UnionArray) or union.type.mode != "dense":
             raise PayloadError(f"not a pa.serialize payload: {union.type} in place of a dense union")
+        _check_count(stop - start, self.max_values)
+        if start == stop:  # the buffers of an empty array may be missing, at which pyarrow crashes
+            return []
         codes = union.type_codes.to_numpy()[start:stop].tolist()
         places = union.offsets.to_numpy()[start:stop].tolist()
         if places and min(places) < 0:

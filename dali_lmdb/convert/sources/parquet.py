@@ -185,10 +185,19 @@ def _columns(schema: pa.Schema, path: Path) -> _Columns:
     if label_type is None or not pa.types.is_integer(label_type):
         raise SourceError(f"{path}: column {label!r} is {label_type or 'missing'}, expected an integer label")
     names = features.get(label, {}).get("names")
-    classes = [str(name) for name in names] if isinstance(names, list) else None
+    classes = names if isinstance(names, list) else None
     if classes is not None:
+        _check_text(classes, path)
         check_classes(classes, where=path)
     return _Columns(image, label, _is_type(parts.get("path"), "string"), classes)
+
+
+def _check_text(names: list[Any], path: Path) -> None:
+    for number, name in enumerate(names):
+        if not isinstance(name, str) or any("\ud800" <= char <= "\udfff" for char in name):
+            raise SourceError(
+                f"{path}: class {number} is named {name!r:.80}, expected text; fix the file's metadata"
+            )
 
 
 def _features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
