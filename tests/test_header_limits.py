@@ -1,11 +1,14 @@
-"""Scans and segments of JPEGs are counted by the header reader, in bounded time."""
+"""Headers are read in bounded memory and time, whatever they hold; scans of JPEGs are counted."""
 
 import contextlib
 import struct
+import zlib
 
 import pytest
 from bounds import bounded
+from odd_kinds import COLOR, saved
 
+from dali_lmdb.images.agreement import dali_agrees
 from dali_lmdb.images.header import read_header
 from dali_lmdb.images.kinds import Kind
 from dali_lmdb.images.opening import BadImageError
@@ -58,3 +61,36 @@ def test_a_large_jpeg_of_nothing_but_markers_is_refused_soon(start, unit):
     data = start + unit * ((50 << 20) // len(unit))
     with bounded(), contextlib.suppress(BadImageError):
         assert read_header(data).kind == Kind.JPEG_PROGRESSIVE
+
+
+def chunk(name, data):
+    return struct.pack(">I", len(data)) + name + data + zlib.crc32(name + data).to_bytes(4, "big")
+
+
+PNG = saved(COLOR, "PNG")[:33]  # with its header chunk
+JP2 = saved(COLOR, "JPEG2000")[:32]  # with its file type box
+LONG = {
+    "ppm with a long comment": lambda: b"P6\n#" + b"x" * (50 << 20) + b"\n10 10\n254\n",
+    "ppm with blanks": lambda: b"P6\n" + b" " * (50 << 20) + b"\n10 10\n254\n",
+    "ppm with comments": lambda: b"P6\n" + b"#\n" * (25 << 20) + b"\n10 10\n254\n",
+    "png with empty chunks": lambda: PNG + chunk(b"abCd", b"") * (4 << 20),
+    "gif with junk": lambda: b"GIF89a" + struct.pack("<HHBBB", 10, 10, 0, 0, 0) + b"\1" * (50 << 20),
+    "jp2 with boxes": lambda: JP2 + b"\0\0\0\x08abcd" * (6 << 20),
+    "jp2 with boxes in its header": lambda: (
+        JP2 + struct.pack(">I", 8 + (48 << 20)) + b"jp2h" + b"\0\0\0\x08abcd" * (6 << 20)
+    ),
+}
+
+
+@pytest.mark.parametrize("image", LONG.values(), ids=LONG)
+def test_a_header_of_many_megabytes_is_refused_soon(image):
+    data = image()
+    with bounded(), pytest.raises(BadImageError, match="damaged header: too long"):
+        read_header(data)
+    with bounded():
+        assert not dali_agrees(data)
+
+
+def test_a_comment_of_ordinary_length_in_a_header_is_read():
+    assert read_header(b"P6\n#" + b"x" * 50_000 + b"\n30 20\n255\n" + bytes(1800))[1:] == (20, 30)
+    assert read_header(PNG + chunk(b"iTXt", b"a\0" + bytes(3 << 20)) + saved(COLOR, "PNG")[33:]).kind == Kind.PNG

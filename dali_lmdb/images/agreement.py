@@ -29,12 +29,14 @@ DALI_AGREES = (*(kind for kind in Kind if kind.is_jpeg), Kind.WEBP)
 """Kinds whose files are all decoded to the same pixels."""
 
 _PNG = b"\x89PNG\r\n\x1a\n"
+_MAX_CHUNKS = 30_000  # before the pixels
 _GREY = 0  # colour type of a PNG, without alpha
 
 _BMP_HEADER = struct.Struct("<2s12xIii2xHI")  # magic, header's size, width, height, bits, compression
 _BMP_BITS = (1, 4, 8, 24, 32)  # not 16: DALI scales 5-bit colours differently
 
 _SPACE = rb"(?:\s|#[^\r\n]*[\r\n])+"
+_PNM_HEADER_BYTES = 4096  # of a longer one, comments included, nothing is known
 _PNM_UP_TO_255 = re.compile(rb"P[56]" + _SPACE + rb"\d+" + _SPACE + rb"\d+" + _SPACE + rb"255\s")
 
 # TIFF 6.0, part 2; Adobe's technical note for deflate
@@ -55,7 +57,7 @@ def dali_agrees(data: Any) -> bool:
     if start[:2] == b"BM":
         return _bmp_agrees(data)
     if start[:2] in (b"P4", b"P5", b"P6"):
-        return start[:2] == b"P4" or _PNM_UP_TO_255.match(data) is not None
+        return start[:2] == b"P4" or _PNM_UP_TO_255.match(bytes(data[:_PNM_HEADER_BYTES])) is not None
     return start[:2] in (b"II", b"MM") and _tiff_agrees(data)
 
 
@@ -63,7 +65,7 @@ def _png_agrees(data: Any) -> bool:
     position = len(_PNG)
     try:
         depth, color_type = struct.unpack_from("BB", data, 24)
-        while True:
+        for _ in range(_MAX_CHUNKS):
             length, name = struct.unpack_from(">I4s", data, position)
             if name == b"acTL":  # animated
                 return False
@@ -72,6 +74,7 @@ def _png_agrees(data: Any) -> bool:
             position += 12 + length
     except struct.error:  # truncated before its pixels
         return True
+    return False
 
 
 def _bmp_agrees(data: Any) -> bool:

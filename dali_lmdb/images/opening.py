@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import struct
+import sys
 from collections.abc import Callable
 from contextvars import ContextVar
 from types import FunctionType, SimpleNamespace
@@ -84,8 +85,41 @@ class _TiffFile(TiffImagePlugin.TiffImageFile):
     load_prepare = _with_our_limit(TiffImagePlugin.TiffImageFile.load_prepare)
 
 
+class _Input(io.BytesIO):
+    """An image file; while its header is read, with a limit on the reads.
+
+    Most of Pillow's parsers read a byte or a chunk at a time, in Python: 100 MB of blanks in a PPM's header, or of
+    empty chunks in a PNG's, take minutes. TIFF tags may all refer to the same bytes, and are kept in memory.
+    """
+
+    def __init__(self, data: bytes | memoryview) -> None:
+        super().__init__(data)
+        self.reads_left, self.bytes_left = _MAX_READS, 2 * len(data) + _MIN_BYTES
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        data = super().read(size)
+        self.reads_left -= 1
+        self.bytes_left -= len(data)
+        if self.reads_left < 0 or self.bytes_left < 0:
+            raise BadImageError("damaged header: too long")
+        return data
+
+    def lift_limits(self) -> None:
+        self.reads_left = self.bytes_left = sys.maxsize
+
+
+class _Jpeg2KFile(Jpeg2KImagePlugin.Jpeg2KImageFile):
+    def _open(self) -> None:
+        assert isinstance(self.fp, _Input)
+        self.fp.bytes_left = min(self.fp.bytes_left, _MAX_BOX_BYTES)
+        super()._open()
+
+
+_MAX_BOX_BYTES = 8 << 20  # boxes inside others are taken apart in memory, in Python
+_MAX_READS = 100_000  # 30,000 chunks of a PNG, before its pixels
+_MIN_BYTES = 1 << 20
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM")
-_OURS: dict[str, Any] = {"WEBP": _WebPFile, "GIF": _GifFile, "TIFF": _TiffFile}
+_OURS: dict[str, Any] = {"WEBP": _WebPFile, "GIF": _GifFile, "TIFF": _TiffFile, "JPEG2000": _Jpeg2KFile}
 _NO_IMAGE = "not a JPEG, PNG, WebP, GIF, BMP, TIFF, JPEG 2000, AVIF or PPM image"
 
 
@@ -105,11 +139,13 @@ def open_image(data: bytes | memoryview, *, max_pixels: int | None) -> ImageFile
             factory, accept = Image.OPEN.get(name, (None, None))
             if factory is None or accept is None or accept(start) is not True:
                 continue
+            file = _Input(data)
             try:
-                image: ImageFile.ImageFile = _OURS.get(name, factory)(io.BytesIO(data), "")
+                image: ImageFile.ImageFile = _OURS.get(name, factory)(file, "")
             except (SyntaxError, IndexError, TypeError, struct.error):  # not of this format, as in Image.open
                 continue
             check_pixels(image.size, max_pixels)
+            file.lift_limits()
             return image
     except BadImageError:
         raise
