@@ -87,12 +87,13 @@ def _kind(value):
         return Kind.UNKNOWN
 
 
-def write_store(path, values, *, sizes=None):
+def write_store(path, values, *, sizes=None, made=None):
     """A store whose record i has label i and name ``cII/III.jpg``.
 
     Args:
         values: bytes of each record.
         sizes: (height, width) of each in the index; by default ``size_of``.
+        made: as in the metadata.
     """
     count = len(values)
     heights, widths = np.array(sizes or [size_of(record) for record in range(count)], np.int32).reshape(-1, 2).T
@@ -111,7 +112,7 @@ def write_store(path, values, *, sizes=None):
         }
         names = pa.array([f"c{record:02}/{record:03}.jpg" for record in range(count)])
         writer.add_index(columns, names)
-        writer.finish(classes=[f"c{record:02}" for record in range(count)], made={"by": "test"})
+        writer.finish(classes=[f"c{record:02}" for record in range(count)], made=made or {"by": "test"})
     return path
 
 
