@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import traceback
 from functools import partial
 
@@ -12,6 +13,7 @@ from click.testing import CliRunner
 from dali_lmdb.convert import ConvertSettings, convert
 from dali_lmdb.convert import _job as job
 from dali_lmdb.convert.__main__ import main
+from dali_lmdb.convert._journal import Journal
 from dali_lmdb.convert.sources import FolderSource
 from dali_lmdb.errors import ConversionError
 from dali_lmdb.store import layout, open_store
@@ -78,6 +80,49 @@ class CountedSource(FolderSource):
             yield item._replace(read=lambda item=item: (self.read.append(item.name), item.read())[1])
 
 
+class Killer:
+    """Kills its process at the n-th of the instants that matter."""
+
+    def __init__(self, at):
+        self.left = at
+
+    def tick(self):
+        self.left -= 1
+        if self.left < 0:
+            die()
+
+    def wrap(self, owner, name):
+        original = getattr(owner, name)
+
+        def wrapped(*args, **kwargs):
+            self.tick()
+            result = original(*args, **kwargs)
+            self.tick()
+            return result
+
+        setattr(owner, name, wrapped)
+
+    def arm(self):
+        for owner, name in [
+            (os, "fsync"),
+            (os, "rename"),
+            (StoreWriter, "__init__"),
+            (StoreWriter, "commit"),
+            (StoreWriter, "add_index"),
+            (StoreWriter, "finish"),
+            (Journal, "__init__"),
+            (Journal, "start"),
+            (Journal, "append"),
+            (Journal, "cut_to"),
+            (Journal, "_write"),
+            (Journal, "_cut"),
+        ]:
+            self.wrap(owner, name)
+        sys.addaudithook(
+            lambda event, args: self.tick() if event in ("open", "os.remove", "os.truncate") else None
+        )
+
+
 def in_child(work):
     """Run ``work()`` in a forked process; returns its wait status."""
     child = os.fork()
@@ -93,7 +138,7 @@ def in_child(work):
     return os.waitpid(child, 0)[1]
 
 
-def die(*_):
+def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -2,67 +2,21 @@ import contextlib
 import errno
 import os
 import signal
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from threading import Thread
 
 import pytest
-from conversions import CountedSource, content, die, in_child, left_beside, records_in, refusal, write_with
+from conversions import CountedSource, Killer, content, die, in_child, left_beside, records_in, refusal, write_with
 from image_sets import save_grey
 
 from dali_lmdb.convert import ConvertSettings, convert
 from dali_lmdb.convert import __main__ as command
 from dali_lmdb.convert.__main__ import main
-from dali_lmdb.convert._journal import Journal
 from dali_lmdb.convert.sources import FolderSource
 from dali_lmdb.errors import DaliLmdbError
 from dali_lmdb.store import open_store
 from dali_lmdb.store.writer import StoreWriter
-
-
-class Killer:
-    """Kills its process at the n-th of the instants that matter."""
-
-    def __init__(self, at):
-        self.left = at
-
-    def tick(self):
-        self.left -= 1
-        if self.left < 0:
-            die()
-
-    def wrap(self, owner, name):
-        original = getattr(owner, name)
-
-        def wrapped(*args, **kwargs):
-            self.tick()
-            result = original(*args, **kwargs)
-            self.tick()
-            return result
-
-        setattr(owner, name, wrapped)
-
-    def arm(self):
-        for owner, name in [
-            (os, "fsync"),
-            (os, "rename"),
-            (StoreWriter, "__init__"),
-            (StoreWriter, "commit"),
-            (StoreWriter, "add_index"),
-            (StoreWriter, "finish"),
-            (Journal, "__init__"),
-            (Journal, "start"),
-            (Journal, "append"),
-            (Journal, "cut_to"),
-            (Journal, "_write"),
-            (Journal, "_cut"),
-        ]:
-            self.wrap(owner, name)
-        sys.addaudithook(
-            lambda event, args: self.tick() if event in ("open", "os.remove", "os.truncate") else None
-        )
-
 
 KILLS = range(0, 140, 4)
 

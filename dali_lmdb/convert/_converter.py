@@ -20,7 +20,7 @@ import numpy as np
 
 from dali_lmdb.convert._files import Files, check_name, check_target
 from dali_lmdb.convert._job import Job, Share, Task, Written
-from dali_lmdb.convert._journal import RESUME, Journal
+from dali_lmdb.convert._journal import RESUME, Journal, read_header
 from dali_lmdb.convert.ranks import Ranks
 from dali_lmdb.convert.settings import ConvertProgress, ConvertSettings, Summary
 from dali_lmdb.convert.sources import open_source
@@ -148,10 +148,6 @@ class _Conversion(Task):
 def _jobs(task: _Conversion, journals: contextlib.ExitStack) -> list[Job]:
     """One job for each of this rank's files; their journals lock out other converters until all is published."""
     shares = _shares(task)
-    # Interrupted after publishing: all targets exist, and only some journals are left to remove.
-    only_journals_left = all(
-        files.target.exists() and not files.partial.exists() for files in task.all_files
-    ) and any(files.journal.exists() for files in task.all_files)
     num_files = len(task.mine)
     lack = ensure_descriptors(num_files + task.num_threads + _OTHER_DESCRIPTORS)
     if lack is not None:
@@ -164,7 +160,7 @@ def _jobs(task: _Conversion, journals: contextlib.ExitStack) -> list[Job]:
         jobs.append(Job(task, shares[index], files, journal))
     for job in jobs:
         if job.files.target.exists():
-            _check_published(job, only_journals_left=only_journals_left)
+            _check_published(task, job, shares)
     return jobs
 
 
@@ -186,12 +182,20 @@ def _shares(task: _Conversion) -> list[Share]:
     ]
 
 
-def _check_published(job: Job, *, only_journals_left: bool) -> None:
+def _check_published(task: _Conversion, job: Job, shares: Sequence[Share]) -> None:
     """Refuse a target that exists, unless an interrupted run of this same conversion published it."""
-    is_ours = job.journal.header == job.header() or (only_journals_left and job.journal.header is None)
-    if job.files.partial.exists() or not is_ours:
+    started = job.journal.header == task.header(job.share) or (
+        # Interrupted while journals were removed, the last thing that is done: another shard's may be left.
+        job.journal.header is None
+        and all(files.target.exists() and not files.partial.exists() for files in task.all_files)
+        and any(
+            read_header(files.journal) == task.header(share)
+            for files, share in zip(task.all_files, shares, strict=True)
+        )
+    )
+    if not started or job.files.partial.exists() or not job.wrote_target():
         raise ConversionError(f"{job.files.target}: already exists; choose another name")
-    if job.task.restart:
+    if task.restart:
         raise ConversionError(
             f"{job.files.target}: already published by the interrupted conversion; remove it to start over"
         )

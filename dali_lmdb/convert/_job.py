@@ -21,10 +21,10 @@ from dali_lmdb.convert._reading import ReadImage, read_images
 from dali_lmdb.convert.settings import ConvertProgress, ConvertSettings
 from dali_lmdb.convert.sources.base import Item, Source
 from dali_lmdb.disk import os_errors
-from dali_lmdb.errors import ConversionError, one_line
+from dali_lmdb.errors import ConversionError, StoreError, one_line
 from dali_lmdb.store.fingerprint import Fingerprint
 from dali_lmdb.store.reader import FileStore
-from dali_lmdb.store.writer import StoreWriter
+from dali_lmdb.store.writer import StoreWriter, check_partial
 
 __all__ = ["Job", "Share", "Task", "Written"]
 
@@ -42,6 +42,15 @@ class Task:
     num_threads: int
     commit_records: int
     progress: Callable[[ConvertProgress], None] | None
+
+    def header(self, share: Share) -> dict[str, Any]:
+        """What identifies the conversion of a share, for its journal."""
+        return {
+            "kind": self.source.kind,
+            "settings": self.settings.identity(),
+            "source": self.source.identity(),
+            "shard": share.shard,
+        }
 
 
 class Share(NamedTuple):
@@ -95,14 +104,10 @@ class Job:
         self._start_or_resume()
         items = self._take_share(items)
         with StoreWriter(self.files.partial) as self.writer:
-            if not self.writer.finished:
-                self.journal.cut_to(self.writer.num_records)
+            self.journal.cut_to(self.writer.num_records)
             self._replay_journal(items)
-            if self.writer.finished:
-                deque(items, maxlen=0)  # skip to the next file's share
-            else:
-                self._write(items)
-                self.writer.sync()
+            self._write(items)
+            self.writer.sync()
         self._write_report()
         return self._written(self._num_rows - self._num_bad, self._fingerprint.hexdigest())
 
@@ -115,6 +120,10 @@ class Job:
         self._replay_journal(items)
         deque(items, maxlen=0)
         store = FileStore(self.files.target)
+        if self.journal.header is not None and self._fingerprint.hexdigest() != store.fingerprint:
+            raise ConversionError(
+                f"{self.files.target}: already exists, and its journal is of other images; choose another name"
+            )
         return self._written(len(store), store.fingerprint)
 
     def finish(self, set_id: str) -> None:
@@ -124,47 +133,51 @@ class Job:
             set_id: identifies the set that a shard belongs to.
 
         Raises:
-            ConversionError: it reads back wrong, cannot be written, or was finished as part of another set.
+            ConversionError: it reads back wrong, cannot be written, or is published as part of another set.
         """
         shard = None if self.share.shard is None else {**self.share.shard, "set": set_id}
         if not self.files.target.exists():
             with StoreWriter(self.files.partial) as self.writer:
-                if not self.writer.finished:
-                    self._finish(shard)
-        finished = next(path for path in (self.files.target, self.files.partial) if path.exists())
-        if FileStore(finished).meta.shard != shard:
-            advice = "choose another name" if finished == self.files.target else "use --restart"
-            raise ConversionError(f"{finished}: a shard of another conversion; {advice}")
+                self._finish(shard)
+        elif FileStore(self.files.target).meta.shard != shard:
+            raise ConversionError(f"{self.files.target}: a shard of another conversion; choose another name")
 
     def _written(self, num_records: int, fingerprint: str) -> Written:
         report = str(self.files.report) if self.files.report.exists() else None
         return Written(num_records, self._num_bad, fingerprint, report)
 
-    def header(self) -> dict[str, Any]:
-        """What identifies this conversion, for the journal."""
-        return {
-            "kind": self.task.source.kind,
-            "settings": self.task.settings.identity(),
-            "source": self.task.source.identity(),
-            "shard": self.share.shard,
-        }
+    def wrote_target(self) -> bool:
+        """Whether the target's own record of how it was made says that this conversion wrote it."""
+        try:
+            meta = FileStore(self.files.target).meta
+        except StoreError:
+            return False
+        now, shard = (
+            self.task.header(self.share),
+            meta.shard and {key: meta.shard.get(key) for key in ("index", "count")},
+        )
+        made = {"kind": now["kind"], **now["source"]}, now["settings"], now["shard"]
+        return made == (meta.made.get("source"), meta.made.get("settings"), shard)
 
     def _start_or_resume(self) -> None:
         """Start the journal, or refuse to resume a different conversion."""
-        now = self.header()
-        before = self.journal.header
-        if self.task.restart or before is None:
+        now = self.task.header(self.share)
+        before, fault = self.journal.header, self.journal.fault
+        if self.task.restart or (before is None and fault is None):
             self.files.partial.unlink(missing_ok=True)
             self.journal.start(now)
             return
-        if next(self.journal.rows(), None) is None:  # killed while the partial file was being made
-            self.files.partial.unlink(missing_ok=True)
+        if before is None:
+            raise ConversionError(f"{self.journal.path}: {fault}; use --restart to start over")
         for name in now:
             if before.get(name) != now[name]:
                 raise ConversionError(
                     f"{self.files.target}: an interrupted conversion has {name} {before.get(name)}, this one has "
                     f"{now[name]}; repeat the same command, or use --restart to start over"
                 )
+        if next(self.journal.rows(), None) is None:  # killed while the partial file was being made
+            self.files.partial.unlink(missing_ok=True)
+        check_partial(self.files.partial)
 
     def _take_share(self, items: Iterator[Item]) -> Iterator[Item]:
         """Yield the items of the share; refuse a source that has fewer than were counted."""

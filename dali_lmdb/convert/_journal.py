@@ -4,14 +4,16 @@ The store's index is built from it at the end, and an interrupted conversion res
 before the records they describe, so the journal may be ahead of the partial file, never behind; on resuming it is
 truncated to the records in that file.
 
-File: frames of ``length u32 | crc32 u32 | payload``. The first payload is JSON: what is converted and how. The
-others are Arrow IPC streams of ``ROW_SCHEMA``, one for each commit, or JSON ``{"rows": n}``: only the first n rows
-of the stream before it count. Truncating thus never removes the row of a written record, not even for an instant.
+File: frames of ``length u32 | crc32 u32 | payload``. The first payload is JSON: the version of this format, and
+what is converted and how. The others are Arrow IPC streams of ``ROW_SCHEMA``, one for each commit, or JSON
+``{"rows": n}``: only the first n rows of the stream before it count. Truncating thus never removes the row of a
+written record, not even for an instant.
 """
 
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
 import re
@@ -29,8 +31,9 @@ from dali_lmdb.errors import ConversionError
 from dali_lmdb.store.checksum import crc32
 from dali_lmdb.store.encoding import ARROW_ERRORS, read_batch
 from dali_lmdb.store.layout import INDEX_SCHEMA
+from dali_lmdb.store.regular import open_own
 
-__all__ = ["INDEX_ROW_COLUMNS", "RESUME", "ROW_SCHEMA", "Journal", "Row", "batch_of"]
+__all__ = ["INDEX_ROW_COLUMNS", "RESUME", "ROW_SCHEMA", "Journal", "Row", "batch_of", "read_header"]
 
 INDEX_ROW_COLUMNS = [name for name in INDEX_SCHEMA.names if name != "file_offset"]
 """Index columns that are known when a record is written."""
@@ -64,6 +67,7 @@ class Row(NamedTuple):
     """Why the image is not stored; None if it is."""
 
 
+_VERSION = 1
 _FRAME = struct.Struct("<II")
 RESUME = "then run the same command again to resume"
 
@@ -75,7 +79,8 @@ class Journal:
         path: the file; created if absent.
 
     Attributes:
-        header: what the first frame says, None in a new journal.
+        header: what is converted and how; None in a new journal, and in one that cannot be continued.
+        fault: why it cannot be continued, or None.
 
     Raises:
         ConversionError: another converter is writing the target, or the file cannot be written.
@@ -86,14 +91,9 @@ class Journal:
         exists = os.path.lexists(path)
         what = "left by an interrupted conversion, cannot be continued" if exists else "cannot be created"
         with os_errors(path, what, ConversionError):
-            # Unbuffered, so that closing it writes nothing.
-            self._file = open(path, "a+b", buffering=0)  # noqa: SIM115  closed by close()
-        self.header: dict[str, Any] | None = None
+            self._file = _open_locked(self.path)
         try:
-            self._lock()
-            first = next(self._frames(), None)
-            if first is not None:
-                self.header, self._body = json.loads(first[0]), first[1]
+            self.header, self.fault, self._body = _header_of(self._file)
         except BaseException:
             self._file.close()
             raise
@@ -101,8 +101,8 @@ class Journal:
     def start(self, header: dict[str, Any]) -> None:
         """Start over: truncate the file and write the first frame."""
         self._cut(0)
-        self._body = self._write(json.dumps(header, ensure_ascii=True).encode())
-        self.header = header
+        self._body = self._write(json.dumps({"version": _VERSION, **header}, ensure_ascii=True).encode())
+        self.header, self.fault = header, None
 
     def append(self, rows: pa.RecordBatch) -> None:
         """Append rows; they survive the death of this process.
@@ -158,23 +158,14 @@ class Journal:
 
     def close(self) -> None:
         """Release the lock; remove the file if the conversion never started."""
-        if self.header is None:
+        if self.header is None and self.fault is None:
             self.path.unlink(missing_ok=True)
         self._file.close()
-
-    def _lock(self) -> None:
-        with os_errors(self.path, "cannot be locked", ConversionError):
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ConversionError(
-                    f"{self.path}: another converter is writing this target; let it finish"
-                ) from None
 
     def _batches(self) -> Iterator[tuple[pa.RecordBatch, int]]:
         """Yield the rows of each commit and the position after its frames."""
         last: tuple[pa.RecordBatch, int] | None = None
-        for payload, end in islice(self._frames(), 1, None):
+        for payload, end in islice(_frames(self._file), 1, None):
             if last is not None and payload.startswith(b"{"):  # {"rows": n} shortens the batch before it
                 last = last[0].slice(0, self._rows_kept(payload, last[0].num_rows)), end
                 continue
@@ -183,21 +174,6 @@ class Journal:
             last = self._batch(payload), end
         if last is not None:
             yield last
-
-    def _frames(self) -> Iterator[tuple[bytes, int]]:
-        """Yield (payload, end of the frame) of each whole frame; a torn frame ends the file."""
-        position = 0
-        while True:
-            self._file.seek(position)
-            head = self._file.read(_FRAME.size)
-            if len(head) < _FRAME.size:
-                return
-            length, checksum = _FRAME.unpack(head)
-            payload = self._file.read(length)
-            if len(payload) < length or crc32(payload) != checksum:
-                return
-            position += _FRAME.size + length
-            yield payload, position
 
     def _batch(self, payload: bytes) -> pa.RecordBatch:
         """Decode the rows of one commit.
@@ -234,6 +210,88 @@ class Journal:
         with os_errors(self.path, "cannot be written", ConversionError, then=RESUME):
             self._file.truncate(end)
             self._file.seek(end)
+
+
+def read_header(path: Path) -> dict[str, Any] | None:
+    """Read the header of a journal, locked or not; None if there is none that can be continued."""
+    try:
+        with io.FileIO(open_own(path, os.O_RDONLY, error=ConversionError)) as file:
+            return _header_of(file).header
+    except FileNotFoundError:
+        return None
+
+
+class _Header(NamedTuple):
+    header: dict[str, Any] | None
+    fault: str | None
+    end: int
+
+
+def _header_of(file: io.FileIO) -> _Header:
+    """Read the first frame: see ``Journal.header`` and ``Journal.fault``."""
+    payload, end = next(_frames(file), (b"", 0))
+    if not payload and os.fstat(file.fileno()).st_size == 0:
+        return _Header(None, None, 0)
+    try:
+        header = json.loads(payload)
+        version = header.pop("version", None)
+    except (ValueError, AttributeError, RecursionError):
+        return _Header(None, "damaged, or not the journal of a conversion", 0)
+    if version != _VERSION:
+        return _Header(None, f"journal version {version!r}, this dali_lmdb continues {_VERSION}", 0)
+    return _Header(header, None, end)
+
+
+def _frames(file: io.FileIO) -> Iterator[tuple[bytes, int]]:
+    """Yield (payload, end of the frame) of each whole frame; a torn frame ends the file."""
+    position = 0
+    while True:
+        file.seek(position)
+        head = file.read(_FRAME.size)
+        if len(head) < _FRAME.size:
+            return
+        length, checksum = _FRAME.unpack(head)
+        payload = file.read(length)
+        # A length of 0 is that of zeros, which a power cut may leave.
+        if length == 0 or len(payload) < length or crc32(payload) != checksum:
+            return
+        position += _FRAME.size + length
+        yield payload, position
+
+
+def _open_locked(path: Path) -> io.FileIO:
+    """Open a journal, created if absent, and lock it; never wait.
+
+    Raises:
+        ConversionError: another converter has locked it, or it is not a file.
+        OSError: it cannot be opened or locked.
+    """
+    while True:
+        # Unbuffered, so that closing it writes nothing.
+        file = io.FileIO(open_own(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, error=ConversionError), "a+")
+        try:
+            with os_errors(path, "cannot be locked", ConversionError):
+                _lock(file, path)
+            if os.path.samestat(os.fstat(file.fileno()), os.lstat(path)):
+                return file
+        except FileNotFoundError:
+            pass  # a converter that ended meanwhile has removed it, so the lock guards nothing
+        except BaseException:
+            file.close()
+            raise
+        file.close()
+
+
+def _lock(file: io.FileIO, path: Path) -> None:
+    """Lock a journal.
+
+    Raises:
+        ConversionError: another converter has.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConversionError(f"{path}: another converter is writing this target; let it finish") from None
 
 
 def batch_of(rows: Sequence[Row]) -> pa.RecordBatch:

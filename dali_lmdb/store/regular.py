@@ -1,4 +1,4 @@
-"""Reject all but regular files before opening them: opening a pipe blocks, and it cannot be read twice."""
+"""Files must be regular: opening a pipe waits, and writing through a planted link overwrites its target."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import stat
 
 from dali_lmdb.errors import DaliLmdbError
 
-__all__ = ["check_regular"]
+__all__ = ["check_own", "check_regular", "open_own"]
 
 _KINDS = {
     stat.S_IFIFO: "a pipe",
@@ -15,6 +15,7 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
     stat.S_IFDIR: "a folder",
+    stat.S_IFLNK: "a symbolic link",
 }
 
 
@@ -31,3 +32,41 @@ def check_regular(path: str | os.PathLike[str], *, error: type[DaliLmdbError]) -
         remedy = "give a file in it" if found == "a folder" else "save its output to a file first"
         raise error(f"{os.fspath(path)}: {found}, expected a file; {remedy}")
     return status
+
+
+def check_own(path: str | os.PathLike[str], *, error: type[DaliLmdbError]) -> None:
+    """Check a file that this package writes, before it is opened: it must be absent or a regular file, not a link.
+
+    Raises:
+        DaliLmdbError: of type ``error``, if something else has its name.
+        OSError: it is not accessible.
+    """
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISREG(mode):
+        raise error(_not_ours(path, mode))
+
+
+def open_own(path: str | os.PathLike[str], flags: int, *, error: type[DaliLmdbError]) -> int:
+    """Open a file that this package writes, without following a link or waiting for a pipe.
+
+    Args:
+        flags: as for ``os.open``.
+
+    Raises:
+        DaliLmdbError, OSError: as ``check_own``, or it cannot be opened.
+    """
+    check_own(path, error=error)
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):  # since the check
+        os.close(descriptor)
+        raise error(_not_ours(path, mode))
+    return descriptor
+
+
+def _not_ours(path: str | os.PathLike[str], mode: int) -> str:
+    found = _KINDS.get(stat.S_IFMT(mode), "not a regular file")
+    return f"{os.fspath(path)}: {found}, expected none or a file that dali_lmdb wrote; remove it"

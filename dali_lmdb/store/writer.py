@@ -23,9 +23,11 @@ from dali_lmdb.store.encoding import to_ipc
 from dali_lmdb.store.fingerprint import Fingerprint
 from dali_lmdb.store.meta import Meta
 from dali_lmdb.store.pages import PageFile
+from dali_lmdb.store.regular import check_own
+from dali_lmdb.store.structure import check_structure
 from dali_lmdb.store.values import read_values
 
-__all__ = ["StoreWriter"]
+__all__ = ["StoreWriter", "check_partial"]
 
 # Address space only: the file grows by what is written. Each access of LMDB to the map also maps the pages around
 # it, which add to RSS (0.2 GB per GB written) until a new size is set: that maps the file again.
@@ -33,6 +35,8 @@ _MAP_STEP_BYTES = 128 << 20
 _PAGE_BYTES = 4096
 _META_BYTES = 1 << 20  # limit for the metadata without class names
 _CHARACTER_BYTES = 12  # most bytes in JSON for a character of a class name
+_RECORD_BYTES = 18  # the least that a record takes in a file: its key, and a node's header and pointer
+_PIECE_KEYS = (layout.index_key, layout.names_key)
 _VALUE_BYTES = 128  # overhead counted for each value, so that tiny ones fill a transaction too
 # A transaction's pages are on the heap until it ends. The heap reuses this size for the next transaction; more
 # is returned to the kernel and faulted in again page by page, which is slower (1 GB: 0.7 s, 1.7 s with 64 MB).
@@ -54,7 +58,6 @@ class StoreWriter:
 
     Attributes:
         num_records: records committed so far.
-        finished: whether the file is a complete store.
 
     Raises:
         ConversionError: not a file that this class wrote, or it cannot be written.
@@ -71,7 +74,7 @@ class StoreWriter:
         self.path = Path(path)
         self._piece_records = piece_records
         self._transaction_bytes, self._flush_bytes = transaction_bytes, flush_bytes
-        self.num_records, self.finished = _inspect_partial(self.path)
+        self.num_records = _count_records(self.path, piece_records)
         try:
             # The converter holds its own lock; LMDB's would leave a second file behind.
             self._env = lmdb.open(
@@ -210,7 +213,6 @@ class StoreWriter:
             )
             transaction.put(layout.META_KEY, meta.to_bytes())
         self.sync()
-        self.finished = True
         return meta
 
     def close(self) -> None:
@@ -278,20 +280,50 @@ def _checksum(value: bytes | OSError) -> int:
     return crc32(value)
 
 
-def _inspect_partial(path: Path) -> tuple[int, bool]:
-    """Number of records in a partial file, and whether it is finished.
+def check_partial(path: Path) -> None:
+    """Check the structure of a partial file that another process left: liblmdb trusts it, so nothing may be wrong.
 
-    Refuses a file whose tree is damaged, as after a power cut: liblmdb would trust it.
+    Takes about 10 s for a million records.
+
+    Raises:
+        ConversionError: it is damaged, or not a file that ``StoreWriter`` writes.
+    """
+    with _damage_of_partial(path):
+        check_own(path, error=ConversionError)
+        if path.exists() and path.stat().st_size > 0:
+            PageFile(path)  # bounds what the next check reserves
+            problems = check_structure(path)
+            if problems:
+                raise StoreDamagedError(f"{problems[0]}{', and more' if len(problems) > 1 else ''}")
+
+
+def _count_records(path: Path, piece_records: int) -> int:
+    """Number of records in a partial file.
+
+    Raises:
+        ConversionError: it has other keys than records in order and pieces of an index, or a damaged page.
     """
     if not path.exists() or path.stat().st_size == 0:
-        return 0, False
-    try:
+        return 0
+    with _damage_of_partial(path):
         pages = PageFile(path)
-        num_reserved = sum(key >= layout.RESERVED_KEY for key, _ in pages.items(layout.RESERVED_KEY))
-        num_records = pages.entries - num_reserved
-        for piece in layout.pieces_of(num_records, layout.PIECE_RECORDS):
+        reserved = {key for key, _ in pages.items(layout.RESERVED_KEY) if key >= layout.RESERVED_KEY}
+        num_records = pages.entries - len(reserved)
+        if not 0 <= num_records <= len(pages.data) // _RECORD_BYTES:
+            raise StoreDamagedError(f"{pages.entries:,} keys in {len(pages.data):,} bytes")
+        ranges = layout.pieces_of(num_records, piece_records)
+        expected = {layout.META_KEY, *(key(n) for n in range(len(ranges)) for key in _PIECE_KEYS)}
+        if not reserved <= expected:
+            raise StoreDamagedError(f"an unexpected key {min(reserved - expected)!r}")
+        for piece in ranges:
             pages.record_extents(piece.start, piece.stop)
-        return num_records, pages.find(layout.META_KEY) is not None
+        return num_records
+
+
+@contextmanager
+def _damage_of_partial(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (StoreDamagedError, StoreFormatError) as error:
         raise ConversionError(f"{path}: the interrupted conversion is damaged ({error}); use --restart") from error
     except StoreError as error:
