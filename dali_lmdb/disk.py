@@ -38,6 +38,7 @@ _ADVICE = {
     errno.ESTALE: _LOST,
     errno.ENOTCONN: _LOST,
     errno.ETIMEDOUT: _LOST,
+    errno.ENXIO: "nothing reads this pipe; start its reader first, or give a file",
     errno.EBUSY: "it is in use; stop whatever uses it or choose another name",
 }
 # Errors of fsync(2) on a folder if the file system does not support it: EINVAL on old CIFS and DrvFs, ENOSYS and

@@ -6,15 +6,20 @@ import subprocess
 import sys
 
 import lmdb
+import numpy as np
 import pytest
 from image_sets import make_image_folder
 from packing import pack, write_parquet
 
+from dali_lmdb.convert import ConvertSettings, convert
 from dali_lmdb.convert.sources import KINDS, open_source
-from dali_lmdb.errors import RecordError, SourceError, StateError, StoreFormatError
+from dali_lmdb.errors import ConversionError, RecordError, SourceError, StateError, StoreFormatError
+from dali_lmdb.loaders.bad import BadRecords
 from dali_lmdb.loaders.folder import FolderStore
-from dali_lmdb.store import open_store
+from dali_lmdb.store import open_store, sidecar
+from dali_lmdb.store.layout import INDEX_DTYPES
 from dali_lmdb.train.checkpoint import load
+from dali_lmdb.train.metrics import JsonLog
 
 LIMIT_S = 60  # a command that waits for a pipe is killed, and fails the test
 
@@ -139,3 +144,86 @@ def test_an_image_that_becomes_a_pipe_is_not_waited_for_when_a_folder_is_trained
     os.mkfifo(root / "ant" / "000.jpg")
     with pytest.raises(RecordError, match=r"000\.jpg: a pipe, expected a file"):
         store.read(0)
+
+
+# What is written beside the target, or where the user says.
+
+
+def _link(path):
+    path.with_name("victim").write_text("precious")
+    path.symlink_to(path.with_name("victim"))
+
+
+def _socket(path):
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(path))
+
+
+PLANTED = {
+    "a pipe": os.mkfifo,
+    "a symbolic link": _link,
+    "a socket": _socket,
+    "a folder": os.mkdir,
+}
+
+
+@pytest.mark.parametrize("restart", [False, True], ids=["resume", "restart"])
+@pytest.mark.parametrize("ending", [".partial", ".partial-journal", ".bad.tsv"])
+@pytest.mark.parametrize("found", PLANTED)
+def test_what_is_planted_beside_the_target_is_neither_used_nor_removed(found, ending, restart, target, images):
+    (images / "ant" / "bad.jpg").write_bytes(b"no image")
+    planted = target.with_name(target.name + ending)
+    PLANTED[found](planted)
+    before = os.lstat(planted)
+    with pytest.raises(
+        ConversionError, match=rf"x\.lmdb{ending}: {found}, expected none or a file that dali_lmdb"
+    ):
+        convert(images, target, settings=ConvertSettings(on_bad="skip"), restart=restart)
+    assert os.path.samestat(os.lstat(planted), before)
+    if found == "a symbolic link":
+        assert target.with_name("victim").read_text() == "precious"
+    assert not target.exists()
+
+
+def test_a_report_of_bad_images_replaces_the_earlier_one_and_not_another_name_of_it(target, images):
+    (images / "ant" / "bad.jpg").write_bytes(b"no image")
+    report = target.with_name("x.lmdb.bad.tsv")
+    report.write_text("precious")
+    os.link(report, target.with_name("victim"))
+    convert(images, target, settings=ConvertSettings(on_bad="skip"))
+    assert "ant/bad.jpg" in report.read_text()
+    assert target.with_name("victim").read_text() == "precious"
+
+
+def test_a_shard_that_is_a_dangling_link_is_not_replaced(target, images):
+    shard = target.with_name("x-00001-of-00002.lmdb")
+    shard.symlink_to("gone")
+    with pytest.raises(ConversionError, match="a dangling link, which would be replaced; give gone"):
+        convert(images, target, shards=2)
+    assert shard.is_symlink()
+
+
+def test_a_link_in_the_place_of_a_new_index_of_a_classic_database_is_not_followed(tmp_path):
+    (tmp_path / "victim").write_text("precious")
+    partial = tmp_path / f"x.lmdb.dali-index.{os.getpid()}.partial"
+    partial.symlink_to("victim")
+    columns = {name: np.zeros(1, dtype) for name, dtype in INDEX_DTYPES.items()}
+    assert sidecar.save(tmp_path / "x.lmdb", sidecar.Stamp(1, 1, 1), columns)
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
+def test_a_log_that_is_a_pipe_needs_a_reader_from_the_start(pipe):
+    with pytest.raises(StateError, match="pipe: cannot be written: No such device or address"):
+        JsonLog(pipe, append=False)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    with JsonLog(pipe, append=False) as log:
+        log.write(step=1)
+        assert os.read(reader, 100) == b'{"step": 1}\n'
+    os.close(reader)
+    with JsonLog("/dev/null", append=True) as log:
+        log.write(step=1)
+
+
+def test_a_quarantine_is_no_pipe(pipe, store_path):
+    with pytest.raises(ValueError, match=r"quarantine .*pipe: a pipe, expected a file"):
+        BadRecords(open_store(store_path), on_bad="substitute", quarantine=pipe)

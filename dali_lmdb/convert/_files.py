@@ -16,6 +16,7 @@ from pathlib import Path
 
 from dali_lmdb.disk import describe_os_error
 from dali_lmdb.errors import ConversionError
+from dali_lmdb.store.regular import check_own
 from dali_lmdb.store.shards import RESERVED_SUFFIXES, set_files, shard_name
 
 __all__ = ["Files", "check_name", "check_target"]
@@ -38,8 +39,6 @@ def check_target(target: Path, all_files: Sequence[Files]) -> None:
     folder = target.parent
     if target.is_dir():
         raise ConversionError(f"{target}: a folder, expected the name of the file to make, such as train.lmdb")
-    if target.is_symlink() and not target.exists():
-        raise ConversionError(f"{target}: a dangling link, which would be replaced; give {os.readlink(target)}")
     if not folder.is_dir():
         raise ConversionError(f"{target}: its folder {folder} does not exist; make it first")
     if not os.access(folder, os.W_OK | os.X_OK):
@@ -51,6 +50,13 @@ def check_target(target: Path, all_files: Sequence[Files]) -> None:
             f"{target}: its name, with the suffix added during the conversion, is too long by "
             f"{longest - _MAX_NAME_BYTES} bytes; choose a shorter one"
         )
+    for files in all_files:
+        if files.target.is_symlink() and not files.target.exists():
+            raise ConversionError(
+                f"{files.target}: a dangling link, which would be replaced; give {os.readlink(files.target)}"
+            )
+        for beside in (files.partial, files.journal, files.report):
+            check_own(beside, error=ConversionError)
     check_name(target, all_files)
 
 

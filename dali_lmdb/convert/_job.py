@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,7 @@ from dali_lmdb.disk import os_errors
 from dali_lmdb.errors import ConversionError, StoreError, one_line
 from dali_lmdb.store.fingerprint import Fingerprint
 from dali_lmdb.store.reader import FileStore
+from dali_lmdb.store.regular import open_own
 from dali_lmdb.store.writer import StoreWriter, check_partial
 
 __all__ = ["Job", "Share", "Task", "Written"]
@@ -252,11 +254,12 @@ class Job:
         path, rows = self.files.report, self._not_stored()
         first = next(rows, None)
         with os_errors(path, "cannot be written", ConversionError, then=RESUME):
+            path.unlink(missing_ok=True)
             if first is None:
-                path.unlink(missing_ok=True)
                 return
             try:
-                with open(path, "w", encoding="utf-8") as file:
+                descriptor = open_own(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, error=ConversionError)
+                with open(descriptor, "w", encoding="utf-8") as file:
                     for row in chain([("name", "reason"), first], rows):
                         file.write("\t".join(map(one_line, row)) + "\n")
             except BaseException:

@@ -18,7 +18,7 @@ from dali_lmdb.loaders.lines import write_line
 from dali_lmdb.plan.batches import BatchPlan
 from dali_lmdb.store import Store
 
-__all__ = ["BadRecord", "BadRecords", "OnBad", "nothing_decodes", "substituted"]
+__all__ = ["BadRecord", "BadRecords", "OnBad", "check_quarantine", "nothing_decodes", "substituted"]
 
 OnBad = Literal["raise", "substitute"]
 
@@ -55,12 +55,7 @@ class BadRecords:
         self._store, self.on_bad = store, on_bad
         self._quarantine = None if quarantine is None else Path(quarantine)
         if self._quarantine is not None:
-            try:
-                self._quarantine.open("a").close()
-            except OSError as error:
-                raise ValueError(
-                    f"quarantine {quarantine}: cannot be written: {error.strerror}; name a file that can"
-                ) from error
+            check_quarantine(self._quarantine)
         self.met: dict[int, BadRecord] = {}
         self.num_substituted = 0
 
@@ -98,6 +93,22 @@ class BadRecords:
         except OSError as error:  # not worth stopping a training run for
             where = one_line(str(to))
             _log.warning("%s: cannot be written: %s; not listed: %s", where, error.strerror, line)
+
+
+def check_quarantine(path: Path) -> None:
+    """Create the quarantine file if it is absent.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
+    try:
+        if path.is_fifo():  # whose reader would see an end after each record
+            raise ValueError(f"quarantine {path}: a pipe, expected a file; name one")
+        path.open("a").close()
+    except OSError as error:
+        raise ValueError(
+            f"quarantine {path}: cannot be written: {error.strerror}; name a file that can"
+        ) from error
 
 
 def substituted(plan: BatchPlan, failed: Mapping[int, str], *, following: Iterable[int]) -> BatchPlan | None:

@@ -9,7 +9,23 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["write_line"]
+__all__ = ["open_lines", "write_line"]
+
+
+def open_lines(path: str | os.PathLike[str], *, append: bool) -> io.FileIO:
+    """Open a file, a device or a pipe for ``write_line``, without waiting for a reader of the pipe.
+
+    Args:
+        append: keep existing lines.
+
+    Raises:
+        OSError: it cannot be opened; ENXIO if nothing reads the pipe.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (os.O_APPEND if append else os.O_TRUNC)
+    descriptor = os.open(path, flags | os.O_NONBLOCK, 0o666)
+    os.set_blocking(descriptor, True)
+    # Unbuffered, so that a killed run has written everything.
+    return io.FileIO(descriptor, "a" if append else "w")
 
 
 def write_line(file: io.FileIO, values: Mapping[str, Any]) -> None:

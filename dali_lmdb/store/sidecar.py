@@ -76,7 +76,8 @@ def save(database: Path, stamp: Stamp, columns: Columns) -> bool:
     path = sidecar_path(database)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        with open(partial, "wb") as file:
+        partial.unlink(missing_ok=True)  # of a process that was killed and had the same number
+        with open(partial, "xb") as file:
             write_ipc(file, columns, INDEX_SCHEMA.with_metadata(metadata))
         os.replace(partial, path)
     except OSError as error:

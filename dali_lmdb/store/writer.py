@@ -74,6 +74,7 @@ class StoreWriter:
         self.path = Path(path)
         self._piece_records = piece_records
         self._transaction_bytes, self._flush_bytes = transaction_bytes, flush_bytes
+        check_own(path, error=ConversionError)  # LMDB follows links, and waits for pipes
         self.num_records = _count_records(self.path, piece_records)
         try:
             # The converter holds its own lock; LMDB's would leave a second file behind.
@@ -289,7 +290,6 @@ def check_partial(path: Path) -> None:
         ConversionError: it is damaged, or not a file that ``StoreWriter`` writes.
     """
     with _damage_of_partial(path):
-        check_own(path, error=ConversionError)
         if path.exists() and path.stat().st_size > 0:
             PageFile(path)  # bounds what the next check reserves
             problems = check_structure(path)

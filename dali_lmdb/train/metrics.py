@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dali_lmdb.errors import StateError
-from dali_lmdb.loaders.lines import write_line
+from dali_lmdb.loaders.lines import open_lines, write_line
 
 __all__ = ["EvaluationSums", "JsonLog", "StepMeter"]
 
@@ -134,8 +134,7 @@ class JsonLog:
         self._file: io.FileIO | None = None
         if path is not None:
             with self._errors():
-                # Unbuffered, so that a killed run has logged everything.
-                self._file = io.FileIO(path, "a" if append else "w")
+                self._file = open_lines(path, append=append)
 
     def write(self, **values: float) -> None:
         """Add one object."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dali_lmdb.errors import SourceError
 from dali_lmdb.loaders.backends import Backend
+from dali_lmdb.loaders.bad import check_quarantine
 from dali_lmdb.loaders.folder import is_image_folder, open_data
 from dali_lmdb.store import open_store
 from dali_lmdb.train import checkpoint, models
@@ -97,6 +98,8 @@ def _check_files(settings: TrainSettings) -> None:
     for option, name in (("--log-json", settings.log_json), ("--quarantine", settings.quarantine)):
         if name is not None:
             _check_file(Path(name), option=option)
+    if settings.quarantine is not None:
+        check_quarantine(Path(settings.quarantine))
     if settings.output is not None:
         try:
             Path(settings.output).mkdir(parents=True, exist_ok=True)
