@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from types import FunctionType, SimpleNamespace
 from typing import Any
@@ -29,7 +29,16 @@ from PIL import (  # noqa: F401
     WebPImagePlugin,
 )
 
-__all__ = ["BadImageError", "check_pixels", "crop", "open_image", "pixel_limit", "to_rgb"]
+__all__ = [
+    "START_BYTES",
+    "BadImageError",
+    "check_pixels",
+    "check_start",
+    "crop",
+    "open_image",
+    "pixel_limit",
+    "to_rgb",
+]
 
 _max_pixels: ContextVar[int | None] = ContextVar("max_pixels", default=None)
 
@@ -120,7 +129,30 @@ _MAX_READS = 100_000  # 30,000 chunks of a PNG, before its pixels
 _MIN_BYTES = 1 << 20
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM")
 _OURS: dict[str, Any] = {"WEBP": _WebPFile, "GIF": _GifFile, "TIFF": _TiffFile, "JPEG2000": _Jpeg2KFile}
+START_BYTES = 16
+"""Bytes at the start of a file that tell its format."""
 _NO_IMAGE = "not a JPEG, PNG, WebP, GIF, BMP, TIFF, JPEG 2000, AVIF or PPM image"
+
+
+def check_start(start: bytes) -> None:
+    """Reject a file that begins like none of the formats.
+
+    Args:
+        start: its first ``START_BYTES`` bytes.
+
+    Raises:
+        BadImageError: it is not an image.
+    """
+    if not any(True for _ in _plugins(start)):
+        raise BadImageError(_NO_IMAGE)
+
+
+def _plugins(start: bytes) -> Iterator[Callable[..., Any]]:
+    """Yield the plugins whose formats begin like this."""
+    for name in _FORMATS:
+        factory, accept = Image.OPEN.get(name, (None, None))
+        if factory is not None and accept is not None and accept(start) is True:
+            yield _OURS.get(name, factory)
 
 
 def open_image(data: bytes | memoryview, *, max_pixels: int | None) -> ImageFile.ImageFile:
@@ -132,16 +164,12 @@ def open_image(data: bytes | memoryview, *, max_pixels: int | None) -> ImageFile
     Raises:
         BadImageError: not an image, a damaged header, or more than ``max_pixels``.
     """
-    start = bytes(data[:16])
     token = _max_pixels.set(max_pixels)
     try:
-        for name in _FORMATS:
-            factory, accept = Image.OPEN.get(name, (None, None))
-            if factory is None or accept is None or accept(start) is not True:
-                continue
+        for plugin in _plugins(bytes(data[:START_BYTES])):
             file = _Input(data)
             try:
-                image: ImageFile.ImageFile = _OURS.get(name, factory)(file, "")
+                image: ImageFile.ImageFile = plugin(file, "")
             except (SyntaxError, IndexError, TypeError, struct.error):  # not of this format, as in Image.open
                 continue
             check_pixels(image.size, max_pixels)

@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["read_values"]
+__all__ = ["read_at", "read_values"]
 
 # Values are close together if the range that they span is at most twice their size, plus this.
 _ADVISED_SLACK_BYTES = 16 << 20
+_MAX_READ_BYTES = 0x7FFFF000  # the most that Linux transfers in one call, see read(2)
 
 
 def read_values(
@@ -41,8 +42,19 @@ def read_values(
             os.posix_fadvise(file.fileno(), start, size, os.POSIX_FADV_WILLNEED)
         for offset, length in extents:
             try:
-                value = os.pread(file.fileno(), length, offset)
+                value = read_at(file.fileno(), length, offset)
             except OSError as error:
                 yield error
             else:
                 yield value
+
+
+def read_at(descriptor: int, num_bytes: int, offset: int) -> bytes:
+    """Read bytes of a file, however many; fewer if it ends there. May move the descriptor's position."""
+    if num_bytes <= _MAX_READ_BYTES:
+        data = os.pread(descriptor, num_bytes, offset)
+        if len(data) in (0, num_bytes):
+            return data
+    with open(descriptor, "rb", closefd=False) as file:  # reads piece by piece into one buffer
+        file.seek(offset)
+        return file.read(num_bytes)

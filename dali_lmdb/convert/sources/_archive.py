@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from dali_lmdb.convert.sources._files import check_size, reading
+from dali_lmdb.convert.sources._files import read_image, reading
 from dali_lmdb.convert.sources._names import printable, safe_path
 from dali_lmdb.convert.sources._whole_files import FileState
 from dali_lmdb.errors import SourceError
@@ -96,16 +96,14 @@ class Archive:
         """The bytes of one member; may be called in any thread.
 
         Raises:
+            RefusedImageError: see ``read_image``.
             SourceError: the archive vanished or changed since this object was made.
         """
-        check_size(size, where=f"{self.path}: {name}")
         try:
             descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 found = os.fstat(descriptor)
-                data = os.pread(descriptor, size, offset)
-                while len(data) < size and (more := os.pread(descriptor, size - len(data), offset + len(data))):
-                    data += more
+                data = read_image(descriptor, size, offset, where=f"{self.path}: {name}")
             finally:
                 os.close(descriptor)
         except OSError as error:

@@ -12,23 +12,27 @@ from typing import NamedTuple
 
 from dali_lmdb.errors import SourceError
 from dali_lmdb.images.names import is_image_name
+from dali_lmdb.images.opening import START_BYTES, BadImageError, check_start
 from dali_lmdb.store.layout import MAX_RECORD_BYTES
 from dali_lmdb.store.regular import check_regular
+from dali_lmdb.store.values import read_at
 
 __all__ = [
     "FolderListing",
     "ImageFile",
+    "RefusedImageError",
     "check_inside",
-    "check_size",
     "is_as_listed",
     "is_file",
     "is_folder",
     "lines_of",
     "list_folder",
     "list_images",
+    "read_image",
     "reading",
 ]
 
+_LARGE_BYTES = 16 << 20
 _COARSEST_TIME_NS = 2_000_000_000  # FAT's; NFS, ext4 and others have finer ones
 
 
@@ -200,6 +204,7 @@ class ImageFile:
         """The bytes.
 
         Raises:
+            RefusedImageError: see ``read_image``.
             SourceError: the file is missing, cannot be read, is no regular file, or changes meanwhile.
         """
         path = self.path
@@ -211,10 +216,8 @@ class ImageFile:
                 before = os.fstat(descriptor)
                 if not stat.S_ISREG(before.st_mode):
                     raise SourceError(f"{path}: not a regular file, expected an image file; remove it")
-                check_size(before.st_size, where=path)
-                data = os.read(descriptor, before.st_size + 1)  # one byte more, to notice that the file grew
-                while 0 < len(data) < before.st_size and (more := os.read(descriptor, before.st_size - len(data))):
-                    data += more
+                self._mtime_ns = before.st_mtime_ns
+                data = read_image(descriptor, before.st_size, where=path)
                 after = os.fstat(descriptor)
             finally:
                 os.close(descriptor)
@@ -222,7 +225,6 @@ class ImageFile:
             raise SourceError(f"{path}: cannot be read: {error.strerror}") from error
         if not len(data) == before.st_size == after.st_size or before.st_mtime_ns != after.st_mtime_ns:
             raise SourceError(f"{path}: changed while it was read; convert again when nothing writes to it")
-        self._mtime_ns = before.st_mtime_ns
         return data
 
     def stamp(self) -> int:
@@ -237,11 +239,25 @@ class ImageFile:
             return os.stat(self.path).st_mtime_ns
 
 
-def check_size(num_bytes: int, *, where: object) -> None:
-    """Refuse an image that is too large for a record, before allocating memory for it.
+class RefusedImageError(SourceError, BadImageError):
+    """An image that is not read, since it cannot be stored or is none."""
+
+
+def read_image(descriptor: int, num_bytes: int, offset: int = 0, *, where: object) -> bytes:
+    """Read an image from an open file; fewer bytes if the file ends there.
+
+    A large file that does not begin like an image is refused unread: all of it would be in memory.
 
     Raises:
-        SourceError: it is larger than ``MAX_RECORD_BYTES``.
+        RefusedImageError: too large for a record, or large and not an image.
+        OSError: it cannot be read.
     """
+    found = f"{where}: {num_bytes:,} bytes"
     if num_bytes > MAX_RECORD_BYTES:
-        raise SourceError(f"{where}: {num_bytes:,} bytes, a record holds {MAX_RECORD_BYTES:,} at most; remove it")
+        raise RefusedImageError(f"{found}, a record holds {MAX_RECORD_BYTES:,} at most; remove it")
+    if num_bytes > _LARGE_BYTES:
+        try:
+            check_start(read_at(descriptor, START_BYTES, offset))
+        except BadImageError as error:
+            raise RefusedImageError(f"{found}, {error}; remove it") from error
+    return read_at(descriptor, num_bytes, offset)
