@@ -549,13 +549,6 @@ def test_export_into_a_link_to_an_empty_folder_fills_that_folder(store_path, ima
     assert (tmp_path / "link").is_symlink()
 
 
-def test_export_leaves_an_unfinished_export_alone(store_path, tmp_path):
-    (tmp_path / "out.partial").mkdir()
-    with pytest.raises(ConversionError, match="already exists"):
-        export(store_path, tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
-
-
 @pytest.mark.parametrize("tar", [False, True])
 def test_export_of_a_damaged_record_leaves_nothing(tar, copy, tmp_path):
     flip(copy, offset_of(copy, layout.record_key(9)))

@@ -75,7 +75,8 @@ def export_command(
 ) -> None:
     """Export the images of STORE as files, byte for byte, to the new folder DIR: one folder for each class.
 
-    DIR appears when everything is written; after an error or an interrupt nothing is left behind.
+    DIR appears when everything is written; after an error or an interrupt nothing is left behind,
+    except after a second one, which is said; the same command then starts over.
     """
     interrupt_on_sigterm()
     with ProgressBar(unit="records") as bar:
@@ -88,9 +89,9 @@ def export_command(
                 per_shard=per_shard,
                 progress=_report_to(bar),
             )
-        except KeyboardInterrupt:
-            sentence = "Stopped. Nothing was left behind; run the same command again to start over."
-            raise KeyboardInterrupt(sentence) from None
+        except KeyboardInterrupt as stop:
+            removed = "Stopped. Nothing was left behind; run the same command again to start over."
+            raise KeyboardInterrupt(str(stop) or removed) from None
     into = f"{done.tars:,} tars" if tar else f"{done.classes:,} class folders"
     done_line = one_line(f"{done.folder}: {done.records:,} records, {done.num_bytes:,} bytes, in {into}")
     print_result(done_line, done=done.folder)

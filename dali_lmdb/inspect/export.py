@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import io
 import os
 import re
-import shutil
 import tarfile
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from dali_lmdb.disk import sync_folder
 from dali_lmdb.errors import ConversionError, RecordError
 from dali_lmdb.images.names import is_image_name
 from dali_lmdb.inspect.paths import extension_of, is_case_sensitive, record_paths
+from dali_lmdb.inspect.publishing import publishing
 from dali_lmdb.inspect.records import Progress, ProgressCallback, in_order, runs
 from dali_lmdb.store import Store, open_store
 from dali_lmdb.threads import threads_to_read
@@ -63,7 +61,7 @@ def export(
 
     A name without an image's extension gets that of the image's kind, so that the folder can be converted again.
     Names are checked before anything is written. Files are written to ``FOLDER.partial``, which is renamed to
-    ``FOLDER`` at the end, or removed on an error or an interrupt.
+    ``FOLDER`` at the end, or removed on an error or an interrupt; see ``publishing.py``.
 
     Args:
         path: a store.
@@ -91,7 +89,7 @@ def export(
         _check_labels(store)
         if tar:
             _check_class_lines(store)
-        with _publishing(target) as partial:
+        with publishing(target) as partial:
             if tar:
                 runs_written = _write_tars(
                     store,
@@ -112,60 +110,6 @@ def export(
         return ExportSummary(
             folder=str(folder), records=done, num_bytes=num_bytes, classes=len(store.classes), tars=num_tars
         )
-
-
-@contextlib.contextmanager
-def _publishing(target: Path) -> Iterator[Path]:
-    """Yield a new folder beside ``target``; rename it to ``target`` on success, remove it on failure."""
-    _check_target(target)
-    partial = target.with_name(target.name + ".partial")
-    try:
-        partial.mkdir()
-    except FileExistsError:
-        raise ConversionError(
-            f"{partial}: already exists; remove it if no other export to {target} is running"
-        ) from None
-    except OSError as error:
-        raise ConversionError(f"{partial}: cannot be created: {error.strerror}; check its folder") from error
-    try:
-        yield partial
-        _sync_file_system(partial)
-        os.rename(partial, target)
-        sync_folder(target.parent)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise ConversionError(f"{target}: cannot be written: {error.strerror}; nothing was left there") from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def _check_target(target: Path) -> None:
-    if not target.parent.is_dir():
-        raise ConversionError(f"{target}: its folder {target.parent} does not exist; create it first")
-    if not os.path.lexists(target):
-        return
-    if not target.is_dir():
-        raise ConversionError(f"{target}: exists and is not a folder; choose another name")
-    if os.path.ismount(target):
-        raise ConversionError(f"{target}: a mount point cannot be replaced; give a folder inside it")
-    try:
-        with os.scandir(target) as entries:
-            empty = next(entries, None) is None
-    except OSError as error:
-        raise ConversionError(f"{target}: cannot be read: {error.strerror}; choose another") from error
-    if not empty:
-        raise ConversionError(f"{target}: exists and is not empty; choose another name")
-
-
-def _sync_file_system(folder: Path) -> None:
-    """Flush all files to disk with one syncfs(2); a million calls of fsync would take minutes."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        if ctypes.CDLL(None, use_errno=True).syncfs(descriptor):
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    finally:
-        os.close(descriptor)
 
 
 def _write_files(store: Store, folder: Path, *, num_threads: int) -> _Written:
