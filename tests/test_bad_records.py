@@ -446,16 +446,16 @@ def test_a_good_store_is_never_probed(store_of):
     with dali(store_of(()), transform=TRAIN, batch_size=4, on_bad="substitute") as loader:
         for _ in range(3):
             list(loader)
-        assert loader._verdicts == {}
+        assert loader._verdicts._known == {}
         assert loader.stats()["bad_records"] == loader.stats()["substituted"] == 0
 
 
 def test_only_batches_with_known_bad_records_are_probed_again(store_of):
     with dali(store_of((5,)), transform=EVAL, batch_size=4, on_bad="substitute") as loader:
         list(loader)
-        assert {record for _, record in loader._verdicts} == {4, 5, 6, 7}
+        assert {record for _, record in loader._verdicts._known} == {4, 5, 6, 7}
         list(loader)
-        assert {record for epoch, record in loader._verdicts if epoch == 1} == {5}
+        assert {record for epoch, record in loader._verdicts._known if epoch == 1} == {5}
 
 
 def test_an_image_that_is_not_of_the_size_in_the_index_is_named_or_read_as_it_is(make, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -212,21 +213,22 @@ def test_a_failure_of_another_kind_stays_what_it_is(cause):
 
 
 @pytest.fixture
-def builds(monkeypatch):
-    """Batch sizes of the probe's pipelines, in order."""
-    sizes = []
+def plant(monkeypatch, tmp_path):
+    """Gives probes a handler of ``planted_probes``, and returns a function for the lines that it notes."""
+    noted = tmp_path / "planted"
+    monkeypatch.setenv("PLANTED", str(noted))
+    monkeypatch.syspath_prepend(str(ROOT / "tests"))
 
-    def build(source, settings):
-        sizes.append(settings.batch_size)
-        return build_pipeline(source, settings)
+    def plant_handler(name):
+        monkeypatch.setattr(probe, "_HANDLER", f"planted_probes:{name}")
+        return lambda: noted.read_text().splitlines() if noted.exists() else []
 
-    build_pipeline = probe.build_pipeline
-    monkeypatch.setattr(probe, "build_pipeline", build)
-    return sizes
+    return plant_handler
 
 
 @pytest.mark.parametrize("bad", [(0,), (77,), (255,), (3, 200), (100, 101, 102)], ids=str)
-def test_bad_records_of_a_large_batch_are_found_by_halving(tmp_path, builds, bad):
+def test_bad_records_of_a_large_batch_are_found_by_halving(tmp_path, plant, bad):
+    noted = plant("noting")
     values = [noise_image(record % 24) for record in range(NUM_RECORDS)]
     sizes = [size_of(record % 24) for record in range(NUM_RECORDS)]
     for record in bad:
@@ -236,12 +238,13 @@ def test_bad_records_of_a_large_batch_are_found_by_halving(tmp_path, builds, bad
         with pytest.raises(RecordError):
             next(iter(loader))
         assert [record.index for record in loader.bad_records] == list(bad)
+    builds = [int(line) for line in noted()]
     # One for a blank image, then one after each failure: of a group of 31 and its parts of 16, 8, 4, 2 and 1.
     assert len(builds) <= 2 + 6 * len(bad)
     assert max(builds) <= 31
 
 
-def test_a_batch_of_bad_records_only_is_named_however_dali_sees_them(tmp_path, builds):
+def test_a_batch_of_bad_records_only_is_named_however_dali_sees_them(tmp_path):
     """A window outside of the image is DALI's verdict alone, and nothing of the batch passes."""
     values = [grey_image(0), grey_image(1), b"<html>", b""]
     path = write_store(tmp_path / "x.lmdb", values, sizes=[(500, 600), (500, 600), size_of(2), size_of(3)])
@@ -262,41 +265,80 @@ def test_records_too_large_for_a_blank_of_their_size_are_named_all_the_same(tmp_
         next(iter(loader))
 
 
-def test_a_probe_that_fails_beside_the_pipeline_is_repeated_without_it(tmp_path, monkeypatch):
+def test_a_probe_that_fails_beside_the_pipeline_is_repeated_without_it(tmp_path, plant):
     """As on a GPU whose memory the pipeline and the model fill."""
-    failed = []
-
-    def build(source, settings):
-        if not failed:
-            failed.append(settings)
-            raise failure("Can't allocate 1073741824 bytes on device 0.")
-        return build_pipeline(source, settings)
-
-    build_pipeline = probe.build_pipeline
     with dali(
         store_with(tmp_path / "x.lmdb", (5,)), on_bad="substitute", transform=TrainTransform(size=16)
     ) as loader:
         list(loader)
-        monkeypatch.setattr(probe, "build_pipeline", build)
+        loader._verdicts.close()
+        noted = plant("once_without_memory")
         steps = [records.tolist() for _ in range(3) for _, _, records in loader]
-        assert failed
+        assert noted() == ["failed"]
         assert [len(step) for step in steps] == [4] * 9
         assert 5 not in {record for step in steps for record in step}
         assert [record.index for record in loader.bad_records] == [5]
 
 
-def test_a_probe_without_memory_is_no_verdict(tmp_path, monkeypatch):
-    def build(source, settings):
-        raise failure("Can't allocate 1073741824 bytes on device 0.")
-
+def test_a_probe_without_memory_is_no_verdict(tmp_path, plant):
     with dali(store_with(tmp_path / "x.lmdb", (1,))) as loader:
-        with monkeypatch.context() as patch:
-            patch.setattr(probe, "build_pipeline", build)
-            with pytest.raises(DeviceError, match="out of GPU memory"):
-                next(iter(loader))
+        plant("without_memory")
+        with pytest.raises(DeviceError, match="out of GPU memory"):
+            next(iter(loader))
         assert loader.bad_records == []
+        loader._verdicts.close()
+        plant("noting")
         with pytest.raises(RecordError, match="record 1 "):
             next(iter(loader))
+
+
+def test_a_record_that_crashes_the_probe_is_bad_and_never_decoded_again(tmp_path, plant):
+    noted = plant("crashing")
+    path = store_with(tmp_path / "x.lmdb", (6,))  # 6 makes the batch fail; 5, its neighbour, crashes the probe
+    with dali(path, on_bad="substitute") as loader:
+        steps = [records.tolist() for _, _, records in loader]
+        assert steps == [[0, 1, 2, 3], [4, 4, 7, 7], [8, 9, 10, 11]]
+        causes = {record.index: record.cause for record in loader.bad_records}
+        assert causes[5] == "DALI: the decoder crashed: SIGSEGV; Pillow decodes it"
+        assert causes.keys() == {5, 6}
+        before = len(noted())
+        assert [records.tolist() for _, _, records in loader] == steps
+        assert not any("5" in line for line in noted()[before:])
+
+
+def test_a_record_that_crashes_pillow_is_named_with_that_cause(tmp_path, plant):
+    plant("crashing_in_pillow")
+    with dali(store_with(tmp_path / "x.lmdb", {5: "text"})) as loader, pytest.raises(RecordError) as info:
+        list(loader)
+    assert "record 5 (c05/005.jpg): not a decodable image: the decoder crashed: SIGABRT; " in str(info.value)
+
+
+@ON_BAD
+def test_refused_records_are_bad_without_being_decoded(tmp_path, plant, on_bad):
+    noted = plant("crashing")
+    with dali(store_with(tmp_path / "x.lmdb", ()), on_bad=on_bad, quarantine=tmp_path / "bad.jsonl") as loader:
+        loader.refuse({5: "it crashes"})
+        if on_bad == "raise":
+            with pytest.raises(
+                RecordError, match=r"record 5 \(c05/005.jpg\): not a decodable image: it crashes; "
+            ):
+                list(loader)
+        else:
+            assert [records.tolist() for _, _, records in loader] == [[0, 1, 2, 3], [4, 4, 6, 7], [8, 9, 10, 11]]
+            assert loader.stats()["substituted"] == 1
+            assert noted() == [], "nothing has to be probed"
+        assert [(record.index, record.cause) for record in loader.bad_records] == [(5, "it crashes")]
+    (line,) = (tmp_path / "bad.jsonl").read_text().splitlines()
+    assert json.loads(line)["index"] == 5
+
+
+def test_a_closed_loader_leaves_no_probe_behind(tmp_path):
+    with dali(store_with(tmp_path / "x.lmdb", (1,))) as loader:
+        with pytest.raises(RecordError):
+            next(iter(loader))
+        process = loader._verdicts._probe._isolated._process
+        assert process.poll() is None, "kept for the next bad record"
+    assert process.wait(10) == -signal.SIGKILL
 
 
 # --- large batches

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from traceback import clear_frames
@@ -18,16 +18,16 @@ from dali_lmdb.loaders.base import Batch, Loader
 from dali_lmdb.loaders.external_source import InFlight
 from dali_lmdb.loaders.gpu_memory import held_bytes
 from dali_lmdb.loaders.graph_settings import graph_settings, log_decoding, usual_size
-from dali_lmdb.loaders.pillow import pillow_cause
 from dali_lmdb.loaders.pipeline import (
     define_pipeline,
     feed_without_copy,
     release_unused_memory,
 )
 from dali_lmdb.loaders.prefetch import Feed, Prefetcher
-from dali_lmdb.loaders.probe import Probe, may_be_a_record, raise_explained
+from dali_lmdb.loaders.probe import may_be_a_record, raise_explained
 from dali_lmdb.loaders.run import Run
 from dali_lmdb.loaders.settings import DaliSettings, Decode, DecodeDevice, Device, Dtype, Layout, LoaderSettings
+from dali_lmdb.loaders.verdicts import Verdicts
 from dali_lmdb.plan.augment import Transform
 from dali_lmdb.plan.batches import BatchPlan
 from dali_lmdb.plan.order import LastBatch, Shuffle
@@ -159,8 +159,9 @@ class DaliLoader(Loader):
         self.gpu_memory_bytes = held_bytes(self.graph, pixels=usual.pixels)
         if device == "cuda" and self.planner.steps.rank == 0:
             log_decoding(store, dali, self.graph)
+        self._verdicts = Verdicts(store, self.graph)
         # The prefetcher's thread must not keep the loader alive, so that one dropped without close() is freed.
-        self._make_feed = partial(feed_without_copy, planner=self.planner)
+        self._make_feed = partial(feed_without_copy, planner=self.planner, refused=self._verdicts.refused)
         self._readahead_bytes = readahead_bytes
         self._prefetcher: Prefetcher | None = None  # the newest one; its run closes it
         self._late_bytes_before = 0  # sum over earlier prefetchers
@@ -168,12 +169,9 @@ class DaliLoader(Loader):
         self._run_begins_at: tuple[int, int] | None = None
         # nvImageCodec fixes the hardware engine's number of images at a pipeline's first batch: pad a short one.
         self._pad_first_batch = self.graph.decode_device == "gpu" and self.graph.hw_decoder_load > 0
-        self._probe = Probe(self.graph)
-        # By (epoch, record), since windows differ: why the record failed to decode; None if it decoded.
-        self._verdicts: dict[tuple[int, int], str | None] = {}
 
     def _batch_at(self, epoch: int, position: int) -> Batch:
-        self._verdicts = {key: cause for key, cause in self._verdicts.items() if key[0] >= epoch}
+        self._verdicts.forget_before(epoch)
         # Taken out until the step is complete, so that an exception in the middle of it cannot leave a pipeline
         # whose place is unknown.
         run, self._run = self._run, None
@@ -232,17 +230,17 @@ class DaliLoader(Loader):
         batch = run.in_flight[0]
         plan = batch.plan
         try:
-            failed = self._probe_records(plan, batch.feed, plan.records.tolist(), failed_before=False)
+            failed = self._verdicts.causes(plan, batch.feed, plan.records.tolist(), failed_before=False)
         except RuntimeError as other:
             raise_explained(other)
         if not failed:
             raise error  # every record can be decoded outside the batch: the cause lies elsewhere
-        known = {
-            record: cause for (epoch, record), cause in self._verdicts.items() if cause and epoch == plan.epoch
-        }
         try:
             self.bad.report(failed)
-            if substituted(plan, known, following=self.planner.following(plan)) is None:
+            if (
+                substituted(plan, self._verdicts.of_epoch(plan.epoch), following=self.planner.following(plan))
+                is None
+            ):
                 raise nothing_decodes(self.store)
         except RecordError as bad:
             bad.end = plan.end
@@ -260,13 +258,14 @@ class DaliLoader(Loader):
     def _with_substitutes(self, plan: BatchPlan, feed: Feed) -> InFlight:
         """Substitute records that are known to fail before DALI gets the batch, so that the pipeline survives."""
         planned = InFlight(plan, feed, num_substituted=0)
-        if not self.bad.met or self.bad.on_bad == "raise":
+        if not (self.bad.met or self._verdicts.refused) or self.bad.on_bad == "raise":
             return planned
         shown, failed = planned, dict[int, str]()
         while True:
-            suspects = [record for record in shown.plan.records.tolist() if record in self.bad.met]
+            records = shown.plan.records.tolist()
+            suspects = [record for record in records if record in self.bad.met or record in self._verdicts.refused]
             try:
-                found = self._probe_records(shown.plan, shown.feed, suspects, failed_before=True)
+                found = self._verdicts.causes(shown.plan, shown.feed, suspects, failed_before=True)
             except RuntimeError:
                 if shown is not planned:
                     raise
@@ -274,42 +273,20 @@ class DaliLoader(Loader):
                 return planned
             if not found:
                 return shown
+            self.bad.report(found)  # refused ones may be new
             failed |= found
             replaced = substituted(plan, failed, following=self.planner.following(plan))
             if replaced is None:  # `_recover` raises that error when the batch is needed
                 return planned
             shown = InFlight(replaced, self._make_feed(replaced), int((replaced.records != plan.records).sum()))
 
-    def _probe_records(
-        self, plan: BatchPlan, feed: Feed, records: list[int], *, failed_before: bool
-    ) -> dict[int, str]:
-        """Decode some records of a batch separately; return the causes of those that fail.
+    def refuse(self, causes: Mapping[int, str]) -> None:
+        """Treat records as bad from the next batch on, without ever decoding them.
 
         Args:
-            failed_before: as ``Probe.causes``.
+            causes: why, by record index; for ``bad_records`` and messages.
         """
-        unknown = {record for record in records if (plan.epoch, record) not in self._verdicts}
-        rows = {record: row for row, record in enumerate(plan.records.tolist()) if record in unknown}
-        heights, widths = (self.store.gather(name, plan.records).tolist() for name in ("height", "width"))
-        # Those that DALI may decode: the others are REFUSED.
-        sizes = {row: (heights[row], widths[row]) for row in rows.values() if feed[0][row].shape() != [0]}
-        causes = self._probe.causes(feed, sizes, failed_before=failed_before)
-        for record, row in rows.items():
-            decoded = row in sizes and row not in causes
-            self._verdicts[plan.epoch, record] = None if decoded else self._cause(record, causes.get(row))
-        verdicts = {record: self._verdicts[plan.epoch, record] for record in records}
-        return {record: cause for record, cause in verdicts.items() if cause is not None}
-
-    def _cause(self, record: int, from_dali: str | None) -> str:
-        """Why a record cannot be decoded: what DALI says, which is little, and what Pillow says.
-
-        Args:
-            from_dali: None if DALI did not get the record.
-        """
-        from_pillow = pillow_cause(self.store, record)
-        if from_dali is None:
-            return from_pillow or "the index has no size for it; convert it again with --check header"
-        return f"DALI: {from_dali}; Pillow{f': {from_pillow}' if from_pillow else ' decodes it'}"
+        self._verdicts.refused.update(causes)
 
     def stats(self) -> dict[str, float]:
         return super().stats() | {"late_bytes": self._late_bytes_before + _late_bytes(self._prefetcher)}
@@ -322,6 +299,7 @@ class DaliLoader(Loader):
         run, self._run = self._run, None
         if run is not None:
             run.close()
+        self._verdicts.close()
         if self.graph.device == "cuda":
             release_unused_memory()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
@@ -50,11 +51,15 @@ def fields_of(transform: Transform) -> tuple[Field, ...]:
     )
 
 
-def feed_of(plan: BatchPlan, planner: Planner) -> Feed:
-    """A planned batch as the arrays of ``fields_of``, each of shape (n, ...)."""
+def feed_of(plan: BatchPlan, planner: Planner, *, refused: Collection[int] = ()) -> Feed:
+    """A planned batch as the arrays of ``fields_of``, each of shape (n, ...).
+
+    Args:
+        refused: records that no decoder may get.
+    """
     augmentation = planner.augment(plan)._asdict()
     names = [field.name for field in fields_of(planner.transform)[2:]]
-    encoded = encoded_for_dali(planner.store, plan.records)
+    encoded = encoded_for_dali(planner.store, plan.records, refused=refused)
     for row in np.flatnonzero((augmentation["shapes"] < 1).any(axis=1)):  # the index has no size for it
         encoded[row] = REFUSED
     return encoded, planner.labels(plan), *(augmentation[name] for name in names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from dali_lmdb.images.agreement import DALI_AGREES, dali_agrees
 from dali_lmdb.images.opening import BadImageError, open_image, pixel_limit, to_rgb
 from dali_lmdb.store import Store
 
-__all__ = ["REFUSED", "encoded_for_dali", "pillow_cause", "pixel_limits"]
+__all__ = ["REFUSED", "encoded_for_dali", "pixel_limits"]
 
 _ALWAYS_AGREES = np.isin(np.arange(256), DALI_AGREES)  # by kind
 
@@ -25,26 +26,24 @@ def pixel_limits(store: Store, records: npt.NDArray[np.int64]) -> list[int | Non
     return [pixel_limit(height, width) for height, width in zip(heights, widths, strict=True)]
 
 
-def pillow_cause(store: Store, record: int) -> str | None:
-    """Why Pillow cannot decode a record; None if it can."""
-    (limit,) = pixel_limits(store, np.array([record]))
-    try:
-        to_rgb(open_image(store.read(record), max_pixels=limit))
-    except BadImageError as error:
-        return str(error)
-    return None
-
-
-def encoded_for_dali(store: Store, records: npt.NDArray[np.int64]) -> list[npt.NDArray[np.uint8]]:
+def encoded_for_dali(
+    store: Store, records: npt.NDArray[np.int64], *, refused: Collection[int] = ()
+) -> list[npt.NDArray[np.uint8]]:
     """Image files of some records, which DALI decodes to Pillow's pixels or not at all.
 
     A file is unchanged if DALI agrees with Pillow on it, see ``agreement``. Otherwise it is a PPM of Pillow's
     pixels, or ``REFUSED`` if Pillow cannot decode it.
 
+    Args:
+        refused: records that neither may decode.
+
     Returns:
         uint8 of shape (num_bytes,) for each record.
     """
     encoded = store.arrays(records)
+    if refused:
+        for row in np.flatnonzero(np.isin(records, list(refused))).tolist():
+            encoded[row] = REFUSED
     suspects = np.flatnonzero(~_ALWAYS_AGREES[store.gather("kind", records)])
     if len(suspects):
         for row, limit in zip(suspects.tolist(), pixel_limits(store, records[suspects]), strict=True):

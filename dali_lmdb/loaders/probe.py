@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 from nvidia.dali import Pipeline
@@ -12,10 +13,13 @@ from nvidia.dali import Pipeline
 from dali_lmdb.errors import DeviceError
 from dali_lmdb.images.blank import blank_jpeg
 from dali_lmdb.images.header import MAX_PIXELS
+from dali_lmdb.images.opening import BadImageError, open_image, to_rgb
+from dali_lmdb.isolated import Answer, Died, Handler, Isolated, Sample
+from dali_lmdb.loaders.external_source import fields_of
 from dali_lmdb.loaders.pipeline import GraphSettings, build_pipeline
 from dali_lmdb.loaders.prefetch import Feed
 
-__all__ = ["Probe", "may_be_a_record", "raise_explained"]
+__all__ = ["Cause", "Probe", "Sizes", "decoder", "may_be_a_record", "raise_explained"]
 
 # DALI raises a plain RuntimeError for everything, so only its text tells. Texts of DALI 2.4.0: image_decoder.h (#N
 # is an nvimgcodecStatus_t of nvimgcodec.h), crop_window.h, and what `slice` says of a window outside of the image,
@@ -43,6 +47,13 @@ _JPEG_MAX_SIDE = 65_500  # libjpeg's
 # crash the process: the error leaves `RunImplImpl` (image_decoder.h), whose variables the other threads still use.
 _GROUP_RECORDS = 31
 
+# Training decodes without a limit, too, and with a GPU a process reserves address space for all of its memory.
+_NO_LIMIT = 1 << 46
+
+_HANDLER = f"{__name__}:decoder"
+
+Begin = Callable[[int | None], None]
+
 Sizes = dict[int, tuple[int, int]]
 """(height, width) of records, as in the index, by row of the batch."""
 
@@ -69,8 +80,18 @@ def raise_explained(error: RuntimeError) -> NoReturn:
     raise error
 
 
+class Cause(NamedTuple):
+    """Why a record cannot be decoded."""
+
+    text: str
+    died: bool = False
+    """Whether it crashed the decoder, or kept it busy for too long; such a record must not be decoded again."""
+
+
 class Probe:
     """Decodes records apart from their batch, to find those that make it fail.
+
+    This happens in a process of its own, which a record may crash. It starts when it is first needed and is kept.
 
     On a GPU it decodes each record with the hardware JPEG engine and without it: in a batch either may happen, so
     a record that fails in one of these ways is bad.
@@ -84,9 +105,10 @@ class Probe:
         small = replace(settings, num_threads=1, prefetch_queue_depth=1, height_hint=0, width_hint=0)
         loads = (1.0, 0.0) if settings.decode_device == "gpu" else (settings.hw_decoder_load,)
         self.ways = [replace(small, hw_decoder_load=load) for load in loads]
+        self._isolated: Isolated | None = None
 
-    def causes(self, feed: Feed, sizes: Sizes, *, failed_before: bool) -> dict[int, str]:
-        """Why records of a batch cannot be decoded, by row of the batch; those that can be are left out.
+    def causes(self, feed: Feed, sizes: Sizes, *, failed_before: bool) -> dict[int, Cause]:
+        """Why DALI cannot decode records of a batch, by row of the batch; those that it can are left out.
 
         Args:
             feed: DALI's inputs for the batch.
@@ -98,21 +120,133 @@ class Probe:
             RuntimeError: DALI fails for a reason other than these records, such as lack of memory.
             DeviceError: not even a blank image can be decoded.
         """
+        if not sizes:
+            return {}
+        if not failed_before:
+            self._check_blank(feed, sizes)
+        answers = self._work([_sample(feed, row, alone=failed_before) for row in sizes])
+        return {row: cause for row, cause in zip(sizes, answers, strict=True) if cause is not None}
+
+    def pillow_causes(
+        self, files: Sequence[bytes | memoryview], limits: Sequence[int | None]
+    ) -> list[Cause | None]:
+        """Why Pillow cannot decode image files; None for those that it can.
+
+        Args:
+            limits: ``max_pixels`` of ``open_image`` for each.
+        """
+        if not files:
+            return []
+        return self._work([Sample(file, {"max_pixels": limit}) for file, limit in zip(files, limits, strict=True)])
+
+    def close(self) -> None:
+        """End the process; the next use starts another."""
+        isolated, self._isolated = self._isolated, None
+        if isolated is not None:
+            isolated.close()
+
+    def _work(self, items: Sequence[Sample]) -> list[Cause | None]:
+        if self._isolated is None:
+            self._isolated = Isolated(_HANDLER, self.ways, growth_bytes=_NO_LIMIT)
+        return [
+            Cause(f"the decoder {answer.cause}", died=True)
+            if isinstance(answer, Died)
+            else None
+            if answer.value is None
+            else Cause(answer.value)
+            for answer in self._isolated.work(items)
+        ]
+
+    def _check_blank(self, feed: Feed, sizes: Sizes) -> None:
+        """Raise ``DeviceError`` if DALI cannot decode even a blank image of the largest record's size.
+
+        Then its failures say nothing about the records: with an unsuitable driver, or if nvImageCodec lacks memory
+        and does not say so, it fails to decode every one of them.
+        """
+        pixels = {
+            row: height * width
+            for row, (height, width) in sizes.items()
+            if height * width <= MAX_PIXELS and max(height, width) <= _JPEG_MAX_SIDE
+        }
+        if not pixels:
+            return
+        row = max(pixels, key=pixels.__getitem__)
+        height, width = sizes[row]
+        (cause,) = self._work([_sample(feed, row, alone=True)._replace(data=blank_jpeg(height, width))])
+        if cause is not None:
+            raise DeviceError(
+                f"DALI fails to decode a batch, and even a blank JPEG of {height} x {width} pixels: {cause.text}; "
+                "check how it is installed, and the GPU's driver if there is one"
+            )
+
+
+def _sample(feed: Feed, row: int, *, alone: bool) -> Sample:
+    """A row of a batch for the process."""
+    encoded, *numbers = feed
+    return Sample(
+        np.asarray(encoded[row]), {"alone": alone, "numbers": [values[row].tolist() for values in numbers]}
+    )
+
+
+# --- In the process
+
+
+def decoder(ways: Sequence[GraphSettings]) -> Handler:
+    """The handler of ``Isolated``: answers are causes, or None for what can be decoded."""
+
+    def handle(items: Sequence[Sample], begin: Begin) -> list[Answer]:
+        if "max_pixels" in items[0].note:
+            return [Answer(_pillow_cause(item, begin, row)) for row, item in enumerate(items)]
         causes: dict[int, str] = {}
-        for settings in self.ways:
-            rows = [row for row in sizes if row not in causes]
-            size = 1 if failed_before else _GROUP_RECORDS
-            groups = [rows[begin : begin + size] for begin in range(0, len(rows), size)]
-            if not groups:
-                break
-            decoder = _Decoder(replace(settings, batch_size=len(groups[0])))
-            try:
-                if not failed_before:
-                    _check_blank(decoder, feed, sizes)
-                causes |= _halve(decoder, feed, groups)
-            finally:
-                decoder.close()
-        return causes
+        for settings in ways:
+            causes |= _dali_causes(items, [row for row in range(len(items)) if row not in causes], settings, begin)
+        return [Answer(causes.get(row)) for row in range(len(items))]
+
+    return handle
+
+
+def _pillow_cause(item: Sample, begin: Begin, row: int) -> str | None:
+    begin(row)
+    try:
+        to_rgb(open_image(item.data, max_pixels=item.note["max_pixels"]))
+    except BadImageError as error:
+        return str(error)
+    return None
+
+
+def _dali_causes(
+    items: Sequence[Sample], rows: list[int], settings: GraphSettings, begin: Begin
+) -> dict[int, str]:
+    """Find the items that fail by halving the groups that do: about ten runs for one bad record among 31."""
+    size = 1 if items[0].note["alone"] else _GROUP_RECORDS
+    groups = [rows[start : start + size] for start in range(0, len(rows), size)]
+    causes: dict[int, str] = {}
+    pipeline = _Decoder(replace(settings, batch_size=min(size, max(1, len(rows)))))
+    try:
+        while groups:
+            # The largest first: nvImageCodec sizes the hardware engine's share by a pipeline's first batch.
+            groups.sort(key=len)
+            group = groups.pop()
+            begin(group[0] if len(group) == 1 else None)
+            error = pipeline.decode(_feed([items[row] for row in group], settings))
+            if error is None:
+                continue
+            if len(group) == 1:
+                causes[group[0]] = _cause(error)
+            else:
+                middle = len(group) // 2
+                groups += [group[:middle], group[middle:]]
+    finally:
+        pipeline.close()
+    return causes
+
+
+def _feed(items: Sequence[Sample], settings: GraphSettings) -> Feed:
+    """DALI's inputs for some items."""
+    columns = zip(*(item.note["numbers"] for item in items), strict=True)
+    encoded = [np.frombuffer(item.data, np.uint8) for item in items]
+    fields = fields_of(settings.transform)[1:]
+    return encoded, *(np.array(column, field.dtype) for field, column in zip(fields, columns, strict=True))
 
 
 class _Decoder:
@@ -147,55 +281,6 @@ class _Decoder:
     def close(self) -> None:
         """Release the pipeline."""
         self._pipeline = None
-
-
-def _halve(decoder: _Decoder, feed: Feed, groups: list[list[int]]) -> dict[int, str]:
-    """Find the records that fail by halving the groups that do: about ten runs for one bad record among 31."""
-    causes: dict[int, str] = {}
-    while groups:
-        # The largest first: nvImageCodec sizes the hardware engine's share by a pipeline's first batch.
-        groups.sort(key=len)
-        group = groups.pop()
-        error = decoder.decode(_select(feed, group))
-        if error is None:
-            continue
-        if len(group) == 1:
-            causes[group[0]] = _cause(error)
-        else:
-            middle = len(group) // 2
-            groups += [group[:middle], group[middle:]]
-    return causes
-
-
-def _select(feed: Feed, rows: list[int]) -> Feed:
-    """DALI's inputs for some rows of a batch."""
-    encoded, *numbers = feed
-    return [encoded[row] for row in rows], *(values[rows] for values in numbers)
-
-
-def _check_blank(decoder: _Decoder, feed: Feed, sizes: Sizes) -> None:
-    """Raise ``DeviceError`` if DALI cannot decode even a blank image of the largest record's size.
-
-    Then its failures say nothing about the records: with an unsuitable driver, or if nvImageCodec lacks memory and
-    does not say so, it fails to decode every one of them.
-    """
-    pixels = {
-        row: height * width
-        for row, (height, width) in sizes.items()
-        if height * width <= MAX_PIXELS and max(height, width) <= _JPEG_MAX_SIDE
-    }
-    if not pixels:
-        return
-    row = max(pixels, key=pixels.__getitem__)
-    height, width = sizes[row]
-    blank = np.frombuffer(blank_jpeg(height, width), np.uint8)
-    error = decoder.decode(([blank], *_select(feed, [row])[1:]))
-    if error is not None:
-        raise DeviceError(
-            f"DALI fails to decode a batch, and even a blank JPEG of {height} x {width} pixels: {_cause(error)}; "
-            "check how it is installed, and the GPU's driver if there is one"
-        ) from error
-    decoder.close()  # so that a new pipeline's first batch sizes the hardware engine's share, see `_halve`
 
 
 def _cause(error: RuntimeError) -> str:

@@ -10,7 +10,6 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from dali_lmdb.errors import DeviceError
 from dali_lmdb.loaders.bad import OnBad
@@ -53,6 +52,8 @@ class LoaderSettings:
     return_index: bool
 
     def __post_init__(self) -> None:
+        import torch  # not above: the process of a probe would take 2 s to import it
+
         if not isinstance(self.transform, (TrainTransform, EvalTransform)):
             raise ValueError(f"transform is {self.transform!r}, expected a TrainTransform or an EvalTransform")
         if self.dtype not in ("float32", "float16", "uint8"):
