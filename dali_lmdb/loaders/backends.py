@@ -39,6 +39,7 @@ def open_loader(
     on_bad: OnBad = "raise",
     quarantine: str | os.PathLike[str] | None = None,
     dali: DaliSettings = _DALI_DEFAULTS,
+    in_flight_file: str | os.PathLike[str] | None = None,
 ) -> Loader:
     """Make the loader of a backend; arguments and errors are those of ``DaliLoader`` and ``TorchLoader``.
 
@@ -46,6 +47,7 @@ def open_loader(
         backend: ``"dali"`` or ``"torch"``.
         workers: DALI's threads, or the worker processes of a ``DataLoader``.
         dali: the arguments that only ``DaliLoader`` has; ``workers`` takes the place of its ``num_threads``.
+        in_flight_file: another of these.
     """
     if backend == "dali":
         return DaliLoader(
@@ -69,6 +71,7 @@ def open_loader(
             layout=layout,
             on_bad=on_bad,
             quarantine=quarantine,
+            in_flight_file=in_flight_file,
         )
     return TorchLoader(
         data,

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from traceback import clear_frames
 
 import numpy as np
@@ -18,6 +19,7 @@ from dali_lmdb.loaders.base import Batch, Loader
 from dali_lmdb.loaders.external_source import InFlight
 from dali_lmdb.loaders.gpu_memory import held_bytes
 from dali_lmdb.loaders.graph_settings import graph_settings, log_decoding, usual_size
+from dali_lmdb.loaders.in_flight import InFlightFile
 from dali_lmdb.loaders.pipeline import (
     define_pipeline,
     feed_without_copy,
@@ -89,6 +91,8 @@ class DaliLoader(Loader):
             memory. If images of the store's usual size would exceed it, they preallocate less and grow while they
             run.
         return_index: yield ``(images, labels, records)``, with record indices int64 (n,) on the CPU.
+        in_flight_file: a file that tells, after a decoder has killed this process, which records it was decoding:
+            for ``read_left_over`` and ``find_crashing``. Removed by ``close``.
 
     Raises:
         StoreError: the store cannot be opened.
@@ -123,6 +127,7 @@ class DaliLoader(Loader):
         decode_device: DecodeDevice | None = None,
         preallocation_bytes: int = DaliSettings.preallocation_bytes,
         return_index: bool = False,
+        in_flight_file: str | os.PathLike[str] | None = None,
     ) -> None:
         settings = LoaderSettings(
             transform=transform,
@@ -162,6 +167,8 @@ class DaliLoader(Loader):
         self._verdicts = Verdicts(store, self.graph)
         # The prefetcher's thread must not keep the loader alive, so that one dropped without close() is freed.
         self._make_feed = partial(feed_without_copy, planner=self.planner, refused=self._verdicts.refused)
+        self._in_flight_path = None if in_flight_file is None else Path(in_flight_file)
+        self._in_flight: InFlightFile | None = None  # made with the first batch: until then it tells of a dead one
         self._readahead_bytes = readahead_bytes
         self._prefetcher: Prefetcher | None = None  # the newest one; its run closes it
         self._late_bytes_before = 0  # sum over earlier prefetchers
@@ -211,14 +218,27 @@ class DaliLoader(Loader):
         self._run_begins_at = epoch, position
         define = partial(define_pipeline, settings=self.graph)
         try:
-            return Run(self._new_prefetcher(epoch, position), define, next_place=(epoch, position))
+            return Run(
+                self._new_prefetcher(epoch, position),
+                define,
+                next_place=(epoch, position),
+                on_change=None if self._in_flight is None else self._in_flight.set_given,
+            )
         except RuntimeError as error:
             raise_explained(error)
 
     def _new_prefetcher(self, epoch: int, position: int) -> Prefetcher:
         self._late_bytes_before += _late_bytes(self._prefetcher)
+        if self._in_flight is None and self._in_flight_path is not None:
+            self._in_flight = InFlightFile(
+                self._in_flight_path,
+                fingerprint=self.store.fingerprint,
+                batch_size=self.graph.batch_size,
+                num_batches=self.graph.prefetch_queue_depth,
+            )
+        make_feed = self._make_feed if self._in_flight is None else self._in_flight.noting(self._make_feed)
         self._prefetcher = Prefetcher(
-            self.planner, self._make_feed, epoch=epoch, start=position, readahead_bytes=self._readahead_bytes
+            self.planner, make_feed, epoch=epoch, start=position, readahead_bytes=self._readahead_bytes
         )
         return self._prefetcher
 
@@ -288,6 +308,29 @@ class DaliLoader(Loader):
         """
         self._verdicts.refused.update(causes)
 
+    def find_crashing(self, batches: Iterable[tuple[int, Sequence[int]]]) -> dict[int, str]:
+        """Decode, in a process of its own, what an earlier process was decoding when a signal killed it.
+
+        Args:
+            batches: epoch, on which the crops depend, and record indices; as ``read_left_over`` gives them.
+
+        Returns:
+            The causes of records that crash the decoder, or keep it busy for too long, by index; for ``refuse``.
+
+        Raises:
+            DeviceError: not even a blank image can be decoded.
+        """
+        found: dict[int, str] = {}
+        for epoch, wanted in batches:
+            records = {record for record in wanted if 0 <= record < len(self.store)} - found.keys()
+            if not records:
+                continue
+            try:
+                found |= self._verdicts.crashing(sorted(records), epoch=epoch, planner=self.planner)
+            except RuntimeError as error:
+                raise_explained(error)
+        return found
+
     def stats(self) -> dict[str, float]:
         return super().stats() | {"late_bytes": self._late_bytes_before + _late_bytes(self._prefetcher)}
 
@@ -307,6 +350,8 @@ class DaliLoader(Loader):
         """Release the threads and the pipeline with its GPU memory, then the store's memory map."""
         super().close()
         self.release_memory()
+        if self._in_flight is not None:
+            self._in_flight.remove()
 
 
 def _late_bytes(prefetcher: Prefetcher | None) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ class Run:
         define: defines the pipeline, given the callback of ``fn.external_source``. As many batches are in flight
             as its ``prefetch_queue_depth`` says, if they are ready.
         next_place: initial value of the attribute.
+        on_change: called with the plans of the batches in flight whenever they change, before DALI gets a new one.
 
     Attributes:
         in_flight: batches given to DALI, in order. The first one is the one that failed if ``next`` raises a
@@ -47,7 +48,9 @@ class Run:
         define: Callable[[Callable[[Any], Feed]], Pipeline],
         *,
         next_place: tuple[int, int],
+        on_change: Callable[[Iterable[BatchPlan]], None] | None = None,
     ) -> None:
+        self._on_change = on_change
         self.in_flight: deque[InFlight] = deque()
         self.next_place = next_place
         self._planned: tuple[BatchPlan, Feed] | None = None  # taken from the prefetcher, not yet given to DALI
@@ -73,7 +76,7 @@ class Run:
         try:
             while self.in_flight:
                 self._outputs()
-                self.in_flight.popleft()
+                self._take_first()
         except RuntimeError:  # a bad record of an epoch that was left early does not matter
             self.stop()
             return None
@@ -89,7 +92,7 @@ class Run:
         """
         self._top_up(prepare, wait=True)
         outputs = self._outputs()
-        batch = self.in_flight.popleft()
+        batch = self._take_first()
         self._top_up(prepare, wait=False)
         return batch, outputs
 
@@ -118,11 +121,21 @@ class Run:
                 return  # tried again when it is needed: the batches before it come first
             self._planned = None
             self.in_flight.append(batch)
+            self._tell()
             self._source.feed = batch.feed
             # The first call asks for as many batches as the queue holds, unless the source ends; reset() then
             # makes the next call a first one again.
             self._pipeline.schedule_run()
             self._pipeline.reset()
+
+    def _take_first(self) -> InFlight:
+        batch = self.in_flight.popleft()
+        self._tell()
+        return batch
+
+    def _tell(self) -> None:
+        if self._on_change is not None:
+            self._on_change([batch.plan for batch in self.in_flight])
 
     @property
     def fill(self) -> int:
@@ -138,6 +151,7 @@ class Run:
         """Drop the pipeline and the bytes."""
         self.stop()
         self.in_flight.clear()
+        self._tell()
 
 
 def as_torch(tensor: Any) -> Tensor:

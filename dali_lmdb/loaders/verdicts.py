@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from dali_lmdb.loaders.pillow import pixel_limits
-from dali_lmdb.loaders.pipeline import GraphSettings
+from dali_lmdb.loaders.pipeline import GraphSettings, feed_without_copy
 from dali_lmdb.loaders.prefetch import Feed
 from dali_lmdb.loaders.probe import Cause, Probe, Sizes
-from dali_lmdb.plan.batches import BatchPlan
+from dali_lmdb.plan.batches import BatchPlan, Planner
 from dali_lmdb.store import Store
 
 __all__ = ["Verdicts"]
@@ -61,6 +61,23 @@ class Verdicts:
             self._known[plan.epoch, record] = cause
         found = {record: self._known[plan.epoch, record] for record in records}
         return {record: cause for record, cause in found.items() if cause is not None}
+
+    def crashing(self, records: Sequence[int], *, epoch: int, planner: Planner) -> dict[int, str]:
+        """Causes of those of some records that crash a decoder, with the crops of an epoch.
+
+        A record that merely fails counts, too, if the records crash one when they are decoded together: from 32 on
+        DALI parses headers in several threads, see ``probe``.
+        """
+        from_pillow = self._pillow_causes(records)
+        found = {record: f"Pillow: {cause.text}" for record, cause in from_pillow.items() if cause and cause.died}
+        rest = np.array([record for record in records if record not in found], np.int64)
+        plan = BatchPlan(epoch=epoch, start=0, end=0, records=rest)
+        feed = feed_without_copy(plan, planner, refused=self.refused)
+        causes = self._probe.causes(feed, self._sizes(plan, feed, range(len(rest))), failed_before=False)
+        died = {row: cause for row, cause in causes.items() if cause.died}
+        if causes and not died and self._probe.crashes_together(feed):
+            died = causes
+        return found | {int(rest[row]): f"DALI: {cause.text}" for row, cause in died.items()}
 
     def _told(self, record: int, from_dali: Cause | None, from_pillow: Cause | None) -> str:
         """Why a record cannot be decoded: what DALI says, which is little, and what Pillow says.

@@ -14,6 +14,7 @@ from dali_lmdb.loaders.backends import Backend
 from dali_lmdb.loaders.bad import OnBad
 from dali_lmdb.loaders.settings import Decode, DecodeDevice
 from dali_lmdb.train import preflight, trainer
+from dali_lmdb.train.crashes import what_was_decoded
 from dali_lmdb.train.distributed import RankFailedError, launch, run_rank
 from dali_lmdb.train.rank import show_progress
 from dali_lmdb.train.settings import DeviceChoice, Precision, TrainSettings, TrainShuffle
@@ -181,7 +182,11 @@ def _launch(settings: TrainSettings, *, world_size: int) -> None:
     except RankFailedError as error:
         if error.details:
             click.echo(error.details, err=True)
-        raise click.ClickException(str(error)) from error
+        message = str(error)
+        if error.crashed is not None and settings.output is not None:
+            stores = {"train": settings.train, "val": settings.val}
+            message += what_was_decoded(settings.output, stores, rank=error.crashed)
+        raise click.ClickException(message) from error
 
 
 if __name__ == "__main__":

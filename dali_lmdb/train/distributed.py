@@ -36,6 +36,8 @@ _log = logging.getLogger(__name__)
 
 _TIMEOUT = timedelta(minutes=30)  # for a collective; torch's default for gloo
 
+_CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
+
 LAUNCHER_PID = "DALI_LMDB_LAUNCHER_PID"
 """Environment variable through which ranks learn the process id of :func:`launch`."""
 
@@ -84,11 +86,16 @@ def process_group(ranks: RankEnvironment, *, device: torch.device) -> Iterator[N
 
 
 class RankFailedError(Exception):
-    """A rank died from a bug, a signal or a library's error; ``details`` is its traceback."""
+    """A rank died from a bug, a signal or a library's error.
 
-    def __init__(self, message: str, *, details: str) -> None:
+    Attributes:
+        details: its traceback.
+        crashed: its number if it was killed by a signal that tells of a fault in native code, else None.
+    """
+
+    def __init__(self, message: str, *, details: str, crashed: int | None = None) -> None:
         super().__init__(message)
-        self.details = details
+        self.details, self.crashed = details, crashed
 
 
 def run_rank(function: Callable[[], object], *, show_errors: bool) -> None:
@@ -185,7 +192,8 @@ def _explain(failures: dict[int, ProcessFailure]) -> Exception:
         reason = f"killed by {failure.signal_name()}"
         if failure.exitcode == -signal.SIGKILL:
             reason += ", perhaps for lack of memory"
-        return RankFailedError(f"rank {rank} was {reason}", details="")
+        crashed = rank if -failure.exitcode in _CRASHES else None
+        return RankFailedError(f"rank {rank} was {reason}", details="", crashed=crashed)
     if not os.path.isfile(failure.error_file):
         return RankFailedError(f"rank {rank} ended with exit code {failure.exitcode}", details="")
     message = failure.error_file_data["message"]

@@ -18,10 +18,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dali_lmdb.loaders.backends import open_loader
 from dali_lmdb.loaders.base import Loader
+from dali_lmdb.loaders.dali_loader import DaliLoader
 from dali_lmdb.plan.augment import EvalTransform, TrainTransform
 from dali_lmdb.threads import threads_per_rank
 from dali_lmdb.torchrun import RankEnvironment
 from dali_lmdb.train import checkpoint
+from dali_lmdb.train.crashes import in_flight_path, refuse_crashing
 from dali_lmdb.train.distributed import find_device, process_group
 from dali_lmdb.train.metrics import EvaluationSums, JsonLog, StepMeter
 from dali_lmdb.train.models import build_model, training_loss
@@ -61,6 +63,7 @@ def train(settings: TrainSettings) -> list[dict[str, float]]:
         stack.enter_context(process_group(ranks, device=device))
         run = _Training(settings, ranks=ranks, device=device, stack=stack)
         run.restore()
+        run.refuse_crashing()
         if ranks.rank == 0:
             _log.info("training %s", run)
         results = []
@@ -177,6 +180,9 @@ class _Training:
             on_bad=settings.on_bad,
             quarantine=settings.quarantine,
             dali=settings.dali,
+            in_flight_file=None
+            if settings.output is None
+            else in_flight_path(settings.output, "train" if training else "val", self.ranks.rank),
             # Half the memory traffic where the model computes in 16 bits anyway.
             dtype="float32" if self.precision is torch.float32 else "float16",
             layout="NHWC" if on_gpu else "NCHW",
@@ -321,6 +327,12 @@ class _Training:
         if self.ranks.rank == 0:
             end = "; training is complete" if self.epoch >= self.settings.epochs else ""
             _log.info("resuming from %s: epoch %d, step %d%s", path, self.epoch, self.step, end)
+
+    def refuse_crashing(self) -> None:
+        """Do not decode again what has killed an earlier run in the output folder; a collective."""
+        train, val, output = self.train_loader, self.val_loader, self.settings.output
+        if output is not None and isinstance(train, DaliLoader) and isinstance(val, DaliLoader):
+            refuse_crashing({"train": train, "val": val}, output=output, ranks=self.ranks)
 
     def _read_checkpoint(self, path: Path) -> dict[str, Any] | None:
         """Read it on rank 0, which wrote it, and send it to all ranks: other machines may not see the file."""
