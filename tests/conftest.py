@@ -1,4 +1,5 @@
 import os
+import subprocess
 from pathlib import Path
 
 # Before torch is imported anywhere, and inherited by every process that a test starts.
@@ -76,6 +77,20 @@ def target(tmp_path):
     """A name for a store in a folder that holds nothing else."""
     (tmp_path / "stores").mkdir()
     return tmp_path / "stores" / "x.lmdb"
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 256 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"mounting a small disk is not allowed here: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@ import contextlib
 import os
 import resource
 import signal
-import subprocess
 import tracemalloc
 from pathlib import Path
 
@@ -32,19 +31,6 @@ def test_a_disk_that_refuses_more_bytes_stops_the_conversion_and_it_can_go_on(
     assert convert(image_folder, target).records == 24
     assert content(target) == content(store_path)
     assert left_beside(target) == ["x.lmdb"]
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"mounting a small disk is not allowed here: {mounted.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.mark.parametrize("free", [0, 4096, 16_384, 40_000])

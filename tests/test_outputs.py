@@ -77,7 +77,8 @@ def test_a_run_whose_log_cannot_be_written_ends_with_one_line(store_path, tmp_pa
     done = train(store_path, "--log-json", "/dev/full", "--world-size", world_size, folder=tmp_path)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    assert line.startswith(f"Error: {who}/dev/full: cannot be written: {NO_SPACE}; ")
+    says = "make room on its disk, or choose another --log-json"
+    assert line == f"Error: {who}/dev/full: cannot be written: {NO_SPACE}; {says}"
 
 
 def test_a_run_whose_progress_cannot_be_printed_goes_on(store_path, tmp_path):
@@ -96,6 +97,17 @@ def test_a_log_without_room_holds_whole_lines(tmp_path):
             log.write(epoch=0, step=3, loss=0.25)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
     assert path.read_text().endswith("}\n")
+
+
+def test_a_log_whose_reader_is_gone_is_our_error(tmp_path):
+    path = tmp_path / "log"
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    with JsonLog(path, append=False) as log:
+        log.write(epoch=0)
+        os.close(reader)
+        with pytest.raises(StateError, match="log: cannot be written: Broken pipe"):
+            log.write(epoch=1)
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "no/folder/log"])

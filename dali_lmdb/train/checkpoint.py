@@ -1,4 +1,8 @@
-"""Checkpoints: written atomically, with tensors and plain values only."""
+"""Checkpoints: written atomically, with tensors and plain values only, and read only if their checksum is right.
+
+A checkpoint is written by ``torch.save`` and read by ``torch.load``, which ignores the checksums in a zip archive.
+So the archive's comment, its last bytes, is a CRC-32 of everything before it.
+"""
 
 from __future__ import annotations
 
@@ -6,42 +10,46 @@ import contextlib
 import fcntl
 import io
 import os
-import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
-from dali_lmdb.disk import sync_folder
+from dali_lmdb.disk import os_errors, sync_folder
 from dali_lmdb.errors import StateError
+from dali_lmdb.store.checksum import crc32
 from dali_lmdb.store.regular import check_regular
 
 __all__ = ["FILE_NAME", "FORMAT_VERSION", "check_fits", "load", "only_writer", "save"]
 
 FILE_NAME = "checkpoint.pt"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2 since there is a checksum."""
+
+_COMMENT = b"dali_lmdb crc32 %08x"
+_COMMENT_BYTES = len(_COMMENT % 0)
+_BLOCK_BYTES = 1 << 20
 
 _locked: set[int] = set()  # descriptors of folders
 
 
 @contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Create and lock the output folder; no lock is left behind, however this process ends.
+    """Create and lock the output folder, and remove what a killed run was writing; no lock is ever left behind.
 
     Raises:
         StateError: another run has locked it, or it cannot be created.
     """
-    try:
+    with os_errors(folder, "cannot be created", StateError, then="or choose another --output"):
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        raise StateError(f"{folder}: cannot be created: {error.strerror}; choose another --output") from error
     _locked.add(descriptor)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _partial(folder / FILE_NAME).unlink(missing_ok=True)
         except BlockingIOError:
             raise StateError(
                 f"{folder}: another run is writing there; let it finish or choose another --output"
@@ -70,28 +78,40 @@ def save(path: Path, content: dict[str, Any]) -> None:
     """Write ``content`` to ``path``; a crash at any instant leaves the old file or the new one.
 
     Raises:
-        StateError: it cannot be written; the old file is still there.
+        StateError: it cannot be written; the old file is still there, and nothing else.
     """
-    partial = path.with_name(path.name + ".partial")
-    buffer = io.BytesIO()  # torch.save to a file would hide the cause of a failed write
-    torch.save({"format": FORMAT_VERSION, **content}, buffer)
-    try:
+    data = _encode({"format": FORMAT_VERSION, **content})
+    partial = _partial(path)
+    then = "then continue from the previous checkpoint with --resume"
+    with os_errors(path, "cannot be written", StateError, then=then):
         path.parent.mkdir(parents=True, exist_ok=True)
+        partial.unlink(missing_ok=True)  # that of a killed run; it may take the room that this one needs
         try:
-            with open(partial, "wb") as file:
-                file.write(buffer.getbuffer())
+            with open(partial, "xb") as file:  # follows no link
+                file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, path)
         except BaseException:
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                partial.unlink()
             raise
         sync_folder(path.parent)
-    except OSError as error:
-        raise StateError(
-            f"{path}: cannot be written: {error.strerror}; fix that, then continue from the previous one with "
-            "--resume"
-        ) from error
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
+
+
+def _encode(content: dict[str, Any]) -> memoryview:
+    buffer = io.BytesIO()  # torch.save to a file would hide the cause of a failed write
+    torch.save(content, buffer)
+    buffer.seek(-2, os.SEEK_END)  # a zip archive ends with the length of its comment and the comment
+    assert buffer.read() == b"\0\0", "torch.save writes a comment of its own"
+    buffer.seek(-2, os.SEEK_END)
+    buffer.write(_COMMENT_BYTES.to_bytes(2, "little"))
+    buffer.write(_COMMENT % crc32(buffer.getbuffer()))
+    return buffer.getbuffer()
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -100,23 +120,41 @@ def load(path: Path) -> dict[str, Any]:
     Raises:
         StateError: not a checkpoint, a damaged one, or one of another format; or it cannot be read.
     """
-    try:
+    with os_errors(path, "cannot be read", StateError, then="or choose another --output"):
         check_regular(path, error=StateError)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise StateError(
-            f"{path}: cannot be read: {error.strerror or error}; fix that or choose another --output"
-        ) from error
-    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as cause:
-        reason = " ".join(str(cause).split())[:200]
-        raise StateError(f"{path}: not a readable checkpoint: {reason}; remove it to start over") from cause
-    if not isinstance(content, dict) or "format" not in content:
-        raise StateError(f"{path}: not a checkpoint of this program; choose another --output")
-    if content["format"] != FORMAT_VERSION:
-        raise StateError(
-            f"{path}: format {content['format']}, this version reads {FORMAT_VERSION}; choose another --output"
-        )
+        with open(path, "rb") as file:
+            _check_checksum(file, path)
+            file.seek(0)
+            try:
+                content: Any = torch.load(file, map_location="cpu", weights_only=True)
+            except OSError:
+                raise
+            except Exception as cause:  # torch raises almost anything on what it cannot read
+                reason = " ".join(str(cause).split())[:200]
+                raise _unreadable(path, reason) from cause
+    if not isinstance(content, dict) or content.get("format") != FORMAT_VERSION:
+        version = content.get("format") if isinstance(content, dict) else None
+        raise StateError(f"{path}: format {version}, this version reads {FORMAT_VERSION}; choose another --output")
     return content
+
+
+def _check_checksum(file: BinaryIO, path: Path) -> None:
+    num_bytes = max(0, os.fstat(file.fileno()).st_size - _COMMENT_BYTES)
+    checksum = 0
+    while num_bytes and (block := file.read(min(num_bytes, _BLOCK_BYTES))):
+        checksum = crc32(block, checksum)
+        num_bytes -= len(block)
+    comment = file.read(_COMMENT_BYTES)
+    if not comment.startswith(_COMMENT[:-4]):
+        raise _unreadable(path, f"no checksum at its end, as if cut off or of a format before {FORMAT_VERSION}")
+    if comment != _COMMENT % checksum:
+        raise _unreadable(path, "its bytes are not what was written (wrong checksum)")
+
+
+def _unreadable(path: Path, reason: str) -> StateError:
+    return StateError(
+        f"{path}: not a readable checkpoint: {reason}; put a copy of it in its place, or remove it to start over"
+    )
 
 
 def check_fits(content: dict[str, Any], *, arch: str, classes: Sequence[str], path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dali_lmdb.disk import describe_os_error
 from dali_lmdb.errors import StateError
 from dali_lmdb.loaders.lines import open_lines, write_line
 
@@ -147,9 +148,9 @@ class JsonLog:
         try:
             yield
         except OSError as error:
-            raise StateError(
-                f"{self._path}: cannot be written: {error.strerror}; fix that or choose another --log-json"
-            ) from error
+            # Not os_errors: it leaves a broken pipe to the command, which would take it for its standard output.
+            then = "or choose another --log-json"
+            raise StateError(describe_os_error(str(self._path), "cannot be written", error, then=then)) from error
 
     def __enter__(self) -> JsonLog:
         return self
