@@ -3,14 +3,17 @@
 import os
 import resource
 import tarfile
+from pathlib import Path
 
 import pytest
 from conversions import in_child
 from PIL import Image
 
 from dali_lmdb.convert import convert
+from dali_lmdb.convert.settings import ConvertSettings
 from dali_lmdb.convert.sources import _files, open_source
 from dali_lmdb.convert.sources._files import RefusedImageError
+from dali_lmdb.errors import ConversionError
 from dali_lmdb.inspect import verify
 from dali_lmdb.store import open_store, values
 
@@ -76,6 +79,21 @@ def test_a_large_member_of_a_tar_that_is_no_image_is_refused_unread(tmp_path):
         assert "x.tar: a/0.jpg: 3,221,225,472 bytes, not a JPEG" in _refusal(tmp_path / "x.tar")
 
     _with_little_memory(work)
+
+
+def test_a_large_file_that_is_no_image_is_a_bad_image(tmp_path):
+    _one_image(tmp_path / "images", 0)
+    large = tmp_path / "images" / "a" / "1.jpg"
+    large.write_bytes(b"no image")
+    os.truncate(large, 3 * GIB)
+    target = tmp_path / "x.lmdb"
+    with pytest.raises(ConversionError, match="1 of 2 images are bad"):
+        convert(tmp_path / "images", target)
+    convert(tmp_path / "images", target, settings=ConvertSettings(on_bad="skip"))
+    assert len(open_store(target)) == 1
+    assert "a/1.jpg\t" in Path(f"{target}.bad.tsv").read_text()
+    with pytest.raises(RefusedImageError):  # nothing is bad there
+        convert(tmp_path / "images", tmp_path / "y.lmdb", settings=ConvertSettings(check="none"))
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM"])

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from itertools import islice
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from dali_lmdb.convert._journal import Row
 from dali_lmdb.convert.settings import ConvertSettings
@@ -77,8 +78,15 @@ def read_images(
 
 def _read_now(item: Item) -> Item:
     """Read an item in this thread; calling the result's ``read`` returns those bytes."""
-    data = item.read()
+    try:
+        data = item.read()
+    except BadImageError as error:
+        return item._replace(read=partial(_raise, error))
     return item._replace(read=lambda: data)
+
+
+def _raise(error: Exception) -> NoReturn:
+    raise error
 
 
 def _examination(settings: ConvertSettings) -> Examination:
@@ -119,13 +127,15 @@ def _read_block(
 
 
 def _read_original(item: Item, settings: ConvertSettings) -> _Original:
-    data = item.read()
-    header, reason = Header(Kind.UNKNOWN, 0, 0), None
-    if settings.check != "none":
-        try:
+    data, header, reason = b"", Header(Kind.UNKNOWN, 0, 0), None
+    try:
+        data = item.read()
+        if settings.check != "none":
             header = read_header(data, max_pixels=settings.max_pixels)
-        except BadImageError as error:
-            reason = str(error)
+    except BadImageError as error:
+        if settings.check == "none":  # then there are no bad images
+            raise
+        reason = str(error)
     return _Original(item, data, item.stamp(), header, reason)
 
 
