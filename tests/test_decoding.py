@@ -96,23 +96,26 @@ def test_no_process_is_started_where_nothing_is_decoded(tmp_path, monkeypatch):
         convert(tmp_path / "source", tmp_path / "t.lmdb", settings=ConvertSettings(check="decode"))
 
 
-def test_a_closed_examiner_ends_a_thread_that_waits_for_an_image(planted):
+def test_a_closed_examiner_ends_threads_that_wait_for_an_image_or_for_room(planted):
     image = jpeg(0, comment=b"SPIN")
+    header = read_header(image)._replace(height=10_000, width=10_000)  # all the room there is
     failures, examiner = [], Examiner(Examination())
 
     def wait():
         try:
-            examiner.examine([(image, read_header(image))])
+            examiner.examine([(image, header)])
         except RuntimeError as error:
             failures.append(str(error))
 
-    thread = threading.Thread(target=wait)
-    thread.start()
-    while not examiner._processes:
+    threads = [threading.Thread(target=wait) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    while not children():
         pass
     examiner.close()
-    thread.join(10)
-    assert failures == ["the process that decodes is closed"]
+    for thread in threads:
+        thread.join(10)
+    assert failures == ["the process that decodes is closed"] * 3
 
 
 def test_pixels_that_are_decoded_at_once_are_limited_over_all_threads():

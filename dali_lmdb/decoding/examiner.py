@@ -44,6 +44,7 @@ class Examiner:
         self._settings = settings
         self._of_thread = threading.local()
         self._processes: list[Isolated] = []
+        self._closed = False
         self._room = Room(_MOST_PIXELS)
 
     def examine(self, images: Sequence[tuple[Any, Header]]) -> list[Verdict]:
@@ -67,14 +68,18 @@ class Examiner:
         ]
 
     def _process(self) -> Isolated:
-        if not hasattr(self._of_thread, "process"):
-            self._of_thread.process = Isolated("dali_lmdb.decoding.examination:examine", self._settings)
-            self._processes.append(self._of_thread.process)
-        process: Isolated = self._of_thread.process
+        process: Isolated | None = getattr(self._of_thread, "process", None)
+        if process is None:
+            process = Isolated("dali_lmdb.decoding.examination:examine", self._settings)
+            self._of_thread.process = process
+            self._processes.append(process)
+        if self._closed:  # checked last, so that close() sees the process or this sees close()
+            process.close()
         return process
 
     def close(self) -> None:
-        """End the processes, even in the middle of an image."""
+        """End the processes, even in the middle of an image; no thread gets another one."""
+        self._closed = True
         for process in self._processes:
             process.close()
 
