@@ -75,6 +75,22 @@ def crashing(ways):
     return probe.decoder(ways)
 
 
+def crashing_together(ways):
+    """Crashes on any batch of 32 records or more that holds a file of fewer than 60 bytes."""
+
+    def build(source, settings):
+        def crash(info):
+            encoded, *_ = feed = source(info)
+            if len(encoded) >= 32 and any(len(data) < 60 for data in encoded):
+                os.kill(os.getpid(), signal.SIGSEGV)
+            return feed
+
+        return build_pipeline(crash, settings)
+
+    probe.build_pipeline = build
+    return probe.decoder(ways)
+
+
 def crashing_in_pillow(ways):
     """Crashes when Pillow gets text."""
 

@@ -262,7 +262,8 @@ def test_a_second_run_into_the_same_folder_is_refused(data, tmp_path):
         process.kill()
     says = f"Error: {output}: another run is writing there; let it finish or choose another --output\n"
     assert (second.stdout, second.stderr) == ("", says)
-    assert {file.name for file in output.iterdir()} <= {"checkpoint.pt", "checkpoint.pt.partial"}
+    of_the_first = {"checkpoint.pt", "checkpoint.pt.partial", "in-flight-train-0", "in-flight-val-0"}
+    assert {file.name for file in output.iterdir()} <= of_the_first
 
 
 def test_the_folder_of_a_killed_run_is_free_at_once(data, tmp_path):

@@ -10,6 +10,7 @@ from typing import NamedTuple, NoReturn
 import numpy as np
 from nvidia.dali import Pipeline
 
+from dali_lmdb.decoding.dali import MAX_GROUP, cause_of
 from dali_lmdb.errors import DeviceError
 from dali_lmdb.images.blank import blank_jpeg
 from dali_lmdb.images.header import MAX_PIXELS
@@ -37,17 +38,10 @@ _MEMORY = re.compile(
 _HOST_MEMORY = re.compile(r"bytes on host|std::bad_alloc|new thread")
 _CUDA = re.compile(r"CUDA (?:runtime|driver) API error|nvImageCodec failure: '#21'")
 
-_CAUSE = re.compile(
-    r"encountered:\n\n(.*?)(?:\nC\+\+ context: [^\n]*)?\s*\nCurrent pipeline object is no longer valid", re.DOTALL
-)
-_CODEC_STATUS = {"3": "damaged file", "4": "unsupported kind of image", "9": "unsupported kind of image"}
 _JPEG_MAX_SIDE = 65_500  # libjpeg's
 
-# In a batch of 32 or more, DALI 2.4.0 parses headers in several threads, and a header that it cannot parse may
-# crash the process: the error leaves `RunImplImpl` (image_decoder.h), whose variables the other threads still use.
-_GROUP_RECORDS = 31
-
-_TRIES = 5  # to see that crash: it happens in 8 to 10 of 10 runs with 256 records on two cores
+# To see the crash that `MAX_GROUP` avoids: it happens in 8 to 10 of 10 runs with 256 records on two idle cores.
+_TRIES = 20
 
 # Training decodes without a limit, too, and with a GPU a process reserves address space for all of its memory.
 _NO_LIMIT = 1 << 46
@@ -71,13 +65,13 @@ def raise_explained(error: RuntimeError) -> NoReturn:
     text = str(error)
     if _MEMORY.search(text):
         raise DeviceError(
-            f"DALI is out of {'host' if _HOST_MEMORY.search(text) else 'GPU'} memory: {_cause(error)}; use a "
+            f"DALI is out of {'host' if _HOST_MEMORY.search(text) else 'GPU'} memory: {cause_of(error)}; use a "
             "smaller batch_size (--batch-size) or prefetch_queue_depth=1"
         ) from error
     if _CUDA.search(text):
         raise DeviceError(
-            f"DALI cannot use the GPU: {_cause(error)}; start the process again, and check the GPU and its driver "
-            "(nvidia-smi) if it fails again"
+            f"DALI cannot use the GPU: {cause_of(error)}; start the process again, and check the GPU and its "
+            "driver (nvidia-smi) if it fails again"
         ) from error
     raise error
 
@@ -144,8 +138,12 @@ class Probe:
 
     def crashes_together(self, feed: Feed) -> bool:
         """Whether DALI crashes when it decodes a batch as training does: at once, and in several threads."""
-        samples = [_sample(feed, row, together=self._num_threads) for row in range(len(feed[0]))]
-        return any(isinstance(answer, Died) or answer.value < len(samples) for answer in self._ask(samples))
+        samples = [_sample(feed, row) for row in range(len(feed[0]))]
+        # As one sample: half a batch is of no interest.
+        data = np.concatenate([sample.data for sample in samples])
+        parts = [(len(sample.data), sample.note) for sample in samples]
+        (answer,) = self._ask([Sample(data, {"parts": parts, "num_threads": self._num_threads})])
+        return isinstance(answer, Died)
 
     def close(self) -> None:
         """End the process; the next use starts another."""
@@ -205,8 +203,8 @@ def decoder(ways: Sequence[GraphSettings]) -> Handler:
     def handle(items: Sequence[Sample], begin: Begin) -> list[Answer]:
         if "max_pixels" in items[0].note:
             return [Answer(_pillow_cause(item, begin, row)) for row, item in enumerate(items)]
-        if "together" in items[0].note:
-            return [_decode_together(items, ways[0], begin)] * len(items)
+        if "parts" in items[0].note:
+            return [_decode_together(items[0], ways[0], begin)]
         causes: dict[int, str] = {}
         for settings in ways:
             causes |= _dali_causes(items, [row for row in range(len(items)) if row not in causes], settings, begin)
@@ -215,14 +213,19 @@ def decoder(ways: Sequence[GraphSettings]) -> Handler:
     return handle
 
 
-def _decode_together(items: Sequence[Sample], settings: GraphSettings, begin: Begin) -> Answer:
-    """Decode all items at once; the answer says how many they were. After a crash, they come in two halves."""
-    begin(None)
-    decoder = _Decoder(replace(settings, batch_size=len(items), num_threads=items[0].note["together"]))
+def _decode_together(batch: Sample, settings: GraphSettings, begin: Begin) -> Answer:
+    """Decode a batch at once, whether or not its records can be decoded."""
+    begin(0)
+    ends = np.cumsum([length for length, _ in batch.note["parts"]]).tolist()
+    samples = [
+        Sample(batch.data[end - length : end], note)
+        for end, (length, note) in zip(ends, batch.note["parts"], strict=True)
+    ]
+    decoder = _Decoder(replace(settings, batch_size=len(samples), num_threads=batch.note["num_threads"]))
     for _ in range(_TRIES):
-        decoder.decode(_feed(items, settings))
+        decoder.decode(_feed(samples, settings))
     decoder.close()
-    return Answer(len(items))
+    return Answer(None)
 
 
 def _pillow_cause(item: Sample, begin: Begin, row: int) -> str | None:
@@ -238,7 +241,7 @@ def _dali_causes(
     items: Sequence[Sample], rows: list[int], settings: GraphSettings, begin: Begin
 ) -> dict[int, str]:
     """Find the items that fail by halving the groups that do: about ten runs for one bad record among 31."""
-    size = 1 if items[0].note["alone"] else _GROUP_RECORDS
+    size = 1 if items[0].note["alone"] else MAX_GROUP
     groups = [rows[start : start + size] for start in range(0, len(rows), size)]
     causes: dict[int, str] = {}
     pipeline = _Decoder(replace(settings, batch_size=min(size, max(1, len(rows)))))
@@ -252,7 +255,7 @@ def _dali_causes(
             if error is None:
                 continue
             if len(group) == 1:
-                causes[group[0]] = _cause(error)
+                causes[group[0]] = cause_of(error)
             else:
                 middle = len(group) // 2
                 groups += [group[:middle], group[middle:]]
@@ -301,14 +304,3 @@ class _Decoder:
     def close(self) -> None:
         """Release the pipeline."""
         self._pipeline = None
-
-
-def _cause(error: RuntimeError) -> str:
-    """The informative part of DALI's message, in one line."""
-    found = _CAUSE.search(str(error))
-    telling = " ".join((found[1] if found else str(error)).split())
-    telling = re.sub(r"Failed to decode sample #\d+ :\s*", "", telling)  # its index in the probe's own batch
-    status = re.fullmatch(r"nvImageCodec failure: '#(\d+)'", telling)
-    if status is not None:
-        return _CODEC_STATUS.get(status[1], telling)
-    return telling or "decoding failed"
