@@ -143,7 +143,7 @@ class Probe:
         data = np.concatenate([sample.data for sample in samples])
         parts = [(len(sample.data), sample.note) for sample in samples]
         (answer,) = self._ask([Sample(data, {"parts": parts, "num_threads": self._num_threads})])
-        return isinstance(answer, Died)
+        return isinstance(answer, Died) and answer.cause.startswith("crashed")
 
     def close(self) -> None:
         """End the process; the next use starts another."""
@@ -215,7 +215,6 @@ def decoder(ways: Sequence[GraphSettings]) -> Handler:
 
 def _decode_together(batch: Sample, settings: GraphSettings, begin: Begin) -> Answer:
     """Decode a batch at once, whether or not its records can be decoded."""
-    begin(0)
     ends = np.cumsum([length for length, _ in batch.note["parts"]]).tolist()
     samples = [
         Sample(batch.data[end - length : end], note)
@@ -223,6 +222,7 @@ def _decode_together(batch: Sample, settings: GraphSettings, begin: Begin) -> An
     ]
     decoder = _Decoder(replace(settings, batch_size=len(samples), num_threads=batch.note["num_threads"]))
     for _ in range(_TRIES):
+        begin(0)
         decoder.decode(_feed(samples, settings))
     decoder.close()
     return Answer(None)
