@@ -75,6 +75,16 @@ def crashing(ways):
     return probe.decoder(ways)
 
 
+def killed(ways):
+    """Is killed as by the kernel where memory is short."""
+
+    def build(source, settings):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    probe.build_pipeline = build
+    return probe.decoder(ways)
+
+
 def crashing_together(ways):
     """Crashes on any batch of 32 records or more that holds a file of fewer than 60 bytes."""
 

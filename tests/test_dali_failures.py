@@ -292,6 +292,15 @@ def test_a_probe_without_memory_is_no_verdict(tmp_path, plant):
             next(iter(loader))
 
 
+@ON_BAD
+def test_a_probe_that_is_killed_is_no_verdict(tmp_path, plant, on_bad):
+    with dali(store_with(tmp_path / "x.lmdb", (1,)), on_bad=on_bad) as loader:
+        plant("killed")
+        with pytest.raises(DeviceError, match="was killed: SIGKILL, perhaps for lack of memory; free some memory"):
+            next(iter(loader))
+        assert loader.bad_records == []
+
+
 def test_a_record_that_crashes_the_probe_is_bad_and_never_decoded_again(tmp_path, plant):
     noted = plant("crashing")
     path = store_with(tmp_path / "x.lmdb", (6,))  # 6 makes the batch fail; 5, its neighbour, crashes the probe

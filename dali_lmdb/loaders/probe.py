@@ -115,7 +115,7 @@ class Probe:
 
         Raises:
             RuntimeError: DALI fails for a reason other than these records, such as lack of memory.
-            DeviceError: not even a blank image can be decoded.
+            DeviceError: not even a blank image can be decoded, or the process is killed, as for lack of memory.
         """
         if not sizes:
             return {}
@@ -163,7 +163,14 @@ class Probe:
     def _ask(self, samples: Sequence[Sample]) -> list[Answer | Died]:
         if self._isolated is None:
             self._isolated = Isolated(_HANDLER, self.ways, growth_bytes=_NO_LIMIT)
-        return self._isolated.work(samples)
+        answers = self._isolated.work(samples)
+        for answer in answers:
+            if isinstance(answer, Died) and answer.cause.startswith("was killed"):  # from outside: no verdict
+                raise DeviceError(
+                    f"the process that looks for bad records {answer.cause}; free some memory, or use a smaller "
+                    "batch_size (--batch-size)"
+                )
+        return answers
 
     def _check_blank(self, feed: Feed, sizes: Sizes) -> None:
         """Raise ``DeviceError`` if DALI cannot decode even a blank image of the largest record's size.
