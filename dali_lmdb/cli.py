@@ -20,6 +20,7 @@ from typing import Any, Literal, TextIO, get_args, get_origin, get_type_hints
 import click
 from tqdm import tqdm
 
+from dali_lmdb.disk import describe_lack
 from dali_lmdb.errors import DaliLmdbError, one_line
 from dali_lmdb.torchrun import RankEnvironment, ignored_variables
 
@@ -78,13 +79,25 @@ class Command(_StandardStreams):
     """
 
     def invoke(self, ctx: click.Context) -> Any:
-        with _exit_on_interrupt():
+        with _exit_on_interrupt(), _lack_as_one_line():
             try:
                 return super().invoke(ctx)
             except (DaliLmdbError, ValueError) as error:
                 raise click.ClickException(one_line(str(error))) from error
             except BrokenPipeError:  # the reader of our progress is gone
                 sys.exit(1)
+
+
+@contextmanager
+def _lack_as_one_line() -> Iterator[None]:
+    """Turn a lack of memory or threads into our message; any other error is a bug and keeps its traceback."""
+    try:
+        yield
+    except Exception as error:
+        lack = describe_lack(error)
+        if lack is None:
+            raise
+        raise click.ClickException(lack) from error
 
 
 _Decorator = Callable[[Callable[..., None]], Callable[..., None]]
@@ -254,7 +267,8 @@ class _Commands(_StandardStreams, click.Group):
         if cmd_name not in _COMMANDS:
             return None
         module, attribute = _COMMANDS[cmd_name].split(":")
-        command: click.Command = getattr(importlib.import_module(module), attribute)
+        with _lack_as_one_line():
+            command: click.Command = getattr(importlib.import_module(module), attribute)
         return command
 
 

@@ -1,4 +1,4 @@
-"""File errors of the operating system as one line with advice, and durable renames."""
+"""Errors of the operating system as one line with advice that names the limit, and durable renames."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dali_lmdb.errors import DaliLmdbError
 
-__all__ = ["describe_os_error", "ensure_descriptors", "os_errors", "sync_folder"]
+__all__ = ["describe_lack", "describe_os_error", "ensure_descriptors", "os_errors", "sync_folder"]
 
 _NOT_OFFERED = "its file system does not support this; use another disk"
 _LOST = "the network file system lost it; check the mount, then try again"
@@ -30,6 +30,7 @@ _ADVICE = {
     errno.EIO: "the device failed; read the kernel's log (dmesg) and check the disk",
     errno.ENFILE: "the machine's limit on open files is reached; close programs or raise fs.file-max",
     errno.ENOMEM: "no memory or address space is left; free some or raise ulimit -v and vm.max_map_count",
+    errno.EAGAIN: "there are too many; stop some, or raise the container's limit (pids.max)",
     errno.ENODEV: "its file system cannot map files into memory; copy it to a local disk",
     errno.EINVAL: _NOT_OFFERED,
     errno.ENOSYS: _NOT_OFFERED,
@@ -44,6 +45,16 @@ _ADVICE = {
 # Errors of fsync(2) on a folder if the file system does not support it: EINVAL on old CIFS and DrvFs, ENOSYS and
 # EOPNOTSUPP on FUSE; PostgreSQL's fsync_fname_ext ignores EBADF, too. Nothing more can be done there.
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)
+# Limits of this process (getrlimit(2)) that cause an error if they are set: what is limited, and ulimit's option.
+_LIMITS = {
+    errno.EMFILE: ((resource.RLIMIT_NOFILE, "{} open files", "-n"),),
+    errno.EFBIG: ((resource.RLIMIT_FSIZE, "files of at most {} bytes", "-f"),),
+    errno.ENOMEM: (
+        (resource.RLIMIT_AS, "{} bytes of address space", "-v"),
+        (resource.RLIMIT_DATA, "{} bytes of data", "-d"),
+    ),
+    errno.EAGAIN: ((resource.RLIMIT_NPROC, "{} processes and threads, with those of its user", "-u"),),
+}
 _SPARE_DESCRIPTORS = 256  # requested beyond what is needed, if the hard limit allows it
 
 
@@ -57,12 +68,8 @@ def describe_os_error(path: str | os.PathLike[str], what: str, error: OSError, *
     """
     if error.errno in (errno.EACCES, errno.EPERM):
         advice = _about_permissions(Path(path))
-    elif error.errno == errno.EMFILE:
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        advice = f"this process may have {_limit(soft)} open files (hard limit {_limit(hard)})"
-        advice += "; raise the limit with: ulimit -n"
     else:
-        advice = _ADVICE.get(error.errno or 0, "check the path and its disk")
+        advice = _advice(error.errno or 0)
     cause = error.strerror or str(error)
     return f"{os.fspath(path)}: {what}: {cause}; {advice}{', ' if then else ''}{then}"
 
@@ -129,8 +136,29 @@ def _num_open(limit: int) -> int:
         return limit if error.errno == errno.EMFILE else 0
 
 
-def _limit(value: int) -> str:
-    return "unlimited" if value == resource.RLIM_INFINITY else str(value)
+def describe_lack(error: BaseException) -> str | None:
+    """Describe a lack of memory or threads in one line that names the limit; None for any other error."""
+    text = str(error)
+    if isinstance(error, MemoryError) or (isinstance(error, ImportError) and "failed to map segment" in text):
+        return f"no memory is left: {_advice(errno.ENOMEM)}"
+    if isinstance(error, BlockingIOError) or (isinstance(error, RuntimeError) and "start new thread" in text):
+        # A thread needs a stack, too: memory is the likelier cause where it is limited.
+        memory = any(resource.getrlimit(limit)[0] != resource.RLIM_INFINITY for limit, *_ in _LIMITS[errno.ENOMEM])
+        return f"no thread or process can be started: {_advice(errno.ENOMEM if memory else errno.EAGAIN)}"
+    return None
+
+
+def _advice(code: int) -> str:
+    """What to do about an error number; if a limit of this process may be the cause, its value and option."""
+    for limit, what, option in _LIMITS.get(code, ()):
+        soft, hard = resource.getrlimit(limit)
+        if soft != resource.RLIM_INFINITY:
+            most = "unlimited" if hard == resource.RLIM_INFINITY else f"{hard:,}"
+            return (
+                f"this process may have {what.format(f'{soft:,}')} (hard limit {most}); raise the limit with: "
+                f"ulimit {option}"
+            )
+    return _ADVICE.get(code, "check the path and its disk")
 
 
 def _about_permissions(path: Path) -> str:

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import traceback
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from image_sets import make_image_folder
 from liblmdb import plain_reading
 
 from dali_lmdb.convert import convert
-from dali_lmdb.disk import describe_os_error, sync_folder
+from dali_lmdb.disk import describe_lack, describe_os_error, sync_folder
 from dali_lmdb.errors import ConversionError, StoreError
 from dali_lmdb.store import open_store
 from dali_lmdb.store.readahead import Readahead
@@ -209,8 +210,47 @@ def test_too_little_address_space_is_told_as_that(store_path, tmp_path):
     os.truncate(giant, 1 << 42)  # sparse
     done = command("info", giant, limits="ulimit -v 67108864;")
     assert done.returncode == 1
-    assert done.stderr.startswith(f"Error: {giant}: cannot be read: Cannot allocate memory; no memory or address")
-    assert "ulimit -v" in done.stderr
+    assert done.stderr.startswith(
+        f"Error: {giant}: cannot be read: Cannot allocate memory; this process may have "
+    )
+    assert "68,719,476,736 bytes of address space" in done.stderr
+    assert done.stderr.endswith("raise the limit with: ulimit -v\n")
+
+
+def test_a_lack_of_memory_or_threads_names_the_limit_that_is_set():
+    def lack(limit, value, work):
+        resource.setrlimit(limit, (value, resource.getrlimit(limit)[1]))
+        try:
+            work()
+        except Exception as error:
+            raise ConversionError(str(describe_lack(error))) from error
+
+    def start_thread():
+        os.setuid(NOBODY)  # root may have any number
+        Thread(target=print).start()
+
+    message = in_child(lambda: lack(resource.RLIMIT_AS, 20 << 30, lambda: bytes(30 << 30)))
+    assert message.startswith("no memory is left: this process may have 21,474,836,480 bytes of address space")
+    assert message.endswith("ulimit -v")
+    assert describe_lack(ImportError("x.so: failed to map segment from shared object")).startswith("no memory")
+    assert describe_lack(RuntimeError("another")) is None
+    if os.geteuid() == 0:
+        message = in_child(lambda: lack(resource.RLIMIT_NPROC, 0, start_thread))
+        assert message.startswith("no thread or process can be started: this process may have 0 processes")
+        assert message.endswith("ulimit -u")
+
+
+# --- the size of files
+
+
+@pytest.mark.parametrize("name", ["convert", "export"])
+def test_a_limit_on_the_size_of_files_is_told_and_not_the_disk(name, image_folder, store_path, tmp_path):
+    source, kilobytes = (image_folder, 20) if name == "convert" else (store_path, 0)
+    done = command(name, source, tmp_path / "x", limits=f"trap '' XFSZ; ulimit -f {kilobytes};")
+    assert done.returncode == 1
+    assert f"File too large; this process may have files of at most {kilobytes * 1024:,} bytes" in done.stderr
+    assert "raise the limit with: ulimit -f" in done.stderr
+    assert "free there" not in done.stderr
 
 
 # --- open files

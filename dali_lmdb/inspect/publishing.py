@@ -44,7 +44,7 @@ def publishing(target: Path) -> Iterator[Path]:
             sync_folder(target.parent)
         except OSError as error:
             left = "nothing was left there" if _clean_up(partial) else f"{partial} is left, remove it"
-            raise ConversionError(f"{target}: cannot be written: {error.strerror}; {left}") from error
+            raise ConversionError(describe_os_error(target, "cannot be written", error, then=left)) from error
         except BaseException as error:
             if not _clean_up(partial) and isinstance(error, KeyboardInterrupt):
                 raise _interrupted(partial) from None

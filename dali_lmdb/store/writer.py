@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -75,6 +76,7 @@ class StoreWriter:
         self._piece_records = piece_records
         self._transaction_bytes, self._flush_bytes = transaction_bytes, flush_bytes
         check_own(path, error=ConversionError)  # LMDB follows links, and waits for pipes
+        self._needed_bytes = 0
         self.num_records = _count_records(self.path, piece_records)
         try:
             # The converter holds its own lock; LMDB's would leave a second file behind.
@@ -245,6 +247,9 @@ class StoreWriter:
 
     def _write_error(self, error: BaseException) -> ConversionError:
         then = "then run the same command again to resume"
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+        if limit != resource.RLIM_INFINITY and limit < max(self._needed_bytes, 2 * _PAGE_BYTES):
+            error = OSError(errno.EFBIG, os.strerror(errno.EFBIG))  # LMDB reports EIO or ENOSPC
         code = (error.errno if isinstance(error, OSError) else getattr(error, "code", 0)) or 0
         if code in (errno.EIO, errno.ENOSPC, 0):
             # LMDB reports a short write, as on a full disk, as EIO.

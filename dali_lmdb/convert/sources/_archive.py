@@ -12,6 +12,7 @@ from typing import NamedTuple
 from dali_lmdb.convert.sources._files import read_image, reading
 from dali_lmdb.convert.sources._names import printable, safe_path
 from dali_lmdb.convert.sources._whole_files import FileState
+from dali_lmdb.disk import describe_os_error
 from dali_lmdb.errors import SourceError
 
 __all__ = ["COMPRESSED", "Archive", "Member"]
@@ -107,7 +108,7 @@ class Archive:
             finally:
                 os.close(descriptor)
         except OSError as error:
-            raise SourceError(f"{self.path}: {name}: cannot be read: {error.strerror}") from error
+            raise SourceError(describe_os_error(self.path, f"{name}: cannot be read", error)) from error
         if FileState.from_stat(self.path, found) != self.state or len(data) != size:
             raise SourceError(
                 f"{self.path}: {name}: the archive changed while it was read; convert again when nothing "

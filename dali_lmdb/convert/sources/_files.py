@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from dali_lmdb.disk import describe_os_error
 from dali_lmdb.errors import SourceError
 from dali_lmdb.images.names import is_image_name
 from dali_lmdb.images.opening import START_BYTES, BadImageError, check_start
@@ -38,7 +39,7 @@ _COARSEST_TIME_NS = 2_000_000_000  # FAT's; NFS, ext4 and others have finer ones
 
 @contextmanager
 def reading(where: object) -> Iterator[None]:
-    """Convert an ``OSError`` to ``WHERE: cannot be read: CAUSE``.
+    """Convert an ``OSError`` to ``WHERE: cannot be read: CAUSE; ADVICE``.
 
     Raises:
         SourceError: in place of it.
@@ -46,7 +47,7 @@ def reading(where: object) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise SourceError(f"{where}: cannot be read: {error.strerror}") from error
+        raise SourceError(describe_os_error(str(where), "cannot be read", error)) from error
 
 
 def list_folder(path: str) -> list[os.DirEntry[str]]:
@@ -59,7 +60,7 @@ def list_folder(path: str) -> list[os.DirEntry[str]]:
         with os.scandir(path) as entries:
             return sorted(entries, key=lambda entry: entry.name)
     except OSError as error:
-        raise SourceError(f"{path}: cannot be read: {error.strerror}; check its permissions") from error
+        raise SourceError(describe_os_error(path, "cannot be read", error)) from error
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:
@@ -222,7 +223,7 @@ class ImageFile:
             finally:
                 os.close(descriptor)
         except OSError as error:
-            raise SourceError(f"{path}: cannot be read: {error.strerror}") from error
+            raise SourceError(describe_os_error(path, "cannot be read", error)) from error
         if not len(data) == before.st_size == after.st_size or before.st_mtime_ns != after.st_mtime_ns:
             raise SourceError(f"{path}: changed while it was read; convert again when nothing writes to it")
         return data
