@@ -108,6 +108,7 @@ class Isolated:
 
         Raises:
             DaliLmdbError, RuntimeError: the handler raised it, or the process cannot start or was closed.
+            OSError: there is no memory for the items, or not as much as the limit on the size of files.
         """
         try:
             answers: list[Answer | Died] = list(self._ask(items))
@@ -156,9 +157,9 @@ class Isolated:
 
     def _ask(self, items: Sequence[Sample]) -> list[Answer]:
         connection, memory = self._start()
+        places = memory.write([item.data for item in items])
+        request = [(*place, item.note) for place, item in zip(places, items, strict=True)]
         try:
-            places = memory.write([item.data for item in items])
-            request = [(*place, item.note) for place, item in zip(places, items, strict=True)]
             connection.send_bytes(json.dumps(request).encode())
             reply = json.loads(connection.recv_bytes())
             if "raised" not in reply:

@@ -16,8 +16,7 @@ from dali_lmdb import DaliLoader, EvalTransform, TorchLoader, TrainTransform, op
 from dali_lmdb.convert import convert
 from dali_lmdb.convert.settings import ConvertSettings
 from dali_lmdb.decoding.dali import DaliDecoder
-from dali_lmdb.decoding.examination import Examination
-from dali_lmdb.decoding.examiner import Examiner, Room
+from dali_lmdb.decoding.examiner import Examination, Examiner, Room
 from dali_lmdb.images.checking import check_jpeg
 from dali_lmdb.images.header import read_header
 from dali_lmdb.images.opening import BadImageError

@@ -132,6 +132,14 @@ def test_importing_the_package_imports_neither_torch_nor_dali():
     assert done.stdout.split() == []
 
 
+@pytest.mark.parametrize("module", ["dali_lmdb.convert.__main__", "dali_lmdb.inspect.commands"])
+def test_commands_that_may_decode_import_neither_torch_nor_dali(module):
+    """DALI takes 70 MB and 0.3 s, and decoding happens in other processes."""
+    code = f"import sys, {module}; print(*{{'torch', 'nvidia.dali'}} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
 def test_every_public_name_can_be_imported():
     code = "import dali_lmdb; print(*[name for name in dali_lmdb.__all__ if not getattr(dali_lmdb, name)])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -12,8 +12,7 @@ from typing import NamedTuple, NoReturn
 from dali_lmdb.convert._journal import Row
 from dali_lmdb.convert.settings import ConvertSettings
 from dali_lmdb.convert.sources.base import Item
-from dali_lmdb.decoding.examination import Examination
-from dali_lmdb.decoding.examiner import Examiner, Verdict
+from dali_lmdb.decoding.examiner import Examination, Examiner, Verdict
 from dali_lmdb.images.header import Header, read_header
 from dali_lmdb.images.kinds import Kind
 from dali_lmdb.images.opening import BadImageError

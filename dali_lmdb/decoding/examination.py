@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from dali_lmdb.decoding.dali import MAX_GROUP, DaliDecoder, cause_of
+from dali_lmdb.decoding.examiner import Examination
 from dali_lmdb.errors import DeviceError
 from dali_lmdb.images.agreement import dali_agrees
 from dali_lmdb.images.blank import blank_jpeg
@@ -16,22 +16,10 @@ from dali_lmdb.images.checking import check_jpeg
 from dali_lmdb.images.header import Header
 from dali_lmdb.images.kinds import Kind
 from dali_lmdb.images.opening import BadImageError, open_image, to_rgb
-from dali_lmdb.images.reencoding import QUALITY, Change, change_image, needed_change
+from dali_lmdb.images.reencoding import Change, change_image, needed_change
 from dali_lmdb.isolated import Answer, Sample
 
-__all__ = ["Examination", "examine"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Examination:
-    """What to do with images; the settings have the meaning that ``ConvertSettings`` gives them."""
-
-    certify: bool = True
-    """Decode images as the loaders will, with DALI and with Pillow, and JPEGs strictly."""
-    transcode: bool = False
-    resize: int | None = None
-    quality: int = QUALITY
-    max_pixels: int | None = None
+__all__ = ["examine"]
 
 
 def examine(settings: Examination) -> Callable[[Sequence[Sample], Callable[[int | None], None]], list[Answer]]:

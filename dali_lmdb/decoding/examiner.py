@@ -1,25 +1,40 @@
-"""Examine images from several threads, each with a process of its own."""
+"""Examine images from several threads, each with a process of its own.
+
+Only those processes import DALI and run ``examination.py``.
+"""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from dali_lmdb.decoding.examination import Examination
 from dali_lmdb.images.header import Header
 from dali_lmdb.images.kinds import Kind
-from dali_lmdb.images.reencoding import Change
+from dali_lmdb.images.reencoding import QUALITY, Change
 from dali_lmdb.isolated import Died, Isolated, Sample
 
-__all__ = ["Examiner", "Room", "Verdict"]
+__all__ = ["Examination", "Examiner", "Room", "Verdict"]
 
 # Pixels that all processes together decode at once, except that one image may have more. Decoders and Pillow take
 # 3 to 20 bytes for each, the most for JPEG 2000.
 _MOST_PIXELS = 100_000_000
 # A process that decoded an image of so many pixels is ended, since decoders and malloc may keep its memory.
 _LARGE_PIXELS = 16_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examination:
+    """What to do with images; the settings have the meaning that ``ConvertSettings`` gives them."""
+
+    certify: bool = True
+    """Decode images as the loaders will, with DALI and with Pillow, and JPEGs strictly."""
+    transcode: bool = False
+    resize: int | None = None
+    quality: int = QUALITY
+    max_pixels: int | None = None
 
 
 class Verdict(NamedTuple):

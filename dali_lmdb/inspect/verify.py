@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dali_lmdb.decoding.examination import Examination
-from dali_lmdb.decoding.examiner import Examiner
+from dali_lmdb.decoding.examiner import Examination, Examiner
 from dali_lmdb.errors import StoreDamagedError, one_line
 from dali_lmdb.inspect.checks import FileCheck, Findings, PayloadCheck
 from dali_lmdb.inspect.records import ProgressCallback
