@@ -235,7 +235,7 @@ def _header_of(file: io.FileIO) -> _Header:
     try:
         header = json.loads(payload)
         version = header.pop("version", None)
-    except (ValueError, AttributeError, RecursionError):
+    except (ValueError, AttributeError, TypeError, RecursionError):
         return _Header(None, "damaged, or not the journal of a conversion", 0)
     if version != _VERSION:
         return _Header(None, f"journal version {version!r}, this dali_lmdb continues {_VERSION}", 0)
