@@ -193,15 +193,14 @@ class Job:
             )
 
     def _replay_journal(self, items: Iterator[Item]) -> None:
-        """Check that the images in the journal are unchanged in the source, by name and stamp; count them."""
+        """Check that the images in the journal are unchanged in the source: name, label, stamp; count them."""
         with ThreadPoolExecutor(self.task.num_threads) as pool:
             for batch in self.journal.rows():
                 self._add_to_totals(batch)
-                found = pool.map(lambda item: (item.name, item.stamp()), list(islice(items, batch.num_rows)))
-                for name, stamp in zip(
-                    batch.column("name").to_pylist(), batch.column("stamp").to_pylist(), strict=True
-                ):
-                    if next(found, None) != (name, stamp):
+                found = pool.map(_identity_of, list(islice(items, batch.num_rows)))
+                columns = (batch.column(name).to_pylist() for name in ("name", "label", "stamp"))
+                for name, label, stamp in zip(*columns, strict=True):
+                    if next(found, None) != (name, label, stamp):
                         raise ConversionError(
                             f"{self.files.target}: {name} of the source changed since the interrupted "
                             "conversion; use --restart to start over"
@@ -333,3 +332,7 @@ def _regroup(batches: Iterator[pa.RecordBatch], lengths: Sequence[int]) -> Itera
             waiting = pa.concat_tables([waiting, pa.Table.from_batches([next(batches)])])
         yield waiting[:length]
         waiting = waiting[length:]
+
+
+def _identity_of(item: Item) -> tuple[str, int, int]:
+    return item.name, item.label, item.stamp()
