@@ -58,6 +58,7 @@ DAMAGE = {
     "no scan": _JPEG[: _scan(_JPEG)],
     "scan cut off": _JPEG[: _scan(_JPEG) + 50],
     "frame header zeroed": _zeroed(_JPEG, _FRAME, 19),
+    "precision of 255 bits": _JPEG[: _FRAME + 4] + b"\xff" + _JPEG[_FRAME + 5 :],
     "size zeroed": _zeroed(_JPEG, _FRAME + 5, 4),
     "huffman table zeroed": _zeroed(_JPEG, _HUFFMAN + 4, 60),
     "png with a damaged middle": _damaged_png(),

@@ -24,11 +24,11 @@ __all__ = ["Cause", "Probe", "Sizes", "decoder", "may_be_a_record", "raise_expla
 
 # DALI raises a plain RuntimeError for everything, so only its text tells. Texts of DALI 2.4.0: image_decoder.h (#N
 # is an nvimgcodecStatus_t of nvimgcodec.h), crop_window.h, and what `slice` says of a window outside of the image,
-# which means that the index has another size.
+# which means that the index has another size; a JPEG of a precision that does not exist has no sample_type.
 _RECORD = re.compile(
     r"Failed to decode sample #\d+ : |nvImageCodec failure: '#(?:3|4|9|13|14|17|18|19)'"
     r"|The cropping window .* is not valid for image dimensions|ROI (?:begin|end) must fit within the image bounds"
-    r"|Slice can't be placed out of bounds"
+    r"|Slice can't be placed out of bounds|Invalid sample_type: "
 )
 _MEMORY = re.compile(
     r"Can't allocate \d+ bytes on |CUDA allocation failed|std::bad_alloc|nvImageCodec failure: '#(?:5|15)'"
