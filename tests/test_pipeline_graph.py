@@ -89,10 +89,10 @@ def test_every_graph_is_of_these_operators_on_these_devices(
     names = ["ExternalSource", "Reshape", *decoders, *after]
     way = graph.way_of_the_images()
     assert [(operator.name, operator.device) for operator in way] == list(zip(names, devices, strict=True))
-    # Besides, there are only the numbers of the plan, which the host makes, and the check of the headers.
+    # Besides, there are only the numbers of the plan, which the host makes, and the check of headers and windows.
     others = [operator for operator in graph.operators if operator not in way[1:]]
     assert {operator.device for operator in others} == {"cpu"}
-    checking = {"PeekImageShape", "_TensorSubscript", "_ArithmeticGenericOp"}
+    checking = {"PeekImageShape", "_TensorSubscript", "_ArithmeticGenericOp", "Cast"}
     assert {operator.name for operator in others} == {"ExternalSource"} | checking
     # Pixels never come back: each operator's first input is the one before's output, on the GPU once it was there,
     # and as a copy there for the first operator on the GPU after those on the CPU.

@@ -30,6 +30,8 @@ def cause_of(error: RuntimeError) -> str:
     status = re.fullmatch(r"nvImageCodec failure: '#(\d+)'", telling)
     if status is not None:
         return _CODEC_STATUS.get(status[1], telling)
+    if "Input and output samples must occupy" in telling:  # the check of the loaders' graph, see `_checked` there
+        return "the window is outside of the image, which has another size in the index"
     return telling or "decoding failed"
 
 

@@ -62,6 +62,8 @@ _SOURCE_DTYPES = {
     np.float32: types.FLOAT,
 }
 
+_NO_LENGTH = 2**31 - 1
+
 # Hide existing objects from the garbage collector in forked children: a pipeline collected there would wait
 # forever for threads that the child does not have.
 os.register_at_fork(after_in_child=gc.freeze)
@@ -131,20 +133,23 @@ def _decode_arguments(settings: GraphSettings) -> dict[str, Any]:
     }
 
 
-def _with_parseable_headers(encoded: Any) -> Any:
-    """The encoded images, unchanged; an error if a header cannot be parsed.
+def _checked(given: dict[str, Any]) -> Any:
+    """The encoded images, unchanged; an error if a header cannot be parsed, or has no room for the window.
 
-    In a batch of 32 or more such a header can crash DALI's decoders, which parse in several threads (see "What
-    DALI does" in the design). ``peek_image_shape`` merely raises an error. The reshape copies nothing; it
-    depends on the shapes, so the decoders wait for the check.
+    In a batch of 32 or more either can crash DALI's decoders, which work in several threads (see "What DALI does"
+    in the design). ``peek_image_shape`` merely raises an error, and so does a reshape to another length. The
+    reshape copies nothing; it depends on the sizes, so the decoders wait for the check.
     """
-    shapes = fn.peek_image_shape(encoded, dtype=types.INT32, adjust_orientation=False)
-    return fn.reshape(encoded, shape=0 * shapes[:1] - 1)  # always -1, which keeps the length
+    sizes = fn.peek_image_shape(given["encoded"], dtype=types.INT32, adjust_orientation=False)
+    outside = given["anchors"] + given["shapes"] > sizes[:2]
+    # -1 keeps the length; no file is as long as the other value.
+    shape = -1 + fn.cast(outside[:1] | outside[1:], dtype=types.INT32) * _NO_LENGTH
+    return fn.reshape(given["encoded"], shape=shape)
 
 
 def _decoded_windows(given: dict[str, Any], settings: GraphSettings) -> Any:
     """The windows as uint8 HWC, on ``settings.device``."""
-    encoded = _with_parseable_headers(given["encoded"])
+    encoded = _checked(given)
     window = {"start": given["anchors"], "shape": given["shapes"], "axes": [0, 1]}
     if settings.decode == "window":
         windows = fn.decoders.image_slice(encoded, **window, **_decode_arguments(settings))

@@ -28,7 +28,7 @@ __all__ = ["Cause", "Probe", "Sizes", "decoder", "may_be_a_record", "raise_expla
 _RECORD = re.compile(
     r"Failed to decode sample #\d+ : |nvImageCodec failure: '#(?:3|4|9|13|14|17|18|19)'"
     r"|The cropping window .* is not valid for image dimensions|ROI (?:begin|end) must fit within the image bounds"
-    r"|Slice can't be placed out of bounds|Invalid sample_type: "
+    r"|Slice can't be placed out of bounds|Invalid sample_type: |Input and output samples must occupy"
 )
 _MEMORY = re.compile(
     r"Can't allocate \d+ bytes on |CUDA allocation failed|std::bad_alloc|nvImageCodec failure: '#(?:5|15)'"
