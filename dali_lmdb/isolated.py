@@ -147,8 +147,9 @@ class Isolated:
         """End the process at once; a thread that waits for its answer gets an error."""
         self._closed = True
         with self._starting:
-            if self._process is not None:
-                self._process.kill()
+            process = self._process  # read once: another thread may be ending it
+            if process is not None:
+                process.kill()
 
     def __del__(self) -> None:
         if sys.is_finalizing():
