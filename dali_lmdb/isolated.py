@@ -100,6 +100,7 @@ class Isolated:
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
         self._memory: _SharedMemory | None = None
+        self._has_answered = False  # this process
         self._closed = False
         self._starting = threading.Lock()  # so that close() does not miss a process that is being started
 
@@ -116,7 +117,7 @@ class Isolated:
                 self.end()
             return answers
         except _DiedError as error:
-            if len(items) == 1:
+            if len(items) == 1 and (error.timed_out or not error.had_answered):
                 return [Died(error.cause)]
             guilty, cause, timed_out = error.item, error.cause, error.timed_out
         except Exception:
@@ -124,6 +125,8 @@ class Isolated:
         except BaseException:  # an interrupt: the answer that comes now would be taken for the next one's
             self.end()
             raise
+        if len(items) == 1:  # perhaps what came before it has damaged the process's memory
+            return self.work(items)
         if guilty is None:  # while it worked on several
             middle = len(items) // 2
             return self.work(items[:middle]) + self.work(items[middle:])
@@ -164,10 +167,12 @@ class Isolated:
             connection.send_bytes(json.dumps(request).encode())
             reply = json.loads(connection.recv_bytes())
             if "raised" not in reply:
-                answers = reply["answers"]
-                return [
-                    Answer(value, connection.recv_bytes() if has_data else None) for value, has_data in answers
+                answers = [
+                    Answer(value, connection.recv_bytes() if has_data else None)
+                    for value, has_data in reply["answers"]
                 ]
+                self._has_answered = True
+                return answers
         except (OSError, EOFError, ValueError, TypeError, KeyError) as error:
             raise self._death(memory, len(items)) from error
         raise _raised(*reply["raised"])
@@ -191,6 +196,7 @@ class Isolated:
             )
         connection = Connection(ours.detach())
         self._connection, self._memory = connection, memory
+        self._has_answered = False
         try:
             connection.send_bytes(pickle.dumps(sys.path))
             connection.send_bytes(self._first)
@@ -216,7 +222,12 @@ class Isolated:
         if self._closed:
             raise RuntimeError("the process that decodes is closed")
         timed_out = code in (-signal.SIGPROF, -signal.SIGALRM)
-        return _DiedError(self._cause(code), item if 0 <= item < num_items else None, timed_out=timed_out)
+        return _DiedError(
+            self._cause(code),
+            item if 0 <= item < num_items else None,
+            timed_out=timed_out,
+            had_answered=self._has_answered,
+        )
 
     def _cause(self, code: int) -> str:
         if code == -signal.SIGPROF:
@@ -244,9 +255,9 @@ class Isolated:
 
 
 class _DiedError(Exception):
-    def __init__(self, cause: str, item: int | None, *, timed_out: bool) -> None:
+    def __init__(self, cause: str, item: int | None, *, timed_out: bool, had_answered: bool) -> None:
         super().__init__(cause)
-        self.cause, self.item, self.timed_out = cause, item, timed_out
+        self.cause, self.item, self.timed_out, self.had_answered = cause, item, timed_out, had_answered
 
 
 def _raised(kind: str, message: str) -> Exception:

@@ -67,6 +67,16 @@ def test_an_item_that_dies_only_after_others_is_not_blamed(isolated):
     assert len({answer.value[2] for answer in answers}) == 3, "each has a process of its own"
 
 
+def test_a_single_item_that_finds_the_process_dead_is_not_blamed(isolated):
+    (before,) = isolated.work(items("a"))
+    process = os.pidfd_open(before.value[2])
+    os.kill(before.value[2], signal.SIGKILL)
+    assert select.select([process], [], [], 10)[0]
+    os.close(process)
+    assert outcomes(isolated.work(items("b"))) == ["b"]
+    assert outcomes(isolated.work(items("segv"))) == ["crashed: SIGSEGV"]
+
+
 def test_a_culprit_among_items_worked_on_at_once_is_found(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "tests"))
     isolated = Isolated("isolated_handlers:together", None)
