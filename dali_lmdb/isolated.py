@@ -34,6 +34,7 @@ _HEADER_BYTES = 64  # of the shared memory: the number of the item being worked 
 _FIRST_BYTES = 8 << 20  # of the shared memory; it grows
 _MOST_BYTES = 64 << 20  # of the shared memory of a process that is kept for the next items
 _PAGE = mmap.PAGESIZE
+_OUT_OF_MEMORY = 77  # exit code
 _CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP)
 
 # sys.path comes with the first message, so that the process finds this very package.
@@ -239,7 +240,7 @@ class Isolated:
         if code < 0:
             name = signal.Signals(-code).name
             return f"crashed: {name}" if -code in _CRASHES else f"was killed: {name}"
-        return f"ended with exit code {code}"
+        return "ran out of memory" if code == _OUT_OF_MEMORY else f"ended with exit code {code}"
 
     def end(self) -> None:
         """End the process and its memory; the next items get a new one."""
@@ -344,10 +345,15 @@ def serve(parent: Connection, descriptor: int) -> None:
         except (EOFError, OSError):
             return
         end = max(start + length for start, length, _ in request)
-        view = memoryview(memory.map(end - _HEADER_BYTES))
+        try:
+            view = memoryview(memory.map(end - _HEADER_BYTES))
+        except OSError:
+            os._exit(_OUT_OF_MEMORY)
         items = [Sample(view[start : start + length], note) for start, length, note in request]
         try:
             answers = handler(items, begin)
+        except MemoryError:
+            os._exit(_OUT_OF_MEMORY)  # the parent finds the item as it does after a crash
         except Exception as error:
             _send(parent, _as_reply(error))
             continue

@@ -87,9 +87,13 @@ def test_a_culprit_among_items_worked_on_at_once_is_found(monkeypatch):
     isolated.close()
 
 
-def test_memory_beyond_the_limit_cannot_be_had(isolated):
-    with pytest.raises(RuntimeError, match="MemoryError"):
-        isolated.work(items("grow"))
+def test_an_item_that_needs_memory_beyond_the_limit_is_named(isolated):
+    assert outcomes(isolated.work(items("a", "grow", "b"))) == ["a", "ran out of memory", "b"]
+
+
+def test_an_item_that_is_larger_than_the_limit_is_named(isolated):
+    large = Sample(bytes(300 << 20))
+    assert outcomes(isolated.work([*items("a"), large, *items("b")])) == ["a", "ran out of memory", "b"]
 
 
 def test_an_error_of_the_handler_is_raised_and_the_process_stays(isolated):

@@ -165,7 +165,8 @@ class Probe:
             self._isolated = Isolated(_HANDLER, self.ways, growth_bytes=_NO_LIMIT)
         answers = self._isolated.work(samples)
         for answer in answers:
-            if isinstance(answer, Died) and answer.cause.startswith("was killed"):  # from outside: no verdict
+            # From outside, or for want of the machine's memory: no verdict.
+            if isinstance(answer, Died) and answer.cause.startswith(("was killed", "ran out of memory")):
                 raise DeviceError(
                     f"the process that looks for bad records {answer.cause}; free some memory, or use a smaller "
                     "batch_size (--batch-size)"
