@@ -143,6 +143,16 @@ def test_a_process_with_a_large_image_is_not_kept():
         assert children() == []
 
 
+def test_threads_that_come_and_go_share_a_process():
+    image = jpeg(0)
+    with Examiner(Examination()) as examiner:
+        for _ in range(3):  # as verify does for each file of a store
+            thread = threading.Thread(target=examiner.examine, args=([(image, read_header(image))],))
+            thread.start()
+            thread.join()
+        assert len(children()) == 1
+
+
 def children():
     """Processes that this one has started and that still run."""
     tasks = Path("/proc/self/task").iterdir()

@@ -1,4 +1,4 @@
-"""Examine images from several threads, each with a process of its own.
+"""Examine images from several threads, in as many processes.
 
 Only those processes import DALI and run ``examination.py``.
 """
@@ -49,7 +49,7 @@ class Verdict(NamedTuple):
 
 
 class Examiner:
-    """Examines images. Any thread may ask; each gets a process when it first does. A context manager.
+    """Examines images. Any threads may ask; there are as many processes as have asked at once. A context manager.
 
     Args:
         settings: what to do with the images.
@@ -57,8 +57,8 @@ class Examiner:
 
     def __init__(self, settings: Examination) -> None:
         self._settings = settings
-        self._of_thread = threading.local()
         self._processes: list[Isolated] = []
+        self._idle: list[Isolated] = []
         self._closed = False
         self._room = Room(_MOST_PIXELS)
 
@@ -73,24 +73,29 @@ class Examiner:
             return []
         samples = [Sample(data, header) for data, header in images]
         most_pixels = max(header.height * header.width for _, header in images)
-        with self._room.taken(most_pixels):  # the process decodes one at a time
-            answers = self._process().work(samples)
+        with self._room.taken(most_pixels), self._process() as process:  # which decodes one at a time
+            answers = process.work(samples)
             if most_pixels > _LARGE_PIXELS:
-                self._process().end()
+                process.end()
         return [
             _verdict_of_dead(answer, header) if isinstance(answer, Died) else _verdict(answer.data, *answer.value)
             for answer, (_, header) in zip(answers, images, strict=True)
         ]
 
-    def _process(self) -> Isolated:
-        process: Isolated | None = getattr(self._of_thread, "process", None)
-        if process is None:
+    @contextmanager
+    def _process(self) -> Iterator[Isolated]:
+        """One that no other thread uses. Not one for each thread: ``verify`` has new threads for each file."""
+        try:
+            process = self._idle.pop()
+        except IndexError:
             process = Isolated("dali_lmdb.decoding.examination:examine", self._settings)
-            self._of_thread.process = process
             self._processes.append(process)
         if self._closed:  # checked last, so that close() sees the process or this sees close()
             process.close()
-        return process
+        try:
+            yield process
+        finally:
+            self._idle.append(process)
 
     def close(self) -> None:
         """End the processes, even in the middle of an image; no thread gets another one."""
