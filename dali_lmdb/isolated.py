@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
@@ -274,6 +275,7 @@ class _SharedMemory:
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
+        self._close = weakref.finalize(self, os.close, descriptor)
         self._map: mmap.mmap | None = None
 
     def map(self, num_bytes: int) -> mmap.mmap:
@@ -310,7 +312,7 @@ class _SharedMemory:
         self.map(0)[:8] = item.to_bytes(8, "little", signed=True)
 
     def close(self) -> None:
-        os.close(self.descriptor)
+        self._close()
         self._map = None  # not closed: views of it may exist
 
 

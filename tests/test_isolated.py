@@ -138,6 +138,14 @@ def test_close_ends_a_wait_for_an_answer(isolated):
         isolated.work(items("a"))
 
 
+def test_a_start_that_is_refused_leaves_no_descriptor(isolated):
+    isolated.close()
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(RuntimeError, match="closed"):
+        isolated.work(items("a"))
+    assert os.listdir("/proc/self/fd") == before
+
+
 def test_the_process_ends_with_its_parent():
     script = """
 import os, signal
