@@ -110,7 +110,9 @@ class Isolated:
         """The handler's answers, in order; ``Died`` for an item that ends the process, by itself or among others.
 
         Raises:
-            DaliLmdbError, RuntimeError: the handler raised it, or the process cannot start or was closed.
+            DaliLmdbError, RuntimeError: the handler raised it, or the process was closed.
+            DeviceError: the process dies while it starts.
+            ImportError, MemoryError: the handler cannot be made.
             OSError: there is no memory for the items, or not as much as the limit on the size of files.
         """
         try:
@@ -205,7 +207,10 @@ class Isolated:
             reply = json.loads(connection.recv_bytes())
         except (OSError, EOFError, ValueError) as error:
             died = self._death(memory, 0)
-            raise RuntimeError(f"the process that decodes cannot start: it {died.cause}") from error
+            raise errors.DeviceError(
+                f"the process that decodes cannot start: it {died.cause}; free some memory, or raise the limits "
+                "of this process (ulimit -a)"
+            ) from error
         if reply is not None:
             raise _raised(*reply["raised"])
         return connection, memory
@@ -262,12 +267,15 @@ class _DiedError(Exception):
         self.cause, self.item, self.timed_out, self.had_answered = cause, item, timed_out, had_answered
 
 
+_OF_LITTLE_MEMORY: dict[str, type[Exception]] = {"ImportError": ImportError, "MemoryError": MemoryError}
+
+
 def _raised(kind: str, message: str) -> Exception:
     """An exception of the handler, made again."""
     known = getattr(errors, kind, None)
     if isinstance(known, type) and issubclass(known, errors.DaliLmdbError):
         return known(message)
-    return RuntimeError(message)
+    return _OF_LITTLE_MEMORY.get(kind, RuntimeError)(message)
 
 
 class _SharedMemory:

@@ -11,6 +11,10 @@ def obey(settings):
     """A handler: ``double`` is answered, with the settings and the note; other items misbehave."""
     if settings == "broken":
         raise RuntimeError("cannot be made")
+    if settings == "no memory":
+        raise ImportError("x.so: failed to map segment from shared object")
+    if settings == "dies":
+        os._exit(3)
 
     def handle(items, begin):
         return [_one(bytes(item.data).decode(), number, item, begin) for number, item in enumerate(items)]

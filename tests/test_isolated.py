@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dali_lmdb.errors import RecordError
+from dali_lmdb.errors import DeviceError, RecordError
 from dali_lmdb.isolated import Died, Isolated, Sample
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -106,6 +106,16 @@ def test_an_error_of_the_handler_is_raised_and_the_process_stays(isolated):
 def test_a_handler_that_cannot_be_made_says_why(isolated):
     with pytest.raises(RuntimeError, match="cannot be made"):
         Isolated("isolated_handlers:obey", "broken").work(items("a"))
+
+
+def test_a_handler_that_cannot_be_made_for_lack_of_memory_says_so_as_python_does(isolated):
+    with pytest.raises(ImportError, match="failed to map segment"):
+        Isolated("isolated_handlers:obey", "no memory").work(items("a"))
+
+
+def test_a_process_that_dies_while_it_starts_is_an_error_of_ours(isolated):
+    with pytest.raises(DeviceError, match="cannot start: it ended with exit code 3; free some memory"):
+        Isolated("isolated_handlers:obey", "dies").work(items("a"))
 
 
 def test_large_items_leave_no_memory_behind(monkeypatch):

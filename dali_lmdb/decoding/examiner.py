@@ -66,8 +66,8 @@ class Examiner:
         """Examine images, whose headers ``read_header`` gave.
 
         Raises:
-            RuntimeError: closed meanwhile, or the process cannot start.
-            DeviceError: DALI does not decode at all.
+            RuntimeError: closed meanwhile.
+            DeviceError: DALI does not decode at all, or the process cannot start.
         """
         if not images:
             return []
