@@ -1,6 +1,7 @@
 """Files made to exhaust memory or time are refused while they are read, in bounded memory and time."""
 
 import json
+import resource
 import struct
 import zlib
 from functools import partial
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pytest
 from bounds import bounded
 from classic_databases import make_classic
+from conversions import in_child
 from damage import grey_image, write_store
 from packing import write_parquet
 
@@ -197,6 +199,22 @@ def test_a_journal_of_valid_frames_in_the_wrong_place_is_damaged(tmp_path, frame
             journal.cut_to(4)
     finally:
         journal.close()
+
+
+def test_a_journal_reads_no_more_than_it_has(tmp_path):
+    journal = Journal(tmp_path / "x")
+    journal.start({})
+    journal.append(ROWS)
+    journal.close()
+    with open(tmp_path / "x", "ab") as file:
+        file.write(struct.pack("<II", (1 << 32) - 1, 0) + b"torn")
+
+    def work():
+        resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
+        journal = Journal(tmp_path / "x")
+        assert [batch.num_rows for batch in journal.rows()] == [6]
+
+    assert in_child(work) == 0
 
 
 def test_a_journal_may_shorten_a_batch_twice(tmp_path):

@@ -251,9 +251,11 @@ def _frames(file: io.FileIO) -> Iterator[tuple[bytes, int]]:
         if len(head) < _FRAME.size:
             return
         length, checksum = _FRAME.unpack(head)
+        # A length of 0 is that of zeros, which a power cut may leave. Reading allocates memory for all of it.
+        if length == 0 or length > os.fstat(file.fileno()).st_size - file.tell():
+            return
         payload = file.read(length)
-        # A length of 0 is that of zeros, which a power cut may leave.
-        if length == 0 or len(payload) < length or crc32(payload) != checksum:
+        if len(payload) < length or crc32(payload) != checksum:
             return
         position += _FRAME.size + length
         yield payload, position
