@@ -268,6 +268,16 @@ def test_too_few_open_files_for_all_shards_are_told_with_both_numbers(image_fold
     assert done.returncode == 0, done.stderr
 
 
+def test_open_files_of_the_processes_that_decode_are_counted(image_folder, tmp_path):
+    options = (image_folder, tmp_path / "x.lmdb", "--check", "decode")
+    done = command("convert", *options, "--threads", 12, limits="ulimit -n 60;")
+    assert done.returncode == 1
+    assert "open files, the limit is 60; raise it with: ulimit -n " in done.stderr
+    assert done.stderr.endswith("or use fewer --shards or --threads\n")
+    done = command("convert", *options, "--threads", 2, limits="ulimit -n 60;")
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_soft_limit_of_open_files_is_raised_to_write_and_to_read_a_set(image_folder, tmp_path):
     target = tmp_path / "x.lmdb"
     done = command("convert", image_folder, target, "--shards", 24, limits="ulimit -Sn 20;")

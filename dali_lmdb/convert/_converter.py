@@ -25,6 +25,7 @@ from dali_lmdb.convert.ranks import Ranks
 from dali_lmdb.convert.settings import ConvertProgress, ConvertSettings, Summary
 from dali_lmdb.convert.sources import open_source
 from dali_lmdb.convert.sources.base import Source
+from dali_lmdb.decoding.examiner import DESCRIPTORS
 from dali_lmdb.disk import ensure_descriptors, os_errors, sync_folder
 from dali_lmdb.errors import ConversionError, DaliLmdbError
 from dali_lmdb.images.kinds import DecoderCounts
@@ -149,9 +150,12 @@ def _jobs(task: _Conversion, journals: contextlib.ExitStack) -> list[Job]:
     """One job for each of this rank's files; their journals lock out other converters until all is published."""
     shares = _shares(task)
     num_files = len(task.mine)
-    lack = ensure_descriptors(num_files + task.num_threads + _OTHER_DESCRIPTORS)
+    per_thread = 1 + (DESCRIPTORS if task.settings.decodes_any else 0)
+    lack = ensure_descriptors(num_files + task.num_threads * per_thread + _OTHER_DESCRIPTORS)
     if lack is not None:
-        raise ConversionError(f"{task.target}: converting to {num_files} files {lack}, or use fewer --shards")
+        raise ConversionError(
+            f"{task.target}: converting to {num_files} files {lack}, or use fewer --shards or --threads"
+        )
     jobs = []
     for index in task.mine:
         files = task.all_files[index]

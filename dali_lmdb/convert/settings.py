@@ -56,6 +56,11 @@ class ConvertSettings:
         """Whether every image is decoded."""
         return self.check == "decode" or self.transcode
 
+    @property
+    def decodes_any(self) -> bool:
+        """Whether some images may be decoded."""
+        return self.decodes_all or self.resize is not None
+
     def identity(self) -> dict[str, Any]:
         """The settings that must not differ when a conversion is resumed."""
         identity = asdict(self)

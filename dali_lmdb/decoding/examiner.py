@@ -16,7 +16,10 @@ from dali_lmdb.images.kinds import Kind
 from dali_lmdb.images.reencoding import QUALITY, Change
 from dali_lmdb.isolated import Died, Isolated, Sample
 
-__all__ = ["Examination", "Examiner", "Room", "Verdict"]
+__all__ = ["DESCRIPTORS", "Examination", "Examiner", "Room", "Verdict"]
+
+DESCRIPTORS = 6
+"""Open files of this process for each that decodes, while it starts; later it takes three."""
 
 # Pixels that all processes together decode at once, except that one image may have more. Decoders and Pillow take
 # 3 to 20 bytes for each, the most for JPEG 2000.
