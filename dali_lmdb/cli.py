@@ -90,7 +90,7 @@ class Command(_StandardStreams):
 
 @contextmanager
 def _lack_as_one_line() -> Iterator[None]:
-    """Turn a lack of memory or threads into our message; any other error is a bug and keeps its traceback."""
+    """Turn a lack of memory, threads or files into our message; another error is a bug and keeps its traceback."""
     try:
         yield
     except Exception as error:

@@ -137,10 +137,12 @@ def _num_open(limit: int) -> int:
 
 
 def describe_lack(error: BaseException) -> str | None:
-    """Describe a lack of memory or threads in one line that names the limit; None for any other error."""
+    """Describe a lack of memory, threads or files in one line that names the limit; None for any other error."""
     text = str(error)
     if isinstance(error, MemoryError) or (isinstance(error, ImportError) and "failed to map segment" in text):
         return f"no memory is left: {_advice(errno.ENOMEM)}"
+    if isinstance(error, OSError) and error.errno == errno.EMFILE:
+        return f"no more files can be opened: {_advice(errno.EMFILE)}"
     if isinstance(error, BlockingIOError) or (isinstance(error, RuntimeError) and "start new thread" in text):
         # A thread needs a stack, too: memory is the likelier cause where it is limited.
         memory = any(resource.getrlimit(limit)[0] != resource.RLIM_INFINITY for limit, *_ in _LIMITS[errno.ENOMEM])

@@ -278,6 +278,15 @@ def test_open_files_of_the_processes_that_decode_are_counted(image_folder, tmp_p
     assert done.returncode == 0, done.stderr
 
 
+def test_too_few_open_files_to_decode_are_told_with_the_limit(store_path):
+    done = command("verify", store_path, "--decode", limits="ulimit -n 8;")
+    assert done.returncode == 1
+    assert done.stderr == (
+        "Error: no more files can be opened: this process may have 8 open files (hard limit 8); raise the limit "
+        "with: ulimit -n\n"
+    )
+
+
 def test_a_soft_limit_of_open_files_is_raised_to_write_and_to_read_a_set(image_folder, tmp_path):
     target = tmp_path / "x.lmdb"
     done = command("convert", image_folder, target, "--shards", 24, limits="ulimit -Sn 20;")
