@@ -52,7 +52,7 @@ class DaliDecoder:
             RuntimeError: of DALI; one of them cannot be decoded, see ``cause_of``.
         """
         _, sizes = self._run(_first_pixels, encoded)
-        return np.stack([np.array(size)[:2] for size in sizes])
+        return np.array(sizes.as_array()[:, :2])
 
     def pixels(self, encoded: Any) -> npt.NDArray[np.uint8]:
         """Decode an image; return an array of shape (height, width, 3), valid until the next call.

@@ -46,7 +46,7 @@ class _Image:
     def __init__(self, number: int, sample: Sample) -> None:
         kind, height, width = sample.note
         self.number = number
-        self.data = bytes(sample.data)
+        self.data: bytes | memoryview = sample.data  # not copied: fresh memory costs more than the copy
         self.header = Header(Kind(kind), height, width)
         self.change = Change.NONE
         self.reason: str | None = None
@@ -64,7 +64,7 @@ class _Image:
 
     def answer(self) -> Answer:
         changed = self.reason is None and self.change != Change.NONE
-        return Answer([self.reason, *self.header, self.change], self.data if changed else None)
+        return Answer([self.reason, *self.header, self.change], bytes(self.data) if changed else None)
 
 
 def _changed(
@@ -135,7 +135,7 @@ class _Certifier:
         return None
 
 
-def _decoded_by_pillow(data: bytes) -> Any:
+def _decoded_by_pillow(data: bytes | memoryview) -> Any:
     """An RGB image of Pillow."""
     with open_image(data, max_pixels=None) as opened:
         try:

@@ -18,10 +18,11 @@ _SCALABLE = (
     Kind.JPEG_GRAYSCALE,
     Kind.JPEG_CMYK,
 )
+_START_BYTES = 8 << 10  # Pillow copies what it opens
 _OWN_COLORSPACE = {1: "GRAY", 3: "RGB", 4: "CMYK"}  # a lossless JPEG is not converted to another one
 
 
-def check_jpeg(data: bytes, kind: Kind) -> None:
+def check_jpeg(data: bytes | memoryview, kind: Kind) -> None:
     """Decode a JPEG fully, and reject what libjpeg only warns about.
 
     Pillow ignores libjpeg's warnings (data that ends early, bad Huffman codes, bytes left over) and shows grey
@@ -36,9 +37,8 @@ def check_jpeg(data: bytes, kind: Kind) -> None:
         BadImageError: it cannot be decoded, or only with a warning.
     """
     try:
-        with open_image(data, max_pixels=None) as image:
-            components = len(image.getbands())
-            if not _decodes_strictly(data, kind, components=components):
+        if not _decodes_strictly(data, kind, components=_num_components(data)):
+            with open_image(data, max_pixels=None) as image:
                 image.load()
     except BadImageError:
         raise
@@ -46,7 +46,17 @@ def check_jpeg(data: bytes, kind: Kind) -> None:
         raise BadImageError.of(error, what="Pillow cannot decode it: ") from error
 
 
-def _decodes_strictly(data: bytes, kind: Kind, *, components: int) -> bool:
+def _num_components(data: bytes | memoryview) -> int:
+    """Let Pillow parse a JPEG's header, which its start holds as a rule."""
+    try:
+        with open_image(data[:_START_BYTES], max_pixels=None) as image:
+            return len(image.getbands())
+    except BadImageError:
+        with open_image(data, max_pixels=None) as image:
+            return len(image.getbands())
+
+
+def _decodes_strictly(data: bytes | memoryview, kind: Kind, *, components: int) -> bool:
     """Decode a JPEG with TurboJPEG; return False if it does not support this kind of JPEG.
 
     Raises:

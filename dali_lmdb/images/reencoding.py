@@ -40,7 +40,7 @@ def needed_change(header: Header, *, transcode: bool, resize: int | None) -> Cha
 
 
 def change_image(
-    data: bytes, change: Change, *, resize: int | None, quality: int, max_pixels: int | None
+    data: bytes | memoryview, change: Change, *, resize: int | None, quality: int, max_pixels: int | None
 ) -> tuple[bytes, Header]:
     """Re-encode an image as baseline RGB JPEG, and shrink it if ``change`` says so.
 
@@ -68,5 +68,5 @@ def change_image(
         image.save(encoded, "JPEG", quality=quality)
     except Exception as error:  # Pillow raises almost anything on damaged files, and on more than 65,500 pixels
         raise BadImageError.of(error, what="cannot be re-encoded: ") from error
-    data = encoded.getvalue()
-    return data, read_header(data, max_pixels=max_pixels)
+    changed = encoded.getvalue()
+    return changed, read_header(changed, max_pixels=max_pixels)

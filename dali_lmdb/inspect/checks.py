@@ -32,7 +32,7 @@ MAX_LISTED = 10_000
 """Number of damage lines that are listed; further ones are only counted."""
 
 # Limits of what is decoded at a time, per thread.
-_BLOCK_IMAGES = 32
+_BLOCK_IMAGES = 31
 _BLOCK_BYTES = 4 << 20
 
 _UNINSPECTED = {"kind": Kind.UNKNOWN, "height": 0, "width": 0}

@@ -9,9 +9,9 @@ _check_jpeg = checking.check_jpeg
 
 
 def check_jpeg(data, kind):
-    if b"CRASH" in data:
+    if b"CRASH" in bytes(data):
         os.kill(os.getpid(), signal.SIGSEGV)
-    if b"SPIN" in data:
+    if b"SPIN" in bytes(data):
         while True:
             pass
     _check_jpeg(data, kind)
