@@ -9,9 +9,13 @@ import weakref
 import numpy as np
 import pytest
 from loading import DALI, GPU, NUM_RECORDS, TORCH, TRAIN, WORKERS, cut_short, dali_on_the_cpu, epoch_of, planned
+from odd_kinds import GREY, saved
 
 from dali_lmdb.convert import convert
+from dali_lmdb.loaders.pillow import encoded_for_dali
+from dali_lmdb.loaders.prefetch import Prefetcher
 from dali_lmdb.plan.augment import TrainTransform
+from dali_lmdb.store import open_store
 
 
 def test_a_closed_loader_is_closed(make):
@@ -206,3 +210,38 @@ def test_a_forgotten_pipeline_is_not_collected_in_a_forked_process(store_path):
 def test_a_loader_cannot_be_pickled_and_says_so(make, use):
     with pytest.raises(TypeError, match="make one in each process"):
         use(make())
+
+
+def test_a_batch_that_pillow_decodes_is_given_up_between_images(tmp_path):
+    """So that Ctrl-C need not wait for a whole batch of slow images."""
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    for number in range(8):
+        (tmp_path / "images" / "a" / f"{number}.jpg").write_bytes(saved(GREY, "GIF"))
+    convert(tmp_path / "images", tmp_path / "x.lmdb")
+    store = open_store(tmp_path / "x.lmdb")
+    asked = []
+
+    def is_stopped():
+        asked.append(len(asked))
+        return len(asked) == 3
+
+    with pytest.raises(RuntimeError, match="closed while it prepared a batch"):
+        encoded_for_dali(store, np.arange(8), is_stopped=is_stopped)
+    assert len(asked) == 3
+
+
+def test_the_prefetcher_says_when_nobody_waits_any_more(store_path):
+    with dali_on_the_cpu(store_path, transform=TRAIN, batch_size=4) as loader:
+        said, given = [], threading.Event()
+
+        def feed(plan, is_stopped):
+            said.append(is_stopped)
+            given.set()
+            return ()
+
+        prefetcher = Prefetcher(loader.planner, feed, epoch=0, start=0)
+        prefetcher.next()
+        assert given.wait(10)
+        assert not said[0]()
+        prefetcher.close()
+        assert said[0]()

@@ -37,10 +37,10 @@ def test_a_short_first_batch_is_padded_for_dali_but_not_handed_out_padded(store_
         loader._pad_first_batch = first_is_full
         feed = loader._make_feed
 
-        def recording(plan):
+        def recording(plan, **options):
             if threading.current_thread() is threading.main_thread():  # plans are fed by another one
                 padded.append(plan.records.tolist())
-            return feed(plan)
+            return feed(plan, **options)
 
         loader._make_feed = recording
         state = plain.state_dict() | {"position": 21}  # three records are left

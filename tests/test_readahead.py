@@ -125,7 +125,7 @@ def test_who_waits_for_a_batch_is_woken_by_close(store):
         seed=0,
     )
     closing = threading.Event()
-    reader = Prefetcher(planner, lambda plan: closing.wait(), epoch=0, start=0)
+    reader = Prefetcher(planner, lambda plan, **options: closing.wait(), epoch=0, start=0)
     errors = []
 
     def wait():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import numpy as np
@@ -51,15 +51,22 @@ def fields_of(transform: Transform) -> tuple[Field, ...]:
     )
 
 
-def feed_of(plan: BatchPlan, planner: Planner, *, refused: Collection[int] = ()) -> Feed:
+def feed_of(
+    plan: BatchPlan,
+    planner: Planner,
+    *,
+    refused: Collection[int] = (),
+    is_stopped: Callable[[], bool] | None = None,
+) -> Feed:
     """A planned batch as the arrays of ``fields_of``, each of shape (n, ...).
 
     Args:
         refused: records that no decoder may get.
+        is_stopped: see ``encoded_for_dali``.
     """
     augmentation = planner.augment(plan)._asdict()
     names = [field.name for field in fields_of(planner.transform)[2:]]
-    encoded = encoded_for_dali(planner.store, plan.records, refused=refused)
+    encoded = encoded_for_dali(planner.store, plan.records, refused=refused, is_stopped=is_stopped)
     for row in np.flatnonzero((augmentation["shapes"] < 1).any(axis=1)):  # the index has no size for it
         encoded[row] = REFUSED
     return encoded, planner.labels(plan), *(augmentation[name] for name in names)

@@ -9,7 +9,7 @@ import os
 import stat
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -77,13 +77,13 @@ class InFlightFile:
             _write(self._rows[row - 1], plan)
         self._rows[row:, 1] = 0
 
-    def noting(self, make_feed: Callable[[BatchPlan], Feed]) -> Callable[[BatchPlan], Feed]:
+    def noting(self, make_feed: Callable[..., Feed]) -> Callable[..., Feed]:
         """``make_feed``, with a note of the batch while it is made: Pillow may decode some of its images."""
 
-        def noted(plan: BatchPlan) -> Feed:
+        def noted(plan: BatchPlan, **options: Any) -> Feed:
             _write(self._rows[0], plan)
             try:
-                return make_feed(plan)
+                return make_feed(plan, **options)
             finally:
                 self._rows[0, 1] = 0
 

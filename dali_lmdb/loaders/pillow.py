@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,11 @@ def pixel_limits(store: Store, records: npt.NDArray[np.int64]) -> list[int | Non
 
 
 def encoded_for_dali(
-    store: Store, records: npt.NDArray[np.int64], *, refused: Collection[int] = ()
+    store: Store,
+    records: npt.NDArray[np.int64],
+    *,
+    refused: Collection[int] = (),
+    is_stopped: Callable[[], bool] | None = None,
 ) -> list[npt.NDArray[np.uint8]]:
     """Image files of some records, which DALI decodes to Pillow's pixels or not at all.
 
@@ -36,9 +40,13 @@ def encoded_for_dali(
 
     Args:
         refused: records that neither may decode.
+        is_stopped: asked before Pillow decodes an image, which may take seconds.
 
     Returns:
         uint8 of shape (num_bytes,) for each record.
+
+    Raises:
+        RuntimeError: stopped.
     """
     encoded = store.arrays(records)
     if refused:
@@ -47,6 +55,8 @@ def encoded_for_dali(
     suspects = np.flatnonzero(~_ALWAYS_AGREES[store.gather("kind", records)])
     if len(suspects):
         for row, limit in zip(suspects.tolist(), pixel_limits(store, records[suspects]), strict=True):
+            if is_stopped is not None and is_stopped():
+                raise RuntimeError("the loader was closed while it prepared a batch")
             if not dali_agrees(encoded[row]):
                 encoded[row] = _as_ppm(encoded[row], limit)
     return encoded

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -231,12 +231,15 @@ def build_pipeline(source: Callable[[Any], Any], settings: GraphSettings) -> Pip
     return pipeline
 
 
-def feed_without_copy(plan: BatchPlan, planner: Planner, *, refused: Collection[int] = ()) -> Feed:
+def feed_without_copy(plan: BatchPlan, planner: Planner, **options: Any) -> Feed:
     """``feed_of`` with the images' bytes in a DALI tensor list that shares their memory and keeps it alive.
 
     DALI would make it itself, but in the thread that runs the pipeline, and slower.
+
+    Args:
+        options: of ``feed_of``.
     """
-    encoded, *numbers = feed_of(plan, planner, refused=refused)
+    encoded, *numbers = feed_of(plan, planner, **options)
     # contiguous=True, the default, would copy. Slicing the list crashes the process (DALI 2.4).
     images = TensorListCPU(list(map(TensorCPU, encoded)), contiguous=False)  # type: ignore[call-overload]  # stubs
     return images, *numbers

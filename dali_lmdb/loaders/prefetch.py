@@ -32,7 +32,8 @@ class Prefetcher:
 
     Args:
         planner: plans this rank's steps; there must be one at the first place.
-        feed_of: makes DALI's input from a plan; called in the thread.
+        feed_of: makes DALI's input from a plan; called in the thread, with the plan and ``is_stopped``, a function
+            that says whether anybody still waits for it.
         epoch, start: the place of the first batch.
         readahead_bytes: bytes requested from cold storage ahead of the batch that is needed next; 0 turns reading
             ahead off.
@@ -45,7 +46,7 @@ class Prefetcher:
     def __init__(
         self,
         planner: Planner,
-        feed_of: Callable[[BatchPlan], Feed],
+        feed_of: Callable[..., Feed],
         *,
         epoch: int,
         start: int,
@@ -139,7 +140,7 @@ class Prefetcher:
             ahead_bytes -= num_bytes
             if self.readahead is not None:
                 self.readahead.wait(plan.records)
-            feed = self._feed_of(plan)
+            feed = self._feed_of(plan, is_stopped=lambda: self._closed)
             self._room.get()
             if not self._closed:
                 self._ready.put((plan, feed))
