@@ -107,9 +107,10 @@ def test_a_closed_examiner_ends_threads_that_wait_for_an_image_or_for_room(plant
             failures.append(str(error))
 
     threads = [threading.Thread(target=wait) for _ in range(3)]
+    before = children()
     for thread in threads:
         thread.start()
-    while not children():
+    while children() == before:
         pass
     examiner.close()
     for thread in threads:
@@ -137,26 +138,26 @@ def test_pixels_that_are_decoded_at_once_are_limited_over_all_threads():
 
 
 def test_a_process_with_a_large_image_is_not_kept():
-    large = saved(Image.new("L", (5_000, 4_000)), "PNG")
+    large, before = saved(Image.new("L", (5_000, 4_000)), "PNG"), children()
     with Examiner(Examination()) as examiner:
         examiner.examine([(large, read_header(large))])
-        assert children() == []
+        assert children() == before
 
 
 def test_threads_that_come_and_go_share_a_process():
-    image = jpeg(0)
+    image, before = jpeg(0), children()
     with Examiner(Examination()) as examiner:
         for _ in range(3):  # as verify does for each file of a store
             thread = threading.Thread(target=examiner.examine, args=([(image, read_header(image))],))
             thread.start()
             thread.join()
-        assert len(children()) == 1
+        assert len(children() - before) == 1
 
 
 def children():
-    """Processes that this one has started and that still run."""
+    """Processes that this one has started and that still run, those of other tests too."""
     tasks = Path("/proc/self/task").iterdir()
-    return [int(pid) for task in tasks for pid in (task / "children").read_text().split()]
+    return {int(pid) for task in tasks for pid in (task / "children").read_text().split()}
 
 
 def test_good_images_are_unchanged_and_bad_ones_have_the_decoder_that_refused_them():

@@ -1,3 +1,4 @@
+import gc
 import os
 import threading
 from functools import partial
@@ -215,6 +216,7 @@ def test_announcing_goes_on_until_many_batches_in_a_row_were_in_memory(store):
 
 def test_close_ends_the_threads_and_the_files(cold):
     readahead = Readahead(open_store(cold))
+    gc.collect()  # so that no file of an earlier test is closed meanwhile
     before, files = threading.enumerate(), len(os.listdir("/proc/self/fd"))
     readahead.wait(np.arange(NUM_RECORDS))
     assert new_threads(before)
