@@ -45,8 +45,8 @@ class DaliDecoder:
     def sizes(self, encoded: Sequence[Any]) -> npt.NDArray[np.int32]:
         """Decode the first pixel of up to ``MAX_GROUP`` JPEGs; return their heights and widths, of shape (n, 2).
 
-        DALI's decoder, libjpeg-turbo, stops below the window. Of a JPEG that libjpeg-turbo is known to decode
-        without a warning, this tells as much as all of its pixels: the rest is decoded by the same code.
+        DALI's decoder, libjpeg-turbo, stops below the window. Of a JPEG that libjpeg-turbo is known to decode, in
+        ``check_jpeg`` or through Pillow, this tells as much as all of its pixels: the same code decodes the rest.
 
         Raises:
             RuntimeError: of DALI; one of them cannot be decoded, see ``cause_of``.

@@ -27,7 +27,7 @@ def check_jpeg(data: bytes | memoryview, kind: Kind) -> None:
 
     Pillow ignores libjpeg's warnings (data that ends early, bad Huffman codes, bytes left over) and shows grey
     or garbage for the rest of such an image; simplejpeg's strict mode reports them. So Pillow parses JPEGs, and
-    simplejpeg decodes them. Pillow decodes those that TurboJPEG does not support.
+    simplejpeg decodes them. Pillow, leniently, decodes those that TurboJPEG does not support.
 
     Args:
         data: a JPEG that ``read_header`` accepts.
