@@ -28,6 +28,8 @@ def settings(device="cuda", transform="train", **changes):
             "decode": "image" if device == "cuda" else "window",
             "decode_device": "gpu" if device == "cuda" else "cpu",
             "fancy_upsampling": True,
+            "resize": "dali",
+            "decode_scale": "exact",
             "height_hint": 500,
             "width_hint": 600,
             "device_memory_padding": 16 << 20,

@@ -92,34 +92,37 @@ def assert_alike(found):
 # --- the two backends
 
 
+@pytest.mark.parametrize("resize", ["auto", "dali"])
 @pytest.mark.parametrize("name", TRANSFORMS)
-def test_pictures_look_alike_in_both_backends(picture_path, name):
+def test_pictures_look_alike_in_both_backends(picture_path, name, resize):
     transform = TRANSFORMS[name]
     assert_alike(
         differences(
-            epochs_of(dali, picture_path, transform, sampler=range(0, 24, 2), shuffle="full"),
+            epochs_of(dali, picture_path, transform, sampler=range(0, 24, 2), shuffle="full", resize=resize),
             epochs_of(classic, picture_path, transform, sampler=range(0, 24, 2), shuffle="full"),
         )
     )
 
 
+@pytest.mark.parametrize("resize", ["auto", "dali"])
 @pytest.mark.parametrize("name", ["train", "eval", "eval-cubic", "lanczos", "everything"])
-def test_photos_look_alike_in_both_backends(photo_path, name):
+def test_photos_look_alike_in_both_backends(photo_path, name, resize):
     chosen = {"sampler": range(0, 120, 5), "shuffle": "full"}
     assert_alike(
         differences(
-            epochs_of(dali, photo_path, TRANSFORMS[name], **chosen),
+            epochs_of(dali, photo_path, TRANSFORMS[name], resize=resize, **chosen),
             epochs_of(classic, photo_path, TRANSFORMS[name], **chosen),
         )
     )
 
 
+@pytest.mark.parametrize("resize", ["auto", "dali"])
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_normalised_pictures_look_alike_too(picture_path, dtype, layout):
+def test_normalised_pictures_look_alike_too(picture_path, dtype, layout, resize):
     transform = TrainTransform(size=64, erase=0.5, **JITTER)
     arguments = {"dtype": dtype, "layout": layout}
-    ours = epochs_of(dali, picture_path, transform, **arguments)
+    ours = epochs_of(dali, picture_path, transform, resize=resize, **arguments)
     theirs = epochs_of(classic, picture_path, transform, **arguments)
     scale = 255 * torch.tensor(IMAGENET_STD).reshape(3, 1, 1)
     assert_alike(

@@ -73,7 +73,9 @@ def picture_path(tmp_path_factory):
 @pytest.mark.parametrize("last_batch", ["drop", "pad", "short"])
 def test_pixels_labels_and_indices_belong_together(make, grey_path, transform, last_batch):
     loader = make(grey_path, transform=transform, batch_size=5, last_batch=last_batch)
-    reference = make(grey_path, transform=transform, batch_size=5, last_batch=last_batch, device="cpu")
+    reference = make(
+        grey_path, transform=transform, batch_size=5, last_batch=last_batch, device="cpu", resize="dali"
+    )
     for _ in range(3):
         steps = [records_of(batch) for batch in loader]
         assert len(steps) == len(loader)
@@ -105,7 +107,7 @@ TRANSFORMS = {
 def test_pictures_look_as_on_the_cpu(make, picture_path, name):
     arguments = {"transform": TRANSFORMS[name], "dtype": "uint8", "last_batch": "short"}
     ours = by_record(make(picture_path, **arguments))
-    theirs = by_record(make(picture_path, device="cpu", **arguments))
+    theirs = by_record(make(picture_path, device="cpu", resize="dali", **arguments))
     assert len(theirs) == 24
     assert_alike(ours, theirs, mean=1.5, share=0.995)
 
@@ -115,7 +117,7 @@ def test_photos_look_as_on_the_cpu(make, test_data, tmp_path, transform):
     convert(test_data / "photos", tmp_path / "photos.lmdb", settings=ConvertSettings(on_bad="skip"))
     arguments = {"transform": transform, "dtype": "uint8", "last_batch": "short", "sampler": range(0, 120, 4)}
     ours = by_record(make(tmp_path / "photos.lmdb", **arguments))
-    theirs = by_record(make(tmp_path / "photos.lmdb", device="cpu", **arguments))
+    theirs = by_record(make(tmp_path / "photos.lmdb", device="cpu", resize="dali", **arguments))
     assert_alike(ours, theirs, mean=1, share=0.999)
 
 
@@ -123,7 +125,7 @@ def test_photos_look_as_on_the_cpu(make, test_data, tmp_path, transform):
 def test_the_share_of_the_hardware_engine_changes_nothing_to_be_seen(make, picture_path, hw_decoder_load):
     arguments = {"transform": TRAIN, "dtype": "uint8", "last_batch": "short"}
     ours = by_record(make(picture_path, hw_decoder_load=hw_decoder_load, **arguments))
-    theirs = by_record(make(picture_path, device="cpu", **arguments))
+    theirs = by_record(make(picture_path, device="cpu", resize="dali", **arguments))
     assert_alike(ours, theirs, mean=1.5, share=0.995)
 
 
@@ -132,7 +134,7 @@ def test_crops_are_not_off_by_a_pixel(make, noise_path):
     for transform in (TRAIN, EVAL):
         arguments = {"transform": transform, "dtype": "uint8", "last_batch": "short"}
         ours = by_record(make(noise_path, **arguments))
-        theirs = by_record(make(noise_path, device="cpu", **arguments))
+        theirs = by_record(make(noise_path, device="cpu", resize="dali", **arguments))
         assert torch.stack([(ours[record] - theirs[record]).abs() for record in theirs]).mean() < 5
 
 
@@ -278,7 +280,7 @@ def test_substitutes_are_those_of_the_cpu(make, tmp_path, bad):
     path = store_with(tmp_path / "x.lmdb", dict.fromkeys(bad, "text"))
     for transform in (TRAIN, EVAL):
         arguments = {"transform": transform, "on_bad": "substitute", "batch_size": 4}
-        ours, theirs = make(path, **arguments), make(path, device="cpu", **arguments)
+        ours, theirs = make(path, **arguments), make(path, device="cpu", resize="dali", **arguments)
         for epoch in range(3):
             steps = [records_of(batch) for batch in ours]
             assert steps == [records_of(batch) for batch in theirs]

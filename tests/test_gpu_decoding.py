@@ -183,7 +183,7 @@ def test_loaders_that_take_turns_do_not_disturb_each_other(make, device):
 def test_pixels_are_right_while_the_device_is_busy(make, device, hw_decoder_load):
     """An H100's engine does not keep to the stream's order (torchvision issue 9606), so it must be waited for."""
     arguments = {"transform": EVAL, "dtype": "uint8", "batch_size": 4}
-    expected = by_record(make(device="cpu", **arguments))
+    expected = by_record(make(device="cpu", resize="dali", **arguments))
     loader = make(device=device, hw_decoder_load=hw_decoder_load, **arguments)
     size, num_epochs = (4096, 10) if device == "cuda" else (64, 1)
     load = torch.rand(size, size, device=device)

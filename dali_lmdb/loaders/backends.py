@@ -59,6 +59,8 @@ def open_loader(
             decode=dali.decode,
             decode_device=dali.decode_device,
             preallocation_bytes=dali.preallocation_bytes,
+            resize=dali.resize,
+            decode_scale=dali.decode_scale,
             transform=transform,
             batch_size=batch_size,
             device=device,

@@ -16,7 +16,8 @@ import torch
 from dali_lmdb.errors import RecordError
 from dali_lmdb.loaders.bad import OnBad, nothing_decodes, substituted
 from dali_lmdb.loaders.base import Batch, Loader
-from dali_lmdb.loaders.external_source import InFlight
+from dali_lmdb.loaders.external_source import InFlight, decoded_fields
+from dali_lmdb.loaders.finishing import Finisher, UndecodableError
 from dali_lmdb.loaders.gpu_memory import held_bytes
 from dali_lmdb.loaders.graph_settings import graph_settings, log_decoding, usual_size
 from dali_lmdb.loaders.in_flight import InFlightFile
@@ -27,8 +28,18 @@ from dali_lmdb.loaders.pipeline import (
 )
 from dali_lmdb.loaders.prefetch import Feed, Prefetcher
 from dali_lmdb.loaders.probe import may_be_a_record, raise_explained
-from dali_lmdb.loaders.run import Run
-from dali_lmdb.loaders.settings import DaliSettings, Decode, DecodeDevice, Device, Dtype, Layout, LoaderSettings
+from dali_lmdb.loaders.run import MAX_DECODED, Run
+from dali_lmdb.loaders.settings import (
+    DaliSettings,
+    Decode,
+    DecodeDevice,
+    DecodeScale,
+    Device,
+    Dtype,
+    Layout,
+    LoaderSettings,
+    Resize,
+)
 from dali_lmdb.loaders.verdicts import Verdicts
 from dali_lmdb.plan.augment import Transform
 from dali_lmdb.plan.batches import BatchPlan
@@ -90,6 +101,14 @@ class DaliLoader(Loader):
         preallocation_bytes: limit of what nvJPEG's decoders preallocate, once on the GPU and once in pinned host
             memory. If images of the store's usual size would exceed it, they preallocate less and grow while they
             run.
+        resize: ``"torch"``: DALI only decodes, and threads of this package do the rest with torch and numpy, which
+            is faster; only with ``device="cpu"`` and the interpolations ``"linear"`` and ``"cubic"``. ``"dali"``:
+            one DALI graph does everything, the same as on a GPU. ``"auto"`` is ``"torch"`` where it can be. Their
+            pixels differ a little; those of ``"torch"`` are nearer to Pillow's.
+        decode_scale: ``"fast"``: where a crop is at least twice as large as the output, its JPEG is decoded at
+            1/2, 1/4 or 1/8 of its size by libjpeg-turbo (Pillow's ``draft``), which is much faster for photos of many
+            megapixels; what it costs in pixels is in README. Only where ``resize`` is ``"torch"``. ``"exact"``
+            decodes every pixel.
         return_index: yield ``(images, labels, records)``, with record indices int64 (n,) on the CPU.
         in_flight_file: a file that tells, after a decoder has killed this process, which records it was decoding:
             for ``read_left_over`` and ``find_crashing``. Removed by ``close``.
@@ -126,6 +145,8 @@ class DaliLoader(Loader):
         decode: Decode = "auto",
         decode_device: DecodeDevice | None = None,
         preallocation_bytes: int = DaliSettings.preallocation_bytes,
+        resize: Resize = DaliSettings.resize,
+        decode_scale: DecodeScale = DaliSettings.decode_scale,
         return_index: bool = False,
         in_flight_file: str | os.PathLike[str] | None = None,
     ) -> None:
@@ -154,6 +175,8 @@ class DaliLoader(Loader):
             decode=decode,
             decode_device=decode_device,
             preallocation_bytes=preallocation_bytes,
+            resize=resize,
+            decode_scale=decode_scale,
         )
         if device == "cpu" and decode_device == "gpu":
             raise ValueError("decode_device is 'gpu' with device 'cpu', expected 'cpu' or None")
@@ -166,7 +189,13 @@ class DaliLoader(Loader):
             log_decoding(store, dali, self.graph)
         self._verdicts = Verdicts(store, self.graph)
         # The prefetcher's thread must not keep the loader alive, so that one dropped without close() is freed.
-        self._make_feed = partial(feed_without_copy, planner=self.planner, refused=self._verdicts.refused)
+        self._make_feed = partial(
+            feed_without_copy,
+            planner=self.planner,
+            refused=self._verdicts.refused,
+            resize=self.graph.resize,
+            decode_scale=self.graph.decode_scale,
+        )
         self._in_flight_path = None if in_flight_file is None else Path(in_flight_file)
         self._in_flight: InFlightFile | None = None  # made with the first batch: until then it tells of a dead one
         self._readahead_bytes = readahead_bytes
@@ -191,6 +220,10 @@ class DaliLoader(Loader):
                 try:
                     batch, (images, labels) = run.next(self._prepare)
                     break
+                except UndecodableError as error:
+                    run.stop()
+                    self._report(error.plan, self._verdicts.note(error))
+                    run = None
                 except RuntimeError as error:
                     run.stop()
                     self._recover(error, run)
@@ -198,6 +231,9 @@ class DaliLoader(Loader):
         except BaseException as error:
             if run is not None:
                 run.stop()
+            if isinstance(error, MemoryError):  # of numpy, for the batch itself
+                error = RuntimeError(f"std::bad_alloc ({error})")
+                raise_explained(error)
             # A kept traceback would keep the pipeline alive, and collecting it in a forked worker, where the
             # threads that it waits for do not exist, hangs.
             clear_frames(error.__traceback__)
@@ -222,10 +258,19 @@ class DaliLoader(Loader):
                 self._new_prefetcher(epoch, position),
                 define,
                 next_place=(epoch, position),
+                num_inputs=len(decoded_fields(self.graph.transform, resize=self.graph.resize)),
+                finisher=self._new_finisher(),
                 on_change=None if self._in_flight is None else self._in_flight.set_given,
             )
         except RuntimeError as error:
             raise_explained(error)
+
+    def _new_finisher(self) -> Finisher | None:
+        if self.graph.resize == "dali":
+            return None
+        return Finisher(
+            self.planner, dtype=self.graph.dtype, layout=self.graph.layout, num_threads=self.graph.num_threads
+        )
 
     def _new_prefetcher(self, epoch: int, position: int) -> Prefetcher:
         self._late_bytes_before += _late_bytes(self._prefetcher)
@@ -234,7 +279,7 @@ class DaliLoader(Loader):
                 self._in_flight_path,
                 fingerprint=self.store.fingerprint,
                 batch_size=self.graph.batch_size,
-                num_batches=self.graph.prefetch_queue_depth,
+                num_batches=self.graph.prefetch_queue_depth + MAX_DECODED,
             )
         make_feed = self._make_feed if self._in_flight is None else self._in_flight.noting(self._make_feed)
         self._prefetcher = Prefetcher(
@@ -255,6 +300,10 @@ class DaliLoader(Loader):
             raise_explained(other)
         if not failed:
             raise error  # every record can be decoded outside the batch: the cause lies elsewhere
+        self._report(plan, failed)
+
+    def _report(self, plan: BatchPlan, failed: Mapping[int, str]) -> None:
+        """Report bad records of a batch; return if it can be repeated with substitutes, else raise."""
         try:
             self.bad.report(failed)
             if (

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 
 from dali_lmdb.errors import StoreFormatError
+from dali_lmdb.loaders.finishing import TORCH_INTERPOLATIONS
 from dali_lmdb.loaders.gpu_memory import choose_decoding, preallocation
 from dali_lmdb.loaders.pipeline import GraphSettings
 from dali_lmdb.loaders.settings import DaliSettings, LoaderSettings
@@ -81,11 +82,29 @@ def graph_settings(settings: LoaderSettings, dali: DaliSettings, usual: UsualSiz
         fancy_upsampling=decoding != ("window", "gpu") or has_fancy_windows(nvjpeg_version()),
         decode=decoding.decode,
         decode_device=decoding.decode_device,
+        resize=_choose_resize(settings, dali),
+        decode_scale=dali.decode_scale,
         height_hint=preallocated.height_hint,
         width_hint=preallocated.width_hint,
         device_memory_padding=preallocated.device_memory_padding,
         host_memory_padding=preallocated.host_memory_padding,
     )
+
+
+def _choose_resize(settings: LoaderSettings, dali: DaliSettings) -> Literal["dali", "torch"]:
+    interpolation = settings.transform.interpolation
+    if settings.device == "cpu" and interpolation in TORCH_INTERPOLATIONS:
+        if dali.resize == "dali" and dali.decode_scale == "fast":
+            raise ValueError("decode_scale is 'fast' with resize 'dali', expected resize 'torch' or 'auto'")
+        return "torch" if dali.resize == "auto" else dali.resize
+    if dali.resize == "torch" or dali.decode_scale == "fast":
+        found = "resize is 'torch'" if dali.resize == "torch" else "decode_scale is 'fast'"
+        expected = " or ".join(map(repr, TORCH_INTERPOLATIONS))
+        raise ValueError(
+            f"{found} with device {settings.device!r} and interpolation {interpolation!r}, expected device 'cpu' "
+            f"and {expected}"
+        )
+    return "dali"
 
 
 def log_decoding(store: Store, dali: DaliSettings, graph: GraphSettings) -> None:

@@ -14,6 +14,7 @@ from torchvision.transforms import functional as F
 from dali_lmdb.errors import DaliLmdbError, RecordError
 from dali_lmdb.images.opening import BadImageError, crop, open_image, to_rgb
 from dali_lmdb.loaders.bad import OnBad, substituted
+from dali_lmdb.loaders.color import color_maps
 from dali_lmdb.loaders.pillow import pixel_limits
 from dali_lmdb.loaders.settings import Dtype, Layout
 from dali_lmdb.plan.augment import Augmentation, TrainTransform, Transform
@@ -142,19 +143,14 @@ def _augmented(image: Any, transform: Transform, augmentation: Augmentation, pos
     return flipped
 
 
-# From RGB to YIQ, NTSC 1953, rounded as in DALI's color_twist (color_twist.h, Rgb2Yiq).
-_RGB_TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
-_YIQ_TO_RGB = np.linalg.inv(_RGB_TO_YIQ)
-
-
 def _twist_color(image: Image.Image, augmentation: Augmentation, position: int) -> Image.Image:
-    """DALI's color_twist: saturation and hue in YIQ, contrast about 128, then brightness."""
-    angle = np.deg2rad(augmentation.hue[position])
-    saturation, contrast = augmentation.saturation[position], augmentation.contrast[position]
-    brightness = augmentation.brightness[position]
-    cos, sin = saturation * np.cos(angle), saturation * np.sin(angle)
-    turn = np.array([[1, 0, 0], [0, cos, sin], [0, -sin, cos]])
-    matrix = brightness * contrast * (_YIQ_TO_RGB @ turn @ _RGB_TO_YIQ)
-    pixels = np.asarray(image, dtype=np.float32) @ matrix.T.astype(np.float32)
-    pixels += brightness * 128 * (1 - contrast)
+    one = slice(position, position + 1)
+    (matrix,), (offset,) = color_maps(
+        hue=augmentation.hue[one],
+        saturation=augmentation.saturation[one],
+        brightness=augmentation.brightness[one],
+        contrast=augmentation.contrast[one],
+    )
+    pixels = np.asarray(image, dtype=np.float32) @ matrix.T
+    pixels += offset
     return Image.fromarray(np.clip(np.rint(pixels), 0, 255).astype(np.uint8))

@@ -13,6 +13,8 @@ erase      erase              gpu                      cpu          if the trans
 normalise  crop_mirror_...    gpu                      cpu
 =========  =================  =======================  ========================================
 
+On the CPU the graph usually ends with the window, and ``finishing`` does the rest, see ``GraphSettings.resize``.
+
 With ``decode="window"``, decoders.image_slice takes the place of decode and window. With ``decode_device="cpu"``,
 both are on the CPU and the windows are copied to the GPU. Flipping is part of normalising. Erasing comes before
 it, on uint8: on the GPU, ``fn.erase`` has no float16.
@@ -22,7 +24,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,9 +32,9 @@ import numpy as np
 from nvidia.dali import Pipeline, backend, fn, types
 from nvidia.dali.backend import TensorCPU, TensorListCPU
 
-from dali_lmdb.loaders.external_source import feed_of, fields_of
+from dali_lmdb.loaders.external_source import Field, decoded_fields, feed_of
 from dali_lmdb.loaders.prefetch import Feed
-from dali_lmdb.loaders.settings import DecodeDevice, Device, Dtype, Layout
+from dali_lmdb.loaders.settings import DecodeDevice, DecodeScale, Device, Dtype, Layout
 from dali_lmdb.plan.augment import Transform
 from dali_lmdb.plan.batches import BatchPlan, Planner
 
@@ -92,6 +94,10 @@ class GraphSettings:
     decode_device: DecodeDevice
     fancy_upsampling: bool
     """Whether nvJPEG upsamples chroma as libjpeg-turbo, and so Pillow, always does."""
+    resize: Literal["dali", "torch"]
+    """``"torch"``: the graph only decodes, and ``finishing`` does the rest; only with ``device="cpu"``."""
+    decode_scale: DecodeScale
+    """``"fast"``: ``finishing`` decodes JPEGs much larger than the output, at a fraction of their size."""
     height_hint: int
     """Height and width, in pixels, of the images that the hardware JPEG engine preallocates for."""
     width_hint: int
@@ -101,9 +107,8 @@ class GraphSettings:
     """Size of each of a decoding thread's two pinned buffers, in bytes."""
 
 
-def source_arguments(transform: Transform) -> dict[str, Any]:
-    """Arguments of ``fn.external_source`` for the inputs of ``fields_of``."""
-    fields = fields_of(transform)
+def source_arguments(fields: Sequence[Field]) -> dict[str, Any]:
+    """Arguments of ``fn.external_source`` for some inputs."""
     return {
         "num_outputs": len(fields),
         "batch": True,  # per-sample mode drops a short last batch
@@ -183,7 +188,11 @@ def define_pipeline(source: Callable[[Any], Any], settings: GraphSettings) -> Pi
     """Define the graph without building it, which needs neither a GPU nor a driver.
 
     Outputs are ``OUTPUTS``: images (n, 3, size, size), or (n, size, size, 3) with NHWC, normalised unless
-    uint8; labels int64 (n,). With ``device="cuda"`` both are on the GPU.
+    uint8; labels int64 (n,). With ``device="cuda"`` both are on the GPU. With ``resize="torch"`` the images are n
+    windows, uint8 HWC, of different sizes.
+
+    Args:
+        source: gives the inputs of ``decoded_fields``.
     """
     pipeline = Pipeline(
         batch_size=settings.batch_size,
@@ -192,11 +201,17 @@ def define_pipeline(source: Callable[[Any], Any], settings: GraphSettings) -> Pi
         prefetch_queue_depth=settings.prefetch_queue_depth,
     )
     on_gpu = settings.device == "cuda"
+    fields = decoded_fields(settings.transform, resize=settings.resize)
     with pipeline:
-        names = [field.name for field in fields_of(settings.transform)]
-        given = dict(zip(names, fn.external_source(source, **source_arguments(settings.transform)), strict=True))
+        names = [field.name for field in fields]
+        inputs = fn.external_source(source, **source_arguments(fields))
+        given = dict(zip(names, inputs, strict=True))
+        windows = _decoded_windows(given, settings)
+        if settings.resize == "torch":
+            pipeline.set_outputs(windows, given["labels"])
+            return pipeline
         images = fn.resize(
-            _decoded_windows(given, settings),
+            windows,
             size=given.get("size", [settings.transform.size] * 2),
             **{name: given[name] for name in ("roi_start", "roi_end") if name in given},
             **_resize_arguments(settings),

@@ -16,7 +16,7 @@ from dali_lmdb.images.blank import blank_jpeg
 from dali_lmdb.images.header import MAX_PIXELS
 from dali_lmdb.images.opening import BadImageError, open_image, to_rgb
 from dali_lmdb.isolated import Answer, Died, Handler, Isolated, Sample
-from dali_lmdb.loaders.external_source import fields_of
+from dali_lmdb.loaders.external_source import decoded_fields
 from dali_lmdb.loaders.pipeline import GraphSettings, build_pipeline
 from dali_lmdb.loaders.prefetch import Feed
 
@@ -108,7 +108,7 @@ class Probe:
         """Why DALI cannot decode records of a batch, by row of the batch; those that it can are left out.
 
         Args:
-            feed: DALI's inputs for the batch.
+            feed: DALI's inputs for the batch, of ``decoder_inputs``.
             sizes: sizes of the records to decode, by row.
             failed_before: the records failed before, with other crops. Each is then decoded alone, since most will
                 fail again, and without checking first that DALI can decode a blank image.
@@ -276,7 +276,7 @@ def _feed(items: Sequence[Sample], settings: GraphSettings) -> Feed:
     """DALI's inputs for some items."""
     columns = zip(*(item.note["numbers"] for item in items), strict=True)
     encoded = [np.frombuffer(item.data, np.uint8) for item in items]
-    fields = fields_of(settings.transform)[1:]
+    fields = decoded_fields(settings.transform, resize=settings.resize)[1:]
     return encoded, *(np.array(column, field.dtype) for field, column in zip(fields, columns, strict=True))
 
 

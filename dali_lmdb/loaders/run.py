@@ -1,11 +1,15 @@
-"""A running DALI pipeline, whose finished batches never wait for one that is still being read."""
+"""A running DALI pipeline, whose finished batches never wait for one that is still being read.
+
+On the CPU DALI usually only decodes, and a ``Finisher`` does the rest: it works on a batch while DALI decodes the
+next ones.
+"""
 
 from __future__ import annotations
 
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from nvidia.dali import Pipeline
@@ -14,13 +18,25 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from dali_lmdb.loaders.external_source import InFlight
+from dali_lmdb.loaders.finishing import Finisher, Unfinished
 from dali_lmdb.loaders.prefetch import Feed, Prefetcher
 from dali_lmdb.plan.batches import BatchPlan
 
-__all__ = ["Run", "as_torch"]
+__all__ = ["MAX_DECODED", "Run", "as_torch"]
+
+MAX_DECODED = 2
+"""Number of batches that the finisher works on: the next one, and the one after it."""
 
 Prepare = Callable[[BatchPlan, Feed], InFlight]
 """Called with each batch before DALI gets it; may substitute records."""
+
+
+class _Decoded(NamedTuple):
+    """A batch that DALI has decoded."""
+
+    batch: InFlight
+    images: Unfinished
+    labels: Tensor
 
 
 class Run:
@@ -31,9 +47,11 @@ class Run:
 
     Args:
         prefetcher: gives the batches; the run closes it.
+        num_inputs: number of the inputs of a batch that DALI gets, the first ones.
         define: defines the pipeline, given the callback of ``fn.external_source``. As many batches are in flight
             as its ``prefetch_queue_depth`` says, if they are ready.
         next_place: initial value of the attribute.
+        finisher: finishes the windows that the pipeline decodes; the run closes it. None if nothing is left to do.
         on_change: called with the plans of the batches in flight whenever they change, before DALI gets a new one.
 
     Attributes:
@@ -48,9 +66,14 @@ class Run:
         define: Callable[[Callable[[Any], Feed]], Pipeline],
         *,
         next_place: tuple[int, int],
+        num_inputs: int,
+        finisher: Finisher | None = None,
         on_change: Callable[[Iterable[BatchPlan]], None] | None = None,
     ) -> None:
         self._on_change = on_change
+        self._num_inputs, self._finisher = num_inputs, finisher
+        self._decoded: deque[_Decoded] = deque()  # before `in_flight`
+        self._failure: RuntimeError | None = None  # of DALI, about the first batch in flight
         self.in_flight: deque[InFlight] = deque()
         self.next_place = next_place
         self._planned: tuple[BatchPlan, Feed] | None = None  # taken from the prefetcher, not yet given to DALI
@@ -60,7 +83,7 @@ class Run:
             self._pipeline: Pipeline | None = define(self._source)
             self._pipeline.build()
         except BaseException:
-            self._close_prefetcher()
+            self.stop()
             raise
 
     def _take_from(self, prefetcher: Prefetcher) -> None:
@@ -72,10 +95,11 @@ class Run:
         """Drop the batches in flight and continue from another place; return None if only a new run can."""
         self._close_prefetcher()
         self._planned = None
+        self._decoded.clear()
         self._take_from(prefetcher)
         try:
             while self.in_flight:
-                self._outputs()
+                self._wait()
                 self._take_first()
         except RuntimeError:  # a bad record of an epoch that was left early does not matter
             self.stop()
@@ -90,18 +114,52 @@ class Run:
             RuntimeError: of DALI, about the first batch in flight.
             Exception: of the prefetcher or ``prepare``, when there is no batch in flight before it.
         """
-        self._top_up(prepare, wait=True)
-        outputs = self._outputs()
-        batch = self._take_first()
-        self._top_up(prepare, wait=False)
-        return batch, outputs
+        if self._finisher is None:
+            self._top_up(prepare, wait=True)
+            outputs = self._wait()
+            batch = self._take_first()
+            self._top_up(prepare, wait=False)
+            return batch, outputs
+        self._decode_ahead(self._finisher, prepare)
+        batch, unfinished, labels = self._decoded[0]
+        images = unfinished.result()
+        self._decoded.popleft()
+        self._tell()
+        return batch, [images, labels]
 
-    def _outputs(self) -> list[Tensor]:
-        """The outputs of the first batch in flight; waits for them."""
+    def _decode_ahead(self, finisher: Finisher, prepare: Prepare) -> None:
+        """Give the finisher the next batch, and the one after it too if DALI has it already.
+
+        So it has work while the consumer has not asked for the next batch.
+        """
+        while len(self._decoded) < MAX_DECODED and self._failure is None:
+            self._top_up(prepare, wait=not self._decoded)
+            if not self.in_flight:
+                break
+            try:
+                windows, labels = self._wait()
+            except RuntimeError as error:
+                self._failure = error
+                break
+            batch = self.in_flight[0]
+            self._decoded.append(_Decoded(batch, finisher.begin(batch.plan, batch.feed, windows), labels))
+            self.in_flight.popleft()
+            self._tell()
+        if not self._decoded:
+            assert self._failure is not None, "nothing is decoded, and nothing has failed"
+            raise self._failure
+
+    def _wait(self) -> list[Any]:
+        """DALI's outputs for the first batch in flight, as tensors; waits for them.
+
+        For a finisher the first one is DALI's list of windows, which differ in size.
+        """
         assert self._pipeline is not None, "a stopped run is asked for a batch"
         # Without a stream they are complete when this returns, as with DALI's own iterator.
-        outputs = [as_torch(output.as_tensor()) for output in self._pipeline.share_outputs()]
-        self._pipeline.release_outputs()  # frees a place in the executor's queue; the tensors keep the memory
+        lists = self._pipeline.share_outputs()
+        num_lists = 0 if self._finisher is None else 1
+        outputs = [*lists[:num_lists], *(as_torch(output.as_tensor()) for output in lists[num_lists:])]
+        self._pipeline.release_outputs()  # frees a place in the queue; lists and tensors keep the memory
         return outputs
 
     def _top_up(self, prepare: Prepare, *, wait: bool) -> None:
@@ -122,7 +180,7 @@ class Run:
             self._planned = None
             self.in_flight.append(batch)
             self._tell()
-            self._source.feed = batch.feed
+            self._source.feed = batch.feed[: self._num_inputs]
             # The first call asks for as many batches as the queue holds, unless the source ends; reset() then
             # makes the next call a first one again.
             self._pipeline.schedule_run()
@@ -135,17 +193,21 @@ class Run:
 
     def _tell(self) -> None:
         if self._on_change is not None:
-            self._on_change([batch.plan for batch in self.in_flight])
+            decoded = [decoded.batch for decoded in self._decoded]  # the finisher may decode some, too
+            self._on_change([batch.plan for batch in (*decoded, *self.in_flight)])
 
     @property
     def fill(self) -> int:
-        """Number of batches in flight or ready for DALI."""
-        return len(self.in_flight) + (self._planned is not None) + self._prefetcher.fill
+        """Number of batches in flight, decoded or ready for DALI."""
+        return len(self._decoded) + len(self.in_flight) + (self._planned is not None) + self._prefetcher.fill
 
     def stop(self) -> None:
         """Drop the pipeline but not the bytes that it reads: a traceback may keep it alive."""
         self._close_prefetcher()
-        self._pipeline = self._planned = self._source.feed = None
+        if self._finisher is not None:
+            self._finisher.close()
+        self._decoded.clear()
+        self._pipeline = self._planned = self._source.feed = self._failure = None
 
     def close(self) -> None:
         """Drop the pipeline and the bytes."""

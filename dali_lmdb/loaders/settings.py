@@ -17,13 +17,25 @@ from dali_lmdb.loaders.prefetch import READAHEAD_BYTES
 from dali_lmdb.plan.augment import EvalTransform, TrainTransform, Transform
 from dali_lmdb.plan.order import LastBatch, Shuffle
 
-__all__ = ["DaliSettings", "Decode", "DecodeDevice", "Device", "Dtype", "Layout", "LoaderSettings"]
+__all__ = [
+    "DaliSettings",
+    "Decode",
+    "DecodeDevice",
+    "DecodeScale",
+    "Device",
+    "Dtype",
+    "Layout",
+    "LoaderSettings",
+    "Resize",
+]
 
 Device = Literal["cuda", "cpu"]
 Dtype = Literal["float32", "float16", "uint8"]
 Layout = Literal["NCHW", "NHWC"]
 Decode = Literal["auto", "image", "window"]
 DecodeDevice = Literal["gpu", "cpu"]
+DecodeScale = Literal["exact", "fast"]
+Resize = Literal["auto", "dali", "torch"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +105,8 @@ class DaliSettings:
     decode: Decode = "auto"
     decode_device: DecodeDevice | None = None
     preallocation_bytes: int = 1 << 30
+    resize: Resize = "auto"
+    decode_scale: DecodeScale = "exact"
 
     def __post_init__(self) -> None:
         for name in ("num_threads", "prefetch_queue_depth"):
@@ -106,5 +120,9 @@ class DaliSettings:
             raise ValueError(f"decode is {self.decode!r}, expected 'auto', 'image' or 'window'")
         if self.decode_device not in (None, "gpu", "cpu"):
             raise ValueError(f"decode_device is {self.decode_device!r}, expected 'gpu', 'cpu' or None")
+        if self.resize not in ("auto", "dali", "torch"):
+            raise ValueError(f"resize is {self.resize!r}, expected 'auto', 'dali' or 'torch'")
+        if self.decode_scale not in ("exact", "fast"):
+            raise ValueError(f"decode_scale is {self.decode_scale!r}, expected 'exact' or 'fast'")
         if self.preallocation_bytes < 0:
             raise ValueError(f"preallocation_bytes is {self.preallocation_bytes}, expected at least 0")

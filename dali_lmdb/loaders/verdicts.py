@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from dali_lmdb.loaders.external_source import Reduced, decoder_inputs
+from dali_lmdb.loaders.finishing import UndecodableError
 from dali_lmdb.loaders.pillow import pixel_limits
 from dali_lmdb.loaders.pipeline import GraphSettings, feed_without_copy
 from dali_lmdb.loaders.prefetch import Feed
@@ -28,7 +30,7 @@ class Verdicts:
     """
 
     def __init__(self, store: Store, graph: GraphSettings) -> None:
-        self._store, self._probe = store, Probe(graph)
+        self._store, self._probe, self._graph = store, Probe(graph), graph
         self.refused: dict[int, str] = {}
         # By (epoch, record), since windows differ: why the record failed to decode; None if it decoded.
         self._known: dict[tuple[int, int], str | None] = {}
@@ -41,21 +43,29 @@ class Verdicts:
         """Causes of the records known to fail with the crops of an epoch."""
         return {record: cause for (of, record), cause in self._known.items() if cause and of == epoch}
 
+    def note(self, error: UndecodableError) -> dict[int, str]:
+        """Remember why a record cannot be decoded; return it by record index."""
+        found = {int(error.plan.records[error.row]): str(error)}
+        self._known |= {(error.plan.epoch, record): cause for record, cause in found.items()}
+        return found
+
     def causes(
         self, plan: BatchPlan, feed: Feed, records: Sequence[int], *, failed_before: bool
     ) -> dict[int, str]:
         """Causes of those of some records of a batch that cannot be decoded.
 
         Args:
-            feed: DALI's inputs for the batch.
+            feed: the batch's inputs.
             failed_before: as ``Probe.causes``, which says what may be raised.
         """
         unknown = {record for record in records if (plan.epoch, record) not in self._known}
         rows = {record: row for row, record in enumerate(plan.records.tolist()) if record in unknown}
-        sizes = self._sizes(plan, feed, rows.values())
-        from_dali = self._probe.causes(feed, sizes, failed_before=failed_before)
-        failed = {record for record, row in rows.items() if row not in sizes or row in from_dali}
-        from_pillow = self._pillow_causes(sorted(failed - self.refused.keys()))
+        reduced = {record for record, row in rows.items() if row in _reduced(feed)}  # Pillow decodes them
+        sizes = self._sizes(plan, feed, [row for record, row in rows.items() if record not in reduced])
+        from_dali = self._probe.causes(self._inputs(feed), sizes, failed_before=failed_before)
+        failed = {record for record, row in rows.items() if row not in sizes or row in from_dali} - reduced
+        from_pillow = self._pillow_causes(sorted((failed | reduced) - self.refused.keys()))
+        failed |= {record for record in reduced if from_pillow[record] is not None}
         for record, row in rows.items():
             cause = self._told(record, from_dali.get(row), from_pillow.get(record)) if record in failed else None
             self._known[plan.epoch, record] = cause
@@ -72,10 +82,12 @@ class Verdicts:
         found = {record: f"Pillow: {cause.text}" for record, cause in from_pillow.items() if cause and cause.died}
         rest = np.array([record for record in records if record not in found], np.int64)
         plan = BatchPlan(epoch=epoch, start=0, end=0, records=rest)
-        feed = feed_without_copy(plan, planner, refused=self.refused)
-        causes = self._probe.causes(feed, self._sizes(plan, feed, range(len(rest))), failed_before=False)
+        feed = feed_without_copy(plan, planner, refused=self.refused, resize=self._graph.resize)
+        causes = self._probe.causes(
+            self._inputs(feed), self._sizes(plan, feed, range(len(rest))), failed_before=False
+        )
         died = {row: cause for row, cause in causes.items() if cause.died}
-        if causes and not died and self._probe.crashes_together(feed):
+        if causes and not died and self._probe.crashes_together(self._inputs(feed)):
             died = causes
         return found | {int(rest[row]): f"DALI: {cause.text}" for row, cause in died.items()}
 
@@ -109,6 +121,15 @@ class Verdicts:
         heights, widths = (self._store.gather(name, plan.records).tolist() for name in ("height", "width"))
         return {row: (heights[row], widths[row]) for row in rows if feed[0][row].shape() != [0]}
 
+    def _inputs(self, feed: Feed) -> Feed:
+        return decoder_inputs(feed, self._graph.transform, resize=self._graph.resize)
+
     def close(self) -> None:
         """End the probe's process; the next use starts another."""
         self._probe.close()
+
+
+def _reduced(feed: Feed) -> dict[int, Reduced]:
+    """The images of a batch that Pillow decodes at a fraction of their size, by row."""
+    last = feed[-1]
+    return last if isinstance(last, dict) else {}

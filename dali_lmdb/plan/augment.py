@@ -389,12 +389,8 @@ class EvalTransform(_Output):
         resizing filter's radius are decoded.
         """
         del seed, epoch
-        image = np.stack([heights, widths], axis=1).astype(np.int64)
-        short = np.maximum(image.min(axis=1, keepdims=True), 1)
-        # torchvision's _compute_resized_output_size truncates the longer side.
-        resized = self.resize * image // short
-        # torchvision's center_crop rounds half to even, as numpy's rint does.
-        crop = np.rint((resized - self.size) / 2)
+        resized, crop = self.central_crop(heights, widths)
+        image = np.stack([heights, widths], axis=1)
         scale = image / np.maximum(resized, 1)
         start, end = crop * scale, (crop + self.size) * scale
         margin = np.ceil(_FILTER_RADIUS[self.interpolation] * np.maximum(scale, 1)) + _FILTER_MARGIN
@@ -407,6 +403,23 @@ class EvalTransform(_Output):
             (end - anchors).astype(np.float32),
             self.size,
         )
+
+    def central_crop(self, heights: Ints, widths: Ints) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """What Resize and CenterCrop do to n images.
+
+        Args:
+            heights, widths: size as stored, int32 of shape (n,), in pixels.
+
+        Returns:
+            (resized, corners): height and width to which each is resized, and the upper left corner (y, x) of the
+            crop therein; in pixels, int64 of shape (n, 2).
+        """
+        image = np.stack([heights, widths], axis=1).astype(np.int64)
+        short = np.maximum(image.min(axis=1, keepdims=True), 1)
+        # torchvision's _compute_resized_output_size truncates the longer side.
+        resized = self.resize * image // short
+        # torchvision's center_crop rounds half to even, as numpy's rint does.
+        return resized, np.rint((resized - self.size) / 2).astype(np.int64)
 
 
 Transform = TrainTransform | EvalTransform

@@ -25,7 +25,7 @@ from reading import ReadingSettings, reading_options, shuffled_part
 
 from dali_lmdb.cli import Command, print_progress, print_result
 from dali_lmdb.compare.report import Measured, machine, spread, versions
-from dali_lmdb.loaders.external_source import InFlight
+from dali_lmdb.loaders.external_source import InFlight, fields_of
 from dali_lmdb.loaders.pipeline import feed_without_copy, source_arguments
 from dali_lmdb.loaders.prefetch import Prefetcher
 from dali_lmdb.loaders.run import Run
@@ -148,8 +148,9 @@ def _one_core() -> Iterator[None]:
 def _windows(
     prefetcher: Prefetcher, settings: ReadingSettings, progress: Callable[[HandoverRound], None] | None
 ) -> list[HandoverRound]:
-    define = partial(define_handover, transform=TrainTransform(), batch_size=settings.batch_size)
-    run = Run(prefetcher, define, next_place=(0, 0))
+    transform = TrainTransform()
+    define = partial(define_handover, transform=transform, batch_size=settings.batch_size)
+    run = Run(prefetcher, define, next_place=(0, 0), num_inputs=len(fields_of(transform)))
     rounds = []
     for number in range(settings.rounds + 1):
         num_records = 0
@@ -176,7 +177,7 @@ def define_handover(source: Callable[[Any], Any], *, transform: Transform, batch
     """
     pipeline = Pipeline(batch_size=batch_size, num_threads=1, device_id=None)
     with pipeline:
-        encoded, labels, *numbers = fn.external_source(source, **source_arguments(transform))
+        encoded, labels, *numbers = fn.external_source(source, **source_arguments(fields_of(transform)))
         pipeline.set_outputs(labels, *(given.shape() for given in (encoded, *numbers)))
     return pipeline
 

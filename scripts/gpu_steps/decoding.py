@@ -169,7 +169,7 @@ def pixels(store: str, *, device: Device, num_images: int = 64, **arguments: Any
         for name, transform in _TRANSFORMS.items():
             ours = _images(DaliLoader(opened, **_common(transform), device=device, **shared, **arguments))
             theirs = {
-                "DALI on the CPU": DaliLoader(opened, **_common(transform), device="cpu", **shared),
+                "DALI on the CPU": DaliLoader(opened, **_common(transform), device="cpu", resize="dali", **shared),
                 "Pillow": TorchLoader(opened, **_common(transform), num_workers=0, **shared),
             }
             for against, loader in theirs.items():
