@@ -8,6 +8,7 @@ import cold
 import handover
 import numpy as np
 import page_cache
+import peers
 import pytest
 from classic_databases import make_classic
 from click.testing import CliRunner
@@ -275,6 +276,29 @@ def test_handover_command_prints_a_table(store):
     assert lines[1] == "handover, 30 records in random order, batches of 30, one core, 1 rounds of 0.01 s"
     assert [line.split()[0] for line in lines[5:7]] == ["elapsed", "cpu"]
     assert result.stderr.startswith("warm-up: ")
+
+
+def test_peers_command_compares_each_row_with_its_peer(folder, store):
+    quick = ("--rounds", 1, "--batches", 2, "--batch-size", 4, "--threads", 1)
+    rows = ("--only", "train/plain", "--only", "train/torch", "--only", "train/dali")
+    result = run(peers.main, folder, store, *quick, *rows, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)["rows"]
+    assert list(found) == ["train/dali", "train/torch", "train/plain"]
+    assert found["train/dali"]["ratio_to_peer"] is None  # its peer was not measured
+    speed = {row: windows["images_per_s"]["median"] for row, windows in found.items()}
+    assert found["train/torch"]["ratio_to_peer"]["rounds"] == [speed["train/torch"] / speed["train/plain"]]
+    assert min(windows[name]["median"] for windows in found.values() for name in ("cpu_ms", "start_s")) > 0
+
+
+def test_peers_command_wants_the_folder_that_the_store_was_made_from(folder, store):
+    (folder / "class0" / "more.jpg").write_bytes(b"")
+    try:
+        result = run(peers.main, folder, store, "--batch-size", 4)
+    finally:
+        (folder / "class0" / "more.jpg").unlink()
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "31 images, the store has 30" in result.stderr
 
 
 def test_commands_print_one_json_object(store):

@@ -198,6 +198,7 @@ def test_help_of_every_command_can_be_printed():
         ["scripts/gpu_report.py"],
         ["scripts/benchmarks/cold.py"],
         ["scripts/benchmarks/handover.py"],
+        ["scripts/benchmarks/peers.py"],
     ],
     ids=" ".join,
 )
