@@ -1,5 +1,6 @@
 """Workers of a ``DataLoader``: how they are started (Python 3.14 forks from a server), and what they need."""
 
+import gc
 import multiprocessing
 import os
 import subprocess
@@ -94,3 +95,17 @@ def test_a_temporary_folder_without_room_for_sockets_is_an_error_not_a_hang(stor
     expected = "24 records\n" if works else f"Error: TMPDIR is {folder}, where worker processes cannot make their "
     assert done.stdout.startswith(expected)
     assert done.stdout.count("\n") == 1
+
+
+def test_batches_of_many_epochs_leave_no_shared_memory_and_a_kept_one_does_not_change(store_path):
+    with torch_loader(store_path, batch_size=8, num_workers=2) as loader:
+        kept = next(iter(loader))[0]
+        before = kept.clone()
+        files = len(os.listdir("/proc/self/fd"))
+        for _ in range(200):
+            assert all(batch[0].is_shared() for batch in loader)
+        assert kept.equal(before)
+        assert len(os.listdir("/proc/self/fd")) <= files
+    del kept
+    gc.collect()
+    assert "/dev/shm/torch" not in Path("/proc/self/maps").read_text(encoding="utf-8")

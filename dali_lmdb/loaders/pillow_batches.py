@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 from torchvision.transforms import functional as F
 
 from dali_lmdb.errors import DaliLmdbError, RecordError
@@ -63,7 +64,7 @@ class PlannedBatches(Dataset[DecodedBatch]):
 
     def decode(self, plan: BatchPlan, *, following: Iterable[int]) -> DecodedBatch:
         """Decode a batch; ``following`` are records to substitute if all of its own fail."""
-        images, failed = dict[int, torch.Tensor](), dict[int, str]()
+        images, failed = dict[int, Image.Image](), dict[int, str]()
         shown, error, num_bytes = plan, None, 0
         try:
             while True:
@@ -85,15 +86,13 @@ class PlannedBatches(Dataset[DecodedBatch]):
         records = torch.from_numpy(shown.records)
         if error is not None or not images.keys() >= set(shown.records.tolist()):
             return DecodedBatch(None, labels, records, failed, num_bytes, error)
-        stacked = torch.stack([images[record] for record in shown.records.tolist()])
-        if self.layout == "NHWC":
-            stacked = stacked.contiguous(memory_format=torch.channels_last)
-        return DecodedBatch(stacked, labels, records, failed, num_bytes, error)
+        collated = self._collate([images[record] for record in shown.records.tolist()])
+        return DecodedBatch(collated, labels, records, failed, num_bytes, error)
 
-    def _images(self, epoch: int, wanted: list[int]) -> tuple[dict[int, torch.Tensor], dict[int, str], int]:
-        """Decode records: (images by record index, causes of failures in the order requested, bytes read)."""
+    def _images(self, epoch: int, wanted: list[int]) -> tuple[dict[int, Image.Image], dict[int, str], int]:
+        """Decode and augment: (images by record index, causes of failures in the order requested, bytes read)."""
         store, transform = self.store, self.transform
-        images, failed, files = dict[int, torch.Tensor](), dict[int, str](), dict[int, Image.Image]()
+        images, failed, files = dict[int, Image.Image](), dict[int, str](), dict[int, Image.Image]()
         num_bytes = 0
         for record, limit in zip(wanted, pixel_limits(store, np.array(wanted, dtype=np.int64)), strict=True):
             try:
@@ -112,15 +111,53 @@ class PlannedBatches(Dataset[DecodedBatch]):
             except BadImageError as error:
                 failed[record] = str(error)
             else:
-                images[record] = self._to_tensor(_augmented(image, transform, augmentation, position))
+                images[record] = _augmented(image, transform, augmentation, position)
         return images, {record: failed[record] for record in wanted if record in failed}, num_bytes
 
-    def _to_tensor(self, image: Image.Image) -> torch.Tensor:
+    def _collate(self, images: list[Image.Image]) -> torch.Tensor:
+        """Normalise images of one size into a batch, with the operations of ``to_tensor`` and ``normalize``."""
+        width, height = images[0].size
+        batch = _empty((len(images), height, width, 3), self.layout, getattr(torch, self.dtype))
         if self.dtype == "uint8":
-            pixels: torch.Tensor = F.pil_to_tensor(image)
-            return pixels
-        tensor: torch.Tensor = F.normalize(F.to_tensor(image), list(self.transform.mean), list(self.transform.std))
-        return tensor.half() if self.dtype == "float16" else tensor
+            for image, pixels in zip(images, batch, strict=True):
+                pixels.copy_(_pixels(image))
+            return batch
+        mean, std = (
+            torch.tensor(values, dtype=torch.float32).view(3, 1, 1)
+            for values in (self.transform.mean, self.transform.std)
+        )
+        scratch = torch.empty_like(batch[0], dtype=torch.float32)
+        for image, pixels in zip(images, batch, strict=True):
+            normalised = pixels if self.dtype == "float32" else scratch
+            normalised.copy_(_pixels(image)).div_(255).sub_(mean).div_(std)
+            if normalised is scratch:
+                pixels.copy_(scratch)
+        return batch
+
+
+def _empty(shape: tuple[int, int, int, int], layout: Layout, dtype: torch.dtype) -> torch.Tensor:
+    """A batch of shape (n, channels, height, width) for the parent process, in shared memory if this is a worker.
+
+    Otherwise the worker would copy it there, and touch twice as many new pages.
+
+    Args:
+        shape: (n, height, width, channels).
+    """
+    n, height, width, channels = shape
+    stored = shape if layout == "NHWC" else (n, channels, height, width)
+    if get_worker_info() is None:
+        batch = torch.empty(stored, dtype=dtype)
+    else:  # as torch's default_collate does
+        num_bytes = math.prod(stored) * dtype.itemsize
+        storage = torch.UntypedStorage._new_shared(num_bytes)  # type: ignore[no-untyped-call]
+        strides = torch.empty(stored, device="meta").stride()
+        batch = torch.empty(0, dtype=dtype).set_(storage, 0, stored, strides)
+    return batch.permute(0, 3, 1, 2) if layout == "NHWC" else batch
+
+
+def _pixels(image: Image.Image) -> torch.Tensor:
+    """uint8 of shape (3, height, width)."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def _augmented(image: Any, transform: Transform, augmentation: Augmentation, position: int) -> Image.Image:
