@@ -106,9 +106,9 @@ class DaliLoader(Loader):
             one DALI graph does everything, the same as on a GPU. ``"auto"`` is ``"torch"`` where it can be. Their
             pixels differ a little; those of ``"torch"`` are nearer to Pillow's.
         decode_scale: ``"fast"``: where a crop is at least twice as large as the output, its JPEG is decoded at
-            1/2, 1/4 or 1/8 of its size by libjpeg-turbo (Pillow's ``draft``), which is much faster for photos of many
-            megapixels; what it costs in pixels is in README. Only where ``resize`` is ``"torch"``. ``"exact"``
-            decodes every pixel.
+            1/2, 1/4 or 1/8 of its size by libjpeg-turbo (Pillow's ``draft``), which is much faster for photos of
+            many megapixels; what it costs in pixels is in README. Only where ``resize`` is ``"torch"``.
+            ``"exact"`` decodes every pixel.
         return_index: yield ``(images, labels, records)``, with record indices int64 (n,) on the CPU.
         in_flight_file: a file that tells, after a decoder has killed this process, which records it was decoding:
             for ``read_left_over`` and ``find_crashing``. Removed by ``close``.
