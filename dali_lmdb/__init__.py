@@ -14,6 +14,7 @@ from dali_lmdb.errors import DaliLmdbError, RecordError, SourceError, StateError
 if TYPE_CHECKING:
     from dali_lmdb.loaders.dali_loader import DaliLoader
     from dali_lmdb.loaders.dataset import ImageFolderLMDB
+    from dali_lmdb.loaders.normalize import Normalize
     from dali_lmdb.loaders.torch_loader import TorchLoader
     from dali_lmdb.plan.augment import EvalTransform, TrainTransform
     from dali_lmdb.store import Store, open_store
@@ -24,6 +25,7 @@ _LAZY = {
     "DaliLoader": "dali_lmdb.loaders.dali_loader",
     "EvalTransform": "dali_lmdb.plan.augment",
     "ImageFolderLMDB": "dali_lmdb.loaders.dataset",
+    "Normalize": "dali_lmdb.loaders.normalize",
     "Store": "dali_lmdb.store",
     "TorchLoader": "dali_lmdb.loaders.torch_loader",
     "TrainTransform": "dali_lmdb.plan.augment",
@@ -35,6 +37,7 @@ __all__ = [
     "DaliLoader",
     "EvalTransform",
     "ImageFolderLMDB",
+    "Normalize",
     "RecordError",
     "SourceError",
     "StateError",

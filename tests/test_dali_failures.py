@@ -60,8 +60,9 @@ from dali_lmdb.errors import DeviceError
 from dali_lmdb.loaders.dali_loader import DaliLoader
 from dali_lmdb.plan.augment import EvalTransform
 
-path, on_bad, quarantine = sys.argv[1:]
+path, on_bad, quarantine, resize = sys.argv[1:]
 arguments = {"batch_size": 256, "device": "cpu", "num_threads": 2, "prefetch_queue_depth": 1, "return_index": True}
+arguments["resize"] = resize
 loader = DaliLoader(
     path, transform=EvalTransform(size=400, resize=400), on_bad=on_bad, quarantine=quarantine, **arguments
 )
@@ -79,16 +80,28 @@ print(json.dumps([message, cause, bad, records.tolist()]))
 """
 
 
-@ON_BAD
-def test_a_lack_of_memory_is_not_blamed_on_any_record(good_path, tmp_path, on_bad):
-    # One arena, since each thread's own would count as 64 MB and more.
-    printed = child(SHORT_OF_MEMORY, good_path, on_bad, tmp_path / "bad.jsonl", MALLOC_ARENA_MAX="1")
-    message, cause, bad, records = printed
-    assert message == (
+OUT_OF_MEMORY = {
+    "dali": (
         "DALI is out of host memory: std::bad_alloc; use a smaller batch_size (--batch-size) or "
-        "prefetch_queue_depth=1"
-    )
-    assert "Error in CPU operator" in cause
+        "prefetch_queue_depth=1",
+        "Error in CPU operator",
+    ),
+    "torch": (
+        "out of host memory: Unable to allocate 469. MiB for an array with shape (122880000,) and data type float32; "
+        "use a smaller batch_size (--batch-size)",
+        "Unable to allocate",
+    ),
+}
+
+
+@pytest.mark.parametrize("resize", OUT_OF_MEMORY)
+@ON_BAD
+def test_a_lack_of_memory_is_not_blamed_on_any_record(good_path, tmp_path, on_bad, resize):
+    # One arena, since each thread's own would count as 64 MB and more.
+    printed = child(SHORT_OF_MEMORY, good_path, on_bad, tmp_path / "bad.jsonl", resize, MALLOC_ARENA_MAX="1")
+    message, cause, bad, records = printed
+    assert message == OUT_OF_MEMORY[resize][0]
+    assert OUT_OF_MEMORY[resize][1] in cause
     assert bad == 0
     assert (tmp_path / "bad.jsonl").read_text() == ""
     assert records == list(range(NUM_RECORDS)), "with more memory, it continues with the same batch"

@@ -248,6 +248,7 @@ def test_the_public_names_are_these_and_each_can_be_imported():
         "DaliLoader",
         "EvalTransform",
         "ImageFolderLMDB",
+        "Normalize",
         "RecordError",
         "SourceError",
         "StateError",

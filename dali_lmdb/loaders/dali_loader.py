@@ -231,8 +231,7 @@ class DaliLoader(Loader):
         except BaseException as error:
             if run is not None:
                 run.stop()
-            if isinstance(error, MemoryError):  # of numpy, for the batch itself
-                error = RuntimeError(f"std::bad_alloc ({error})")
+            if isinstance(error, MemoryError):
                 raise_explained(error)
             # A kept traceback would keep the pipeline alive, and collecting it in a forked worker, where the
             # threads that it waits for do not exist, hangs.

@@ -60,9 +60,15 @@ def may_be_a_record(error: RuntimeError) -> bool:
     return bool(_RECORD.search(text)) and not (_MEMORY.search(text) or _CUDA.search(text))
 
 
-def raise_explained(error: RuntimeError) -> NoReturn:
-    """Raise a failure of DALI that no record caused: as it is, or as a ``DeviceError`` that says what to do."""
+def raise_explained(error: RuntimeError | MemoryError) -> NoReturn:
+    """Raise a failure that no record caused: as it is, or as a ``DeviceError`` that says what to do.
+
+    Args:
+        error: of DALI, or of numpy, which has no memory for a batch.
+    """
     text = str(error)
+    if isinstance(error, MemoryError):
+        raise DeviceError(f"out of host memory: {text}; use a smaller batch_size (--batch-size)") from error
     if _MEMORY.search(text):
         raise DeviceError(
             f"DALI is out of {'host' if _HOST_MEMORY.search(text) else 'GPU'} memory: {cause_of(error)}; use a "
