@@ -6,6 +6,7 @@ from pathlib import Path
 
 import cold
 import handover
+import interpreter
 import numpy as np
 import page_cache
 import peers
@@ -336,3 +337,8 @@ def test_command_says_in_one_line_what_is_wrong(command, tmp_path):
     assert result.stderr.startswith("Error: ")
     assert "a pipe, expected a file" in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_the_interpreters_time_is_measured(store):
+    found = interpreter.interpreter_us(store, TrainTransform(size=8), epochs=3, threads=1)
+    assert 0 < found < 100_000

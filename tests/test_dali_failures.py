@@ -87,8 +87,8 @@ OUT_OF_MEMORY = {
         "Error in CPU operator",
     ),
     "torch": (
-        "out of host memory: Unable to allocate 469. MiB for an array with shape (122880000,) and data type float32; "
-        "use a smaller batch_size (--batch-size)",
+        "out of host memory: Unable to allocate 469. MiB for an array with shape (122880000,) and data type "
+        "float32; use a smaller batch_size (--batch-size)",
         "Unable to allocate",
     ),
 }
