@@ -370,14 +370,19 @@ def test_closed_loaders_leave_no_threads(grey_path):
 # --- the classic path on a GPU
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float16", 2e-3), ("uint8", 0)])
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_the_torch_loader_moves_its_batches_to_the_gpu(grey_path, num_workers):
-    with TorchLoader(
-        grey_path, transform=EVAL, batch_size=8, device="cuda", num_workers=num_workers, return_index=True
-    ) as loader:
-        for batch in loader:
+def test_the_torch_loader_moves_its_batches_to_the_gpu(grey_path, num_workers, dtype, tolerance):
+    arguments = {"transform": EVAL, "batch_size": 8, "dtype": dtype, "layout": "NHWC", "return_index": True}
+    with (
+        TorchLoader(grey_path, device="cuda", num_workers=num_workers, **arguments) as loader,
+        TorchLoader(grey_path, device="cpu", num_workers=0, **arguments) as reference,
+    ):
+        for batch, (expected, _, _) in zip(loader, reference, strict=True):
             assert {batch[0].device.type, batch[1].device.type} == {"cuda"}
+            assert batch[0].is_contiguous(memory_format=torch.channels_last)
             records_of(batch)
+            torch.testing.assert_close(batch[0].cpu(), expected, rtol=0, atol=tolerance)
 
 
 # --- several GPUs: NCCL, one rank on each

@@ -1,20 +1,23 @@
 """Normalising on the device what a loader gives as uint8."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
-from dali_lmdb import DaliLoader, EvalTransform, Normalize
+from dali_lmdb import DaliLoader, EvalTransform, Normalize, TorchLoader
 
 
+@pytest.mark.parametrize("loader", [DaliLoader, partial(TorchLoader, num_workers=0)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float16", 2e-3)])
-def test_the_result_is_that_of_a_loader_that_normalises(store_path, dtype, tolerance):
+def test_the_result_is_that_of_a_loader_that_normalises(store_path, dtype, tolerance, loader):
     transform = EvalTransform(size=24, resize=30, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
     arguments = {"transform": transform, "batch_size": 4, "device": "cpu"}
     normalize = Normalize(transform.mean, transform.std, dtype=getattr(torch, dtype))
     with (
-        DaliLoader(store_path, dtype=dtype, **arguments) as normalised,
-        DaliLoader(store_path, dtype="uint8", **arguments) as raw,
+        loader(store_path, dtype=dtype, **arguments) as normalised,
+        loader(store_path, dtype="uint8", **arguments) as raw,
     ):
         for (expected, _), (images, _) in zip(normalised, raw, strict=True):
             torch.testing.assert_close(normalize(images), expected, rtol=0, atol=tolerance)

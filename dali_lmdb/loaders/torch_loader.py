@@ -20,6 +20,7 @@ from dali_lmdb.errors import RecordError
 from dali_lmdb.loaders.bad import OnBad, nothing_decodes
 from dali_lmdb.loaders.base import Batch, Loader
 from dali_lmdb.loaders.folder import open_data
+from dali_lmdb.loaders.normalize import Normalize
 from dali_lmdb.loaders.pillow_batches import DecodedBatch, PlannedBatches
 from dali_lmdb.loaders.settings import Device, Dtype, Layout, LoaderSettings
 from dali_lmdb.plan.augment import Transform
@@ -104,7 +105,7 @@ class TorchLoader(Loader):
         data: a store, its path, or an image folder with one folder for each class.
         num_workers: worker processes; 0 decodes in the calling process; by default the cores shared by the
             node's ranks.
-        device: where images and labels are moved to, ``"cpu"`` or ``"cuda"``.
+        device: where images and labels are moved to, ``"cpu"`` or ``"cuda"``, which normalises the images.
         transform, batch_size, rank, world_size, seed, shuffle, sampler, weights, last_batch, dtype, layout,
             on_bad, quarantine, return_index: as ``DaliLoader``.
 
@@ -159,7 +160,12 @@ class TorchLoader(Loader):
         self._num_workers = threads_per_rank() if num_workers is None else num_workers
         if self._num_workers:
             _check_temporary_folder()
-        self._planned_batches = PlannedBatches(self.planner, dtype, layout, on_bad)
+        # A quarter of the bytes to move to a GPU, which then normalises them.
+        moved: Dtype = "uint8" if device == "cuda" else dtype
+        self._normalize = None
+        if moved != dtype:
+            self._normalize = Normalize(transform.mean, transform.std, dtype=getattr(torch, dtype), device=device)
+        self._planned_batches = PlannedBatches(self.planner, moved, layout, on_bad)
         self._run: _Run | None = None
 
     def _batch_at(self, epoch: int, position: int) -> Batch:
@@ -187,6 +193,8 @@ class TorchLoader(Loader):
             raise
         self.bad.num_substituted += int((decoded.records.numpy() != plan.records).sum())
         images = decoded.images.to(self.device, non_blocking=True)
+        if self._normalize is not None:
+            images = self._normalize(images)
         labels = decoded.labels.to(self.device, non_blocking=True)
         return Batch(images, labels, decoded.records, plan.end, decoded.num_bytes)
 
