@@ -249,6 +249,17 @@ def test_a_record_that_cannot_be_reduced_is_substituted(cut_path):
         assert [bad.index for bad in loader.bad_records] == [2]
 
 
+def test_a_record_with_another_size_in_the_index_is_bad(large_path, tmp_path):
+    with open_store(large_path) as store:
+        values = [bytes(store.read(record)) for record in range(4)]
+    path = write_store(tmp_path / "x.lmdb", values, sizes=[(1200, 1600), (1200, 3200), (1200, 1600), (1200, 1600)])
+    with dali(path, on_bad="substitute", **REDUCING) as loader:
+        list(loader)
+        assert [(bad.index, bad.cause.split(",")[0]) for bad in loader.bad_records] == [
+            (1, "the window is outside of the image")
+        ]
+
+
 def test_records_to_be_reduced_are_in_the_file_of_those_in_flight(large_path, tmp_path):
     with dali(large_path, in_flight_file=tmp_path / "in-flight", **REDUCING) as loader:
         next(iter(loader))

@@ -9,12 +9,14 @@ import numpy.typing as npt
 from PIL import Image
 
 from dali_lmdb.images.kinds import Kind
-from dali_lmdb.images.opening import open_image, to_rgb
+from dali_lmdb.images.opening import BadImageError, open_image, to_rgb
 
 __all__ = ["denominators", "resized_rgb"]
 
 _SCALED = (Kind.JPEG_BASELINE, Kind.JPEG_EXTENDED, Kind.JPEG_PROGRESSIVE, Kind.JPEG_GRAYSCALE)
 _FILTERS = {"linear": Image.Resampling.BILINEAR, "cubic": Image.Resampling.BICUBIC}
+
+_ROUNDING = 0.01  # of a box in float32
 
 
 def denominators(kinds: npt.NDArray[np.uint8], pixels_per_pixel: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
@@ -49,10 +51,12 @@ def resized_rgb(
         max_pixels: of ``open_image``, of the whole image.
 
     Raises:
-        BadImageError: it cannot be decoded.
+        BadImageError: it cannot be decoded, or is smaller than the box.
     """
     image = open_image(data, max_pixels=max_pixels)
     width, height = image.size
+    if box[2] > width + _ROUNDING or box[3] > height + _ROUNDING:
+        raise BadImageError("the window is outside of the image, which has another size in the index")
     # Pillow takes the largest of 8, 4, 2 and 1 that is at most the ratio of the image's size to this one.
     image.draft("RGB", (max(1, width // denominator), max(1, height // denominator)))
     reduced = to_rgb(image)

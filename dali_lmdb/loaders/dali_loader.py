@@ -84,7 +84,8 @@ class DaliLoader(Loader):
             the batch are shown instead, and a warning names the bad ones.
         quarantine: a file to which a JSON line is appended for each bad record.
         readahead_bytes: bytes requested from cold storage ahead of the batch that is needed next; 0 turns it off.
-        num_threads: CPU threads of the pipeline; by default this rank's share of the node's cores.
+        num_threads: CPU threads of the pipeline, and as many again where torch resizes; by default this rank's
+            share of the node's cores.
         prefetch_queue_depth: batches DALI works on ahead.
         hw_decoder_load: share of a batch offered to the GPU's hardware JPEG engine, where it has one.
         decode: ``"image"`` decodes whole images and cuts the crop windows out, which takes memory: 144 MB for a

@@ -123,15 +123,16 @@ class Finisher:
         self._names = [*(field.name for field in fields_of(planner.transform)), "reduced"]
         self._memory = _Memory(np.dtype(dtype))
         self._batches = SimpleQueue[Unfinished | None]()
+        stop = _Stop()
         finish = _FinishImage(planner.transform, dtype=dtype, layout=layout)
         self._threads = [
             threading.Thread(
-                target=_work, args=(self._batches, finish), name=f"dali_lmdb finisher {number}", daemon=True
+                target=_work, args=(self._batches, finish, stop), name=f"dali_lmdb finisher {number}", daemon=True
             )
             for number in range(num_threads)
         ]
         # Ends the threads of a finisher that is dropped without close(); they do not refer to it.
-        self.close = weakref.finalize(self, _close, self._batches, self._threads)
+        self.close = weakref.finalize(self, _close, self._batches, self._threads, stop)
         self.close.atexit = False
 
     def begin(self, plan: BatchPlan, feed: Feed, windows: Sequence[Any]) -> Unfinished:
@@ -182,13 +183,15 @@ class Finisher:
         return list(map(_Row, resized, scales, corners, flips, colors, erased, reduced))
 
 
-def _close(batches: SimpleQueue[Unfinished | None], threads: Sequence[threading.Thread]) -> None:
+class _Stop:
+    """Tells the threads to leave the rest."""
+
+    is_set = False
+
+
+def _close(batches: SimpleQueue[Unfinished | None], threads: Sequence[threading.Thread], stop: _Stop) -> None:
     """End the threads, after the images that they work on."""
-    while not batches.empty():
-        batch = batches.get()
-        if batch is not None:
-            for _ in batch.left:  # nobody waits for them
-                pass
+    stop.is_set = True
     for _ in threads:
         batches.put(None)
     for thread in threads:
@@ -196,13 +199,15 @@ def _close(batches: SimpleQueue[Unfinished | None], threads: Sequence[threading.
             thread.join()
 
 
-def _work(batches: SimpleQueue[Unfinished | None], finish: _FinishImage) -> None:
+def _work(batches: SimpleQueue[Unfinished | None], finish: _FinishImage, stop: _Stop) -> None:
     """Runs in each thread."""
     scratch = _Scratch()
     while (batch := batches.get()) is not None:
         error: BaseException | None = None
         try:
             for number in batch.left:
+                if stop.is_set:
+                    break
                 try:
                     finish(batch.rows[number], batch.windows[number], batch.out[number], scratch)
                 except BadImageError as bad:
