@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
@@ -131,9 +131,9 @@ class Finisher:
             )
             for number in range(num_threads)
         ]
-        # Ends the threads of a finisher that is dropped without close(); they do not refer to it.
+        # Ends the threads of a finisher that is dropped without close(), to which they do not refer, and before the
+        # interpreter ends, which in torch's code would be a std::terminate.
         self.close = weakref.finalize(self, _close, self._batches, self._threads, stop)
-        self.close.atexit = False
 
     def begin(self, plan: BatchPlan, feed: Feed, windows: Sequence[Any]) -> Unfinished:
         """Let the threads finish a batch.
@@ -347,28 +347,27 @@ class _Memory:
 
     def __init__(self, dtype: np.dtype[Any]) -> None:
         self._dtype = dtype
+        self._lent: dict[int, tuple[weakref.ref[Any], npt.NDArray[Any]]] = {}  # by id of the reference
+        self._dropped = deque[weakref.ref[Any]]()
         self._free = deque[npt.NDArray[Any]](maxlen=_FREE_BUFFERS)
 
     def take(self, shape: tuple[int, ...]) -> npt.NDArray[Any]:
         """An array of a shape, uninitialised."""
+        while self._dropped:
+            _, whole = self._lent.pop(id(self._dropped.popleft()))
+            self._free.append(whole)
         num_elements = int(np.prod(shape))
         whole = self._a_free_one(num_elements)
-        # Tensors made of the view keep it alive; when it is gone, so are they.
+        # Tensors made of the view keep it alive; when it is gone, so are they. The callback is not Python code, in
+        # which an interrupt would be lost.
         view = whole[:num_elements].reshape(shape)
-        weakref.finalize(view, self._free.append, whole).atexit = False
+        reference = weakref.ref(view, self._dropped.append)
+        self._lent[id(reference)] = reference, whole
         return view
 
     def _a_free_one(self, num_elements: int) -> npt.NDArray[Any]:
-        for whole in _popped(self._free):
+        while self._free:
+            whole = self._free.pop()
             if len(whole) >= num_elements:
                 return whole
         return np.empty(num_elements, self._dtype)
-
-
-def _popped(items: deque[npt.NDArray[Any]]) -> Iterator[npt.NDArray[Any]]:
-    """Take items off; another thread may add some."""
-    while True:
-        try:
-            yield items.pop()
-        except IndexError:
-            return
