@@ -131,8 +131,8 @@ class Finisher:
             )
             for number in range(num_threads)
         ]
-        # Ends the threads of a finisher that is dropped without close(), to which they do not refer, and before the
-        # interpreter ends, which in torch's code would be a std::terminate.
+        # Ends the threads of a finisher that is dropped without close(), to which they do not refer, and before
+        # the interpreter ends, which in torch's code would be a std::terminate.
         self.close = weakref.finalize(self, _close, self._batches, self._threads, stop)
 
     def begin(self, plan: BatchPlan, feed: Feed, windows: Sequence[Any]) -> Unfinished:
