@@ -196,6 +196,8 @@ class Isolated:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,  # libraries write to it about each damaged image
+                # NumPy's BLAS would start a thread that spins at first: a sixth of the time to start.
+                env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
                 start_new_session=True,  # a terminal's Ctrl-C is for the parent, which then ends this process
             )
         connection = Connection(ours.detach())
