@@ -134,6 +134,31 @@ def test_neither_torch_nor_numpy_starts_threads(picture_path):
     assert done.stdout.splitlines() == ["4 4"] * 2, "the prefetcher and three that finish images"
 
 
+NOT_CLOSED = """
+import sys
+from dali_lmdb import DaliLoader, TrainTransform
+
+arguments = {"batch_size": 20, "device": "cpu", "num_threads": 4}
+loader = DaliLoader(sys.argv[1], transform=TrainTransform(size=448, brightness=0.4), **arguments)
+batches = iter(loader)
+next(batches)
+print("in the first epoch")
+"""
+
+
+def test_a_program_that_ends_without_closing_its_loader_ends_well(picture_path):
+    for _ in range(4):  # one in four aborted
+        done = subprocess.run(
+            [sys.executable, "-c", NOT_CLOSED, str(picture_path)],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+        assert (done.returncode, done.stderr, done.stdout) == (0, "", "in the first epoch\n")
+
+
 # --- what can be asked for
 
 ONLY = "device 'cpu' and 'linear' or 'cubic'"
