@@ -159,6 +159,25 @@ def test_a_program_that_ends_without_closing_its_loader_ends_well(picture_path):
         assert (done.returncode, done.stderr, done.stdout) == (0, "", "in the first epoch\n")
 
 
+@pytest.mark.parametrize("num_batches", [1, 2, 3])
+def test_an_epoch_that_is_left_before_a_bad_batch_is_followed_by_a_whole_one(picture_path, tmp_path, num_batches):
+    with open_store(picture_path) as store:
+        values = [bytes(store.read(record)) for record in range(24)]
+        sizes = list(zip(store.column("height").tolist(), store.column("width").tolist(), strict=True))
+    values[14] = b"no image" * 50
+    path = write_store(tmp_path / "x.lmdb", values, sizes=sizes)
+    with dali(path, transform=EvalTransform(size=16, resize=18), batch_size=4, return_index=True) as loader:
+        batches = iter(loader)
+        for _ in range(num_batches):
+            next(batches)
+        loader.set_epoch(3)
+        batches = iter(loader)
+        assert [next(batches)[2].tolist()[0] for _ in range(3)] == [0, 4, 8]
+        with pytest.raises(RecordError, match="record 14 "):
+            next(batches)
+        assert [records.tolist()[0] for _, _, records in batches] == [16, 20]
+
+
 # --- what can be asked for
 
 ONLY = "device 'cpu' and 'linear' or 'cubic'"

@@ -97,6 +97,9 @@ class Run:
         self._planned = None
         self._decoded.clear()
         self._take_from(prefetcher)
+        if self._failure is not None:  # DALI has nothing more to give: it would raise StopIteration
+            self.stop()
+            return None
         try:
             while self.in_flight:
                 self._wait()
@@ -139,7 +142,7 @@ class Run:
             try:
                 windows, labels = self._wait()
             except RuntimeError as error:
-                self._failure = error
+                self._failure = error.with_traceback(None)  # which holds the run
                 break
             batch = self.in_flight[0]
             self._decoded.append(_Decoded(batch, finisher.begin(batch.plan, batch.feed, windows), labels))
