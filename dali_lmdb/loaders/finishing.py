@@ -163,9 +163,12 @@ class Finisher:
         if isinstance(transform, EvalTransform):
             sizes = [self._planner.store.gather(name, plan.records) for name in ("height", "width")]
             whole, crop = transform.central_crop(*sizes)
-            resized = list(map(tuple, (crop + size).tolist()))
+            scale = whole / np.maximum(np.stack(sizes, axis=1), 1)
+            # Whatever the scale, torch only copies a side that keeps its length: one pixel more, which is cropped.
+            copied = (crop + size == numbers["shapes"]) & (scale != 1)
+            resized = list(map(tuple, (crop + size + copied).tolist()))
             corners = list(map(tuple, crop.tolist()))
-            scales = list(map(tuple, (whole / np.maximum(np.stack(sizes, axis=1), 1)).tolist()))
+            scales = list(map(tuple, scale.tolist()))
         colors: list[Any] = [None] * n
         if transform.changes_color:
             names = ("hue", "saturation", "brightness", "contrast")
@@ -290,10 +293,11 @@ class _FinishImage:
         resized = scratch.resized(*row.resized)
         out = torch.from_numpy(resized).permute(2, 0, 1)[None]
         self._resize(window.permute(2, 0, 1)[None], row.resized, False, *row.scales, out=out)
-        if row.corner == (0, 0):
+        size = scratch.size
+        if row.resized == (size, size):
             return resized
         top, left = row.corner
-        np.copyto(scratch.cropped, resized[top:, left:])
+        np.copyto(scratch.cropped, resized[top : top + size, left : left + size])
         return scratch.cropped
 
     def _write(self, image: Pixels, out: npt.NDArray[Any], plane: npt.NDArray[np.float32]) -> None:
