@@ -48,6 +48,13 @@ def test_it_adds_nothing_to_a_checkpoint_and_moves_with_the_model():
     assert model.to("meta")[0].mean.device.type == "meta"
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_it_stays_exact_in_a_model_of_another_dtype(dtype):
+    images = torch.arange(192, dtype=torch.uint8).reshape(1, 3, 8, 8)
+    model = nn.Sequential(Normalize(dtype=dtype), nn.Identity()).to(dtype)
+    assert torch.equal(model(images), Normalize(dtype=dtype)(images))
+
+
 def test_images_that_are_normalised_already_are_refused():
     with pytest.raises(TypeError, match=r"^images are torch.float32, expected torch.uint8"):
         Normalize()(torch.zeros(1, 3, 2, 2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -19,7 +20,7 @@ class Normalize(torch.nn.Module):
 
     Args:
         mean, std: of each channel, RGB in [0, 1], as in ``TrainTransform``.
-        dtype: of the result; the arithmetic is in float32.
+        dtype: of the result; the arithmetic is in float32, also in a model that is made ``half()``.
         memory_format: of the result, ``torch.contiguous_format`` or ``torch.channels_last``; by default that of
             the images.
         device: where the images will be; ``to`` moves it, as any module.
@@ -41,11 +42,22 @@ class Normalize(torch.nn.Module):
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise ValueError(f"mean {tuple(mean)}, std {tuple(std)}: expected three numbers each, std above 0")
         self.dtype, self.memory_format = dtype, memory_format
-        for name, values in (("mean", mean), ("std", std)):
-            pixels = 255 * torch.tensor(values, dtype=torch.float32, device=device).reshape(3, 1, 1)
-            self.register_buffer(name, pixels, persistent=False)
+        self._values = {"mean": tuple(mean), "std": tuple(std)}
+        for name in self._values:
+            self.register_buffer(name, self._pixels(name, device), persistent=False)
         self.mean: torch.Tensor
         self.std: torch.Tensor
+
+    def _pixels(self, name: str, device: torch.device | str | None) -> torch.Tensor:
+        return 255 * torch.tensor(self._values[name], dtype=torch.float32, device=device).reshape(3, 1, 1)
+
+    def _apply(self, *args: Any, **options: Any) -> Normalize:
+        super()._apply(*args, **options)  # type: ignore[no-untyped-call]
+        for name in self._values:
+            buffer = getattr(self, name)
+            if buffer.dtype is not torch.float32:  # rounded, with the model's parameters
+                setattr(self, name, self._pixels(name, buffer.device))
+        return self
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Normalise images.
