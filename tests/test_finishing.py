@@ -86,8 +86,9 @@ def test_evaluation_resizes_images_of_nearly_the_outputs_size(shorter, tmp_path)
     noise = [np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
     path = write_store(tmp_path / "x.lmdb", [encoded(pixels, "PNG") for pixels in noise], sizes=sizes)
     for transform in (EvalTransform(), EvalTransform(size=255, resize=256)):
-        arguments = {"transform": transform, "batch_size": 3, "dtype": "uint8"}
-        with dali(path, **arguments) as ours, TorchLoader(path, num_workers=0, device="cpu", **arguments) as theirs:
+        arguments = {"transform": transform, "batch_size": 3}
+        classic = TorchLoader(path, num_workers=0, device="cpu", dtype="uint8", **arguments)
+        with dali(path, **arguments) as ours, classic as theirs:
             found, expected = (next(iter(loader))[0].int() for loader in (ours, theirs))
         assert (found - expected).abs().max() <= 2  # both passes may round otherwise
 
