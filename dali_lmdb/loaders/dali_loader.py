@@ -57,7 +57,8 @@ class DaliLoader(Loader):
 
     Images are (n, 3, size, size) on the device, normalised, of ``dtype``; with ``layout="NHWC"`` the same
     shape on channels-last memory. ``dtype="uint8"`` gives pixels from 0 to 255, not normalised. Labels are
-    int64 (n,) on the device. A batch uses DALI's memory until you drop it: ``clone()`` what you keep for long.
+    int64 (n,) on the device. A batch uses the loader's memory until you drop it: ``clone()`` what you keep
+    for long.
 
     Args:
         store: a store or its path.
