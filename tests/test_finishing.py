@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +92,20 @@ def test_evaluation_resizes_images_of_nearly_the_outputs_size(shorter, tmp_path)
         with dali(path, **arguments) as ours, classic as theirs:
             found, expected = (next(iter(loader))[0].int() for loader in (ours, theirs))
         assert (found - expected).abs().max() <= 2  # both passes may round otherwise
+
+
+@pytest.mark.parametrize("size", [(2, 3000), (3000, 2), (1, 20_000)])
+def test_a_long_image_is_evaluated_in_little_memory(size, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    path = write_store(tmp_path / "x.lmdb", [encoded(pixels)] * 2, sizes=[size] * 2)
+    arguments = {"transform": EvalTransform(), "return_index": True, "last_batch": "short", "batch_size": 2}
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    ours = images_of(dali(path, **arguments))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 100_000, (
+        "kB; the whole image takes 300 MB"
+    )
+    theirs = images_of(dali(path, resize="dali", **arguments))
+    assert max((ours[key].int() - theirs[key].int()).abs().float().mean() for key in theirs) < 1
 
 
 # --- memory and threads
@@ -304,6 +319,16 @@ def test_a_record_that_cannot_be_reduced_is_substituted(cut_path):
         for _ in range(2):
             assert [records.tolist() for _, _, records in loader] == [[0, 1], [3, 3], [4, 5], [6, 7]]
         assert [bad.index for bad in loader.bad_records] == [2]
+
+
+def test_all_records_of_a_batch_that_cannot_be_reduced_are_named(cut_path, tmp_path):
+    with open_store(cut_path) as store:
+        values = [bytes(store.read(record)) for record in (2, 0, 2, 2)]
+    path = write_store(tmp_path / "x.lmdb", values, sizes=[(1200, 1600)] * 4)
+    with dali(path, **REDUCING | {"batch_size": 4}) as loader:
+        with pytest.raises(RecordError):
+            next(iter(loader))
+        assert [bad.index for bad in loader.bad_records] == [0, 2, 3]
 
 
 def test_a_record_with_another_size_in_the_index_is_bad(large_path, tmp_path):

@@ -11,7 +11,7 @@ from PIL import Image
 from dali_lmdb.images.kinds import Kind
 from dali_lmdb.images.opening import BadImageError, open_image, to_rgb
 
-__all__ = ["denominators", "resized_rgb"]
+__all__ = ["denominators", "resized_part", "resized_rgb"]
 
 _SCALED = (Kind.JPEG_BASELINE, Kind.JPEG_EXTENDED, Kind.JPEG_PROGRESSIVE, Kind.JPEG_GRAYSCALE)
 _FILTERS = {"linear": Image.Resampling.BILINEAR, "cubic": Image.Resampling.BICUBIC}
@@ -61,5 +61,25 @@ def resized_rgb(
     image.draft("RGB", (max(1, width // denominator), max(1, height // denominator)))
     reduced = to_rgb(image)
     left, top, right, bottom = (value / denominator for value in box)
-    box = left, top, min(right, reduced.width), min(bottom, reduced.height)
-    return reduced.resize((size, size), _FILTERS[interpolation], box)
+    return _resized(reduced, (left, top, right, bottom), size, interpolation)
+
+
+def resized_part(
+    pixels: npt.NDArray[np.uint8],
+    box: tuple[float, float, float, float],
+    size: int,
+    interpolation: Literal["linear", "cubic"],
+) -> npt.NDArray[np.uint8]:
+    """Resize a part of an image of shape (height, width, 3); the arguments are those of ``resized_rgb``."""
+    return np.asarray(_resized(Image.fromarray(pixels), box, size, interpolation))
+
+
+def _resized(
+    image: Image.Image,
+    box: tuple[float, float, float, float],
+    size: int,
+    interpolation: Literal["linear", "cubic"],
+) -> Image.Image:
+    left, top, right, bottom = box
+    inside = left, top, min(right, image.width), min(bottom, image.height)
+    return image.resize((size, size), _FILTERS[interpolation], inside)

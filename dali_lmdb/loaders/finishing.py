@@ -21,7 +21,7 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from dali_lmdb.images.opening import BadImageError
-from dali_lmdb.images.scaling import resized_rgb
+from dali_lmdb.images.scaling import resized_part, resized_rgb
 from dali_lmdb.loaders.color import color_maps
 from dali_lmdb.loaders.external_source import Reduced, fields_of
 from dali_lmdb.loaders.prefetch import Feed
@@ -41,6 +41,9 @@ TORCH_INTERPOLATIONS = tuple(_RESIZE)
 
 _ELEMENTS_WITHOUT_THREADS = 32_767  # less than at::internal::GRAIN_SIZE (ATen/TensorIterator.h)
 
+# A central crop of a long image is a small part of it: beyond this factor, Pillow resizes that part alone.
+_MOST_RESIZED = 16
+
 _FREE_BUFFERS = 4  # more are in use only while the consumer keeps batches
 
 Pixels = npt.NDArray[np.uint8]
@@ -51,8 +54,8 @@ class _Row(NamedTuple):
 
     resized: tuple[int, int]
     """Height and width to resize its window to, in pixels."""
-    scales: tuple[float, float] | tuple[None, None]
-    """Output pixels per input pixel; None for those that follow from the sizes."""
+    scales: Any
+    """Output pixels per input pixel along (y, x), float; None for those that follow from the sizes."""
     corner: tuple[int, int]
     """(y, x) of the output in the resized window, in pixels."""
     flip: bool
@@ -65,11 +68,16 @@ class _Row(NamedTuple):
 
 
 class UndecodableError(Exception):
-    """An image that was to be decoded at a fraction of its size, and cannot be; the message is the reason."""
+    """Images of a batch that were to be decoded at a fraction of their size, and cannot be.
 
-    def __init__(self, plan: BatchPlan, row: int, reason: str) -> None:
-        super().__init__(reason)
-        self.plan, self.row = plan, row
+    Args:
+        plan: the batch.
+        reasons: why, by row of the batch.
+    """
+
+    def __init__(self, plan: BatchPlan, reasons: dict[int, str]) -> None:
+        super().__init__("; ".join(reasons.values()))
+        self.plan, self.reasons = plan, reasons
 
 
 class Unfinished:
@@ -87,6 +95,7 @@ class Unfinished:
     ) -> None:
         self.plan, self.rows, self.windows, self.out = plan, rows, windows, out
         self.left = iter(range(len(rows)))  # shared by the threads: taking the next number is atomic
+        self.bad: dict[int, str] = {}  # causes by row
         self.done = SimpleQueue[BaseException | None]()  # one item from each thread
         self.num_threads = 0
 
@@ -94,14 +103,16 @@ class Unfinished:
         """The finished batch; waits for it.
 
         Raises:
-            UndecodableError: an image cannot be decoded.
-        Exception: what else a thread raised.
+            UndecodableError: images cannot be decoded.
+            Exception: what else a thread raised.
         """
         while self.num_threads:
             error = self.done.get()
             self.num_threads -= 1
             if error is not None:
                 raise error
+        if self.bad:
+            raise UndecodableError(self.plan, dict(sorted(self.bad.items())))
         return torch.from_numpy(self.out)
 
 
@@ -214,11 +225,11 @@ def _work(batches: SimpleQueue[Unfinished | None], finish: _FinishImage, stop: _
                 try:
                     finish(batch.rows[number], batch.windows[number], batch.out[number], scratch)
                 except BadImageError as bad:
-                    raise UndecodableError(batch.plan, number, str(bad)) from bad
+                    batch.bad[number] = str(bad)
         except BaseException as raised:  # handed to the consumer, whatever it is
             error = raised
         batch.done.put(error)
-        del batch  # its memory, while this thread waits
+        del batch, error  # its memory, while this thread waits
 
 
 class _Scratch:
@@ -289,11 +300,16 @@ class _FinishImage:
             )
             np.copyto(scratch.cropped, np.asarray(image))
             return scratch.cropped
-        window = from_dlpack(decoded.__dlpack__())
-        resized = scratch.resized(*row.resized)
+        window, size = from_dlpack(decoded.__dlpack__()), scratch.size
+        height, width = row.resized
+        if height * width > _MOST_RESIZED * size * size:
+            (top, left), (down, across) = row.corner, row.scales
+            box = left / across, top / down, (left + size) / across, (top + size) / down
+            np.copyto(scratch.cropped, resized_part(window.numpy(), box, size, self._interpolation))
+            return scratch.cropped
+        resized = scratch.resized(height, width)
         out = torch.from_numpy(resized).permute(2, 0, 1)[None]
         self._resize(window.permute(2, 0, 1)[None], row.resized, False, *row.scales, out=out)
-        size = scratch.size
         if row.resized == (size, size):
             return resized
         top, left = row.corner

@@ -131,9 +131,10 @@ class Run:
         return batch, [images, labels]
 
     def _decode_ahead(self, finisher: Finisher, prepare: Prepare) -> None:
-        """Give the finisher the next batch, and the one after it too if DALI has it already.
+        """Give the finisher the next batch, and the one after it too if DALI works on it already.
 
-        So it has work while the consumer has not asked for the next batch.
+        So it has work while the consumer has not asked for the next batch. That one may still be being decoded,
+        which this waits for; but never for one that is still being read.
         """
         while len(self._decoded) < MAX_DECODED and self._failure is None:
             self._top_up(prepare, wait=not self._decoded)
@@ -151,6 +152,8 @@ class Run:
         if not self._decoded:
             assert self._failure is not None, "nothing is decoded, and nothing has failed"
             raise self._failure
+        if self._failure is None:
+            self._top_up(prepare, wait=False)
 
     def _wait(self) -> list[Any]:
         """DALI's outputs for the first batch in flight, as tensors; waits for them.

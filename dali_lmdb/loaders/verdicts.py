@@ -44,8 +44,8 @@ class Verdicts:
         return {record: cause for (of, record), cause in self._known.items() if cause and of == epoch}
 
     def note(self, error: UndecodableError) -> dict[int, str]:
-        """Remember why a record cannot be decoded; return it by record index."""
-        found = {int(error.plan.records[error.row]): str(error)}
+        """Remember why records cannot be decoded; return the causes by record index."""
+        found = {int(error.plan.records[row]): reason for row, reason in error.reasons.items()}
         self._known |= {(error.plan.epoch, record): cause for record, cause in found.items()}
         return found
 
