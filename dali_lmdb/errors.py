@@ -11,6 +11,7 @@
     ├── SourceError              images to convert or to read are missing or unusable
     ├── ConversionError          a store cannot be written
     ├── StateError               a saved state belongs to other data or settings, or cannot be written
+    ├── DivergedError            the loss of a training run is no longer finite
     └── DeviceError              the requested device is not available, out of memory or broken
 
 Wrong arguments raise ``ValueError``; our own bugs raise ``AssertionError``. The commands report
@@ -23,6 +24,7 @@ __all__ = [
     "ConversionError",
     "DaliLmdbError",
     "DeviceError",
+    "DivergedError",
     "RecordError",
     "SourceError",
     "StateError",
@@ -97,3 +99,7 @@ class StateError(DaliLmdbError):
 
 class DeviceError(DaliLmdbError):
     """The requested device is not available, is out of memory, or fails for every image."""
+
+
+class DivergedError(DaliLmdbError, FloatingPointError):
+    """The loss of a training run is no longer finite; the last checkpoint is from before that."""

@@ -30,7 +30,7 @@ def trained(epoch=3):
 
 @pytest.fixture
 def path(tmp_path):
-    path = tmp_path / "checkpoint.pt"
+    path = tmp_path / "last.pt"
     checkpoint.save(path, trained())
     return path
 
@@ -56,7 +56,7 @@ def test_damage_is_told_in_one_line(path):
     data = path.read_bytes()
     for number in range(CASES):
         path.write_bytes(damaged(data, number))
-        with pytest.raises(StateError, match=r"^[^\n]*checkpoint\.pt: not a readable checkpoint: ") as error:
+        with pytest.raises(StateError, match=r"^[^\n]*last\.pt: not a readable checkpoint: ") as error:
             checkpoint.load(path)
         assert len(str(error.value).splitlines()) == 1, f"case {number}"
     path.write_bytes(data)
@@ -91,9 +91,9 @@ def test_a_checkpoint_without_a_checksum_is_refused(path):
 
 def test_a_checkpoint_of_another_format_is_refused(path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "FORMAT_VERSION", 3)
+        patch.setattr(checkpoint, "FORMAT_VERSION", 4)
         checkpoint.save(path, trained())
-    with pytest.raises(StateError, match=r"checkpoint\.pt: format 3, this version reads 2; choose"):
+    with pytest.raises(StateError, match=r"last\.pt: format 4, this version reads 3; choose"):
         checkpoint.load(path)
 
 
@@ -101,37 +101,37 @@ def test_what_torch_cannot_read_is_told_in_one_line(path):
     """A zip archive without members, with a right checksum."""
     data = b"PK\5\6" + bytes(16) + (24).to_bytes(2, "little")
     path.write_bytes(data + b"dali_lmdb crc32 %08x" % zlib.crc32(data))
-    with pytest.raises(StateError, match=r"^[^\n]*checkpoint\.pt: not a readable checkpoint: [^\n]*$") as error:
+    with pytest.raises(StateError, match=r"^[^\n]*last\.pt: not a readable checkpoint: [^\n]*$") as error:
         checkpoint.load(path)
     assert "checksum" not in str(error.value)
 
 
 def test_a_full_disk_keeps_the_old_checkpoint_and_nothing_else(small_disk):
-    path = small_disk / "checkpoint.pt"
+    path = small_disk / "last.pt"
     checkpoint.save(path, trained())
-    says = r"checkpoint\.pt: cannot be written: No space left on device; make room on its disk, then .*--resume$"
+    says = r"last\.pt: cannot be written: No space left on device; make room on its disk, then .*--resume .*kept$"
     with pytest.raises(StateError, match=says):
         checkpoint.save(path, {"epoch": 4, "model": torch.zeros(100_000)})
-    assert [file.name for file in small_disk.iterdir()] == ["checkpoint.pt"]
+    assert [file.name for file in small_disk.iterdir()] == ["last.pt"]
     assert checkpoint.load(path)["epoch"] == 3
 
 
 def test_what_a_killed_run_was_writing_takes_no_room_from_the_next_save(small_disk):
-    path = small_disk / "checkpoint.pt"
-    (small_disk / "checkpoint.pt.partial").write_bytes(bytes(200_000))
+    path = small_disk / "last.pt"
+    (small_disk / "last.pt.partial").write_bytes(bytes(200_000))
     checkpoint.save(path, {"epoch": 4, "model": torch.zeros(40_000)})
-    assert [file.name for file in small_disk.iterdir()] == ["checkpoint.pt"]
+    assert [file.name for file in small_disk.iterdir()] == ["last.pt"]
     assert checkpoint.load(path)["epoch"] == 4
 
 
 def test_the_next_run_removes_what_a_killed_one_was_writing(path):
-    path.with_name("checkpoint.pt.partial").write_bytes(b"half")
+    path.with_name("last.pt.partial").write_bytes(b"half")
     with checkpoint.only_writer(path.parent):
-        assert [file.name for file in path.parent.iterdir()] == ["checkpoint.pt"]
+        assert [file.name for file in path.parent.iterdir()] == ["last.pt"]
 
 
 def test_what_a_running_one_is_writing_is_kept(path):
-    partial = path.with_name("checkpoint.pt.partial")
+    partial = path.with_name("last.pt.partial")
     with checkpoint.only_writer(path.parent):
         partial.write_bytes(b"half")
         with pytest.raises(StateError, match="another run"), checkpoint.only_writer(path.parent):
@@ -141,7 +141,7 @@ def test_what_a_running_one_is_writing_is_kept(path):
 
 def test_a_link_planted_where_a_checkpoint_is_written_is_not_followed(path, tmp_path):
     (tmp_path / "precious").write_text("30 hours of work")
-    path.with_name("checkpoint.pt.partial").symlink_to(tmp_path / "precious")
+    path.with_name("last.pt.partial").symlink_to(tmp_path / "precious")
     checkpoint.save(path, trained(epoch=4))
     assert (tmp_path / "precious").read_text() == "30 hours of work"
     assert checkpoint.load(path)["epoch"] == 4

@@ -77,12 +77,12 @@ def test_a_crash_of_one_of_two_ranks_names_what_it_decoded_and_is_survived_by_an
     substitute = ("--resume", "--on-bad", "substitute", "--quarantine", quarantine)
     done = train("--epochs", "1", *substitute)
     assert f"{path}: record 5 (c05/005.jpg) crashes the decoder; it is not decoded again: " in done.stdout
-    assert files(output) == ["checkpoint.pt", FILE_NAME]
+    assert files(output) == ["best.pt", FILE_NAME, "last.pt"]
     assert {json.loads(line)["index"] for line in quarantine.read_text().splitlines()} == {CRASHING}
 
     done = train("--epochs", "2", "--world-size", "2", *substitute)
     assert "the last run ended" not in done.stdout, "remembered, not looked for again"
-    assert files(output) == ["checkpoint.pt", FILE_NAME]
+    assert files(output) == ["best.pt", FILE_NAME, "last.pt"]
 
 
 def test_a_run_that_stops_at_bad_records_names_the_one_that_crashed_it(train, path):
@@ -95,7 +95,7 @@ def test_a_run_that_stops_at_bad_records_names_the_one_that_crashed_it(train, pa
 def test_torchruns_restart_goes_on_without_the_record(train, tmp_path):
     by = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "-m")
     train("--epochs", "1", "--resume", "--on-bad", "substitute", by=(*by, "dali_lmdb.train"))
-    assert files(tmp_path / "run") == ["checkpoint.pt", FILE_NAME]
+    assert files(tmp_path / "run") == ["best.pt", FILE_NAME, "last.pt"]
 
 
 # --- without a planted crash

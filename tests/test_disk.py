@@ -153,7 +153,7 @@ def test_where_folders_cannot_be_synced_a_store_is_published_and_exported(shim, 
 
 def test_where_folders_cannot_be_synced_a_checkpoint_is_saved(shim, tmp_path):
     code = "import sys, pathlib; from dali_lmdb.train.checkpoint import save; save(pathlib.Path(sys.argv[1]), {})"
-    done = shim(errno.EINVAL, "sync", "-c", code, tmp_path / "checkpoint.pt", folders=True)
+    done = shim(errno.EINVAL, "sync", "-c", code, tmp_path / "last.pt", folders=True)
     assert done.returncode == 0, done.stderr
 
 

@@ -51,14 +51,14 @@ def train(store, *options, folder, shell=""):
 
 
 def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(tmp_path):
-    path = tmp_path / "checkpoint.pt"
+    path = tmp_path / "last.pt"
     checkpoint.save(path, {"epoch": 1})
     with (
         largest_file(100_000),
-        pytest.raises(StateError, match=r"checkpoint\.pt: cannot be written: File too large;.* --resume$"),
+        pytest.raises(StateError, match=r"last\.pt: cannot be written: File too large;.* --resume$"),
     ):
         checkpoint.save(path, {"epoch": 2, "model": torch.zeros(100_000)})
-    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
+    assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
     assert checkpoint.load(path)["epoch"] == 1
 
 
@@ -68,7 +68,7 @@ def test_a_run_whose_checkpoint_cannot_be_written_ends_with_one_line(store_path,
     done = train(store_path, *options, folder=tmp_path, shell="ulimit -f 1000;")
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    assert line.startswith(f"Error: {who}run/checkpoint.pt: cannot be written: File too large; ")
+    assert line.startswith(f"Error: {who}run/last.pt: cannot be written: File too large; ")
     assert list((tmp_path / "run").iterdir()) == []
 
 

@@ -1,6 +1,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from dali_lmdb.errors import DeviceError, RecordError, StateError
 from dali_lmdb.train import TrainSettings, checkpoint, models, train
 from dali_lmdb.train.__main__ import main
 from dali_lmdb.train.distributed import LAUNCHER_PID, RankFailedError, find_device, launch
+from dali_lmdb.train.interruption import EXIT_CODE
 from dali_lmdb.train.metrics import EvaluationSums
 from dali_lmdb.train.trainer import evaluate
 
@@ -150,11 +152,11 @@ def test_every_validation_record_is_counted_once_at_any_world_size(data, tmp_pat
     assert [line["val_records"] for line in validations] == [NUM_VAL]
     assert list(validations[0]) == ["epoch", "val_top1", "val_top5", "val_loss", "val_records"]
     assert done.stderr == ""
-    assert [file.name for file in output.iterdir()] == ["checkpoint.pt"]
+    assert sorted(file.name for file in output.iterdir()) == ["best.pt", "last.pt"]
 
     # What the ranks counted together is what the saved model reaches alone.
     model = models.build_model("resnet18", num_classes=3, size=32)
-    model.load_state_dict(checkpoint.load(output / "checkpoint.pt")["model"])
+    model.load_state_dict(checkpoint.load(output / "last.pt")["model"])
     sums = EvaluationSums(num_classes=3, device=torch.device("cpu"))
     transform = EvalTransform(size=32, resize=37)
     with DaliLoader(str(data.val), transform=transform, batch_size=NUM_VAL, device="cpu") as loader:
@@ -203,7 +205,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(data, tmp_path):
     with start(command(data, *options, "--output", str(output))) as process:
         read_until(process, "epoch 0  step 3")
         process.kill()
-    stopped = checkpoint.load(output / "checkpoint.pt")
+    stopped = checkpoint.load(output / "last.pt")
     assert (stopped["epoch"], stopped["step"]) < (1, 5), "the run was not killed in the middle"
     train(
         TrainSettings(
@@ -211,7 +213,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(data, tmp_path):
         )
     )
     train(TrainSettings(**{**asdict(settings), "resume": True}))
-    resumed, uninterrupted = (checkpoint.load(folder / "checkpoint.pt") for folder in (output, whole))
+    resumed, uninterrupted = (checkpoint.load(folder / "last.pt") for folder in (output, whole))
     assert resumed["epoch"] == settings.epochs
     for name, value in uninterrupted["model"].items():
         torch.testing.assert_close(resumed["model"][name], value, msg=name)
@@ -223,8 +225,8 @@ def test_a_stopped_run_goes_on_with_the_records_not_yet_seen_on_more_ranks(data,
     with start(command(data, *options, "--epochs", "1000", "--world-size", "2")) as process:
         read_until(process, "epoch 0  step 2")
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) == 128 + signal.SIGTERM
-    stopped = checkpoint.load(output / "checkpoint.pt")
+        assert process.wait(timeout=60) == EXIT_CODE
+    stopped = checkpoint.load(output / "last.pt")
     assert stopped["records_done"] == stopped["loader"]["position"]
     resumed = ("--resume", "--epochs", str(stopped["epoch"] + 1), "--log-json", str(log))
     run(command(data, *options, *resumed, "--world-size", "3"))
@@ -248,8 +250,8 @@ def test_a_checkpoint_of_another_data_set_is_refused(data, tmp_path):
 
 
 def test_a_damaged_checkpoint_is_named(data, tmp_path):
-    (tmp_path / "checkpoint.pt").write_bytes(b"PK\x03\x04 not really")
-    with pytest.raises(StateError, match=r"checkpoint\.pt: not a readable checkpoint"):
+    (tmp_path / "last.pt").write_bytes(b"PK\x03\x04 not really")
+    with pytest.raises(StateError, match=r"last\.pt: not a readable checkpoint"):
         train(tiny(data, output=str(tmp_path), resume=True))
 
 
@@ -262,7 +264,7 @@ def test_a_second_run_into_the_same_folder_is_refused(data, tmp_path):
         process.kill()
     says = f"Error: {output}: another run is writing there; let it finish or choose another --output\n"
     assert (second.stdout, second.stderr) == ("", says)
-    of_the_first = {"checkpoint.pt", "checkpoint.pt.partial", "in-flight-train-0", "in-flight-val-0"}
+    of_the_first = {"best.pt", "last.pt", "last.pt.partial", "in-flight-train-0", "in-flight-val-0"}
     assert {file.name for file in output.iterdir()} <= of_the_first
 
 
@@ -280,7 +282,7 @@ def test_the_folder_of_a_killed_run_is_free_at_once(data, tmp_path):
 
 
 def test_a_failed_save_leaves_the_old_checkpoint(tmp_path):
-    path = tmp_path / "checkpoint.pt"
+    path = tmp_path / "last.pt"
     checkpoint.save(path, {"epoch": 1})
     with pytest.raises(Exception, match="pickle"):
         checkpoint.save(path, {"epoch": 2, "bad": lambda: None})
@@ -290,6 +292,18 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path):
 def test_a_diverged_run_stops_and_says_so(data):
     with pytest.raises(FloatingPointError, match="try a lower --lr"):
         train(tiny(data, lr=1e30, epochs=3, log_every=1))
+
+
+@pytest.mark.parametrize("world_size", ["1", "2"])
+def test_a_loss_that_is_not_finite_is_one_line_and_the_last_good_checkpoint_stays(data, tmp_path, world_size):
+    output = tmp_path / "run"
+    options = ("--lr", "1e30", "--checkpoint-every", "1", "--log-every", "100", "--output", str(output))
+    done = run(command(data, "--world-size", world_size, "--epochs", "3", *options), expect=1)
+    (line,) = done.stderr.splitlines()
+    assert re.fullmatch(r"Error: (rank \d: )?the .* try a lower --lr", line)
+    if (output / "last.pt").exists():
+        saved = checkpoint.load(output / "last.pt")["model"].values()
+        assert all(value.isfinite().all() for value in saved if value.is_floating_point())
 
 
 def test_a_killed_rank_brings_the_others_down(data):
@@ -305,10 +319,11 @@ def test_a_killed_rank_brings_the_others_down(data):
 def rank_processes(launcher):
     """Process ids by rank."""
     ranks = {}
-    for pid in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
-        for entry in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
-            if entry.startswith(b"RANK="):
-                ranks[int(entry[5:])] = int(pid)
+    for children in Path(f"/proc/{launcher}/task").glob("*/children"):
+        for pid in children.read_text().split():
+            for entry in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                if entry.startswith(b"RANK="):
+                    ranks[int(entry[5:])] = int(pid)
     return ranks
 
 
@@ -438,11 +453,11 @@ def test_asking_for_a_gpu_where_there_is_none_is_one_line(data):
 
 
 def test_a_checkpoint_is_not_overwritten_by_mistake(data, tmp_path):
-    (tmp_path / "checkpoint.pt").write_bytes(b"30 hours of work")
+    (tmp_path / "last.pt").write_bytes(b"30 hours of work")
     result = invoke("--train", data.train, "--val", data.val, *TINY, "--output", tmp_path)
     assert result.exit_code == 1
-    assert "resume from it with --resume" in result.output
-    assert (tmp_path / "checkpoint.pt").read_bytes() == b"30 hours of work"
+    assert "resume that run with --resume" in result.output
+    assert (tmp_path / "last.pt").read_bytes() == b"30 hours of work"
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def test_ranks_stay_in_step_when_one_of_them_meets_a_bad_record(folder, tmp_path
 def test_the_shuffle_is_the_one_asked_for_and_another_does_not_go_on_from_it(folder, tmp_path, shuffle):
     asked = settings(folder, shuffle=shuffle, on_bad="substitute", output=str(tmp_path))
     train(asked)
-    assert checkpoint.load(tmp_path / "checkpoint.pt")["loader"]["order"] == shuffle
+    assert checkpoint.load(tmp_path / "last.pt")["loader"]["order"] == shuffle
     other = "block" if shuffle == "full" else "full"
     with pytest.raises(StateError, match=rf"order '{shuffle}' \(here '{other}'\)"):
         train(replace(asked, epochs=2, resume=True, shuffle=other))

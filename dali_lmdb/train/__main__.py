@@ -72,9 +72,10 @@ _AT_LEAST_1 = click.IntRange(min=1)
 )
 @_option("--quarantine", metavar="FILE", help="List records that cannot be decoded, one JSON object per line.")
 @_option("--seed", type=_AT_LEAST_0, help="Seed of weights, order, crops and flips.")
-@_option("--output", metavar="DIR", help="Folder for checkpoint.pt, written after each epoch.")
+@_option("--output", metavar="DIR", help="Folder for last.pt and best.pt, written after each epoch.")
 @_option("--resume", is_flag=True, help="Resume from the checkpoint in --output, if there is one.")
 @_option("--checkpoint-every", type=_AT_LEAST_0, metavar="STEPS", help="Also save after every STEPS steps.")
+@_option("--keep", type=_AT_LEAST_0, metavar="N", help="Keep the checkpoints of the last N epochs, too.")
 @_option("--log-json", metavar="FILE", help="Write measurements, one JSON object per line.")
 @_option("--log-every", type=_AT_LEAST_1, metavar="STEPS", help="Steps between two reports.")
 def main(
@@ -105,6 +106,7 @@ def main(
     output: str | None,
     resume: bool,
     checkpoint_every: int,
+    keep: int,
     log_json: str | None,
     log_every: int,
 ) -> None:
@@ -118,9 +120,13 @@ def main(
     The learning rate rises linearly over the first 5 % of the run, then falls to 0 on a cosine. Evaluation
     counts every record once. val_top1 and val_top5 are percentages. Epochs count from 0, steps from 1 in each
     epoch.
+
+    SIGTERM, SIGUSR1, SIGHUP or Ctrl-C, to this process or to any rank, ends the run after the step in progress,
+    with a checkpoint and exit code 85 (Ctrl-C: 130); start it again with --resume. A second one stops it at once.
     """
-    if output is None and (resume or checkpoint_every):
-        raise click.UsageError(f"{'--resume' if resume else '--checkpoint-every'} needs --output DIR")
+    for option, given in (("--resume", resume), ("--checkpoint-every", checkpoint_every), ("--keep", keep)):
+        if given and output is None:
+            raise click.UsageError(f"{option} needs --output DIR")
     settings = TrainSettings(
         train=train,
         val=val,
@@ -147,6 +153,7 @@ def main(
         output=output,
         resume=resume,
         checkpoint_every=checkpoint_every,
+        keep=keep,
         log_json=log_json,
         log_every=log_every,
     )
@@ -168,8 +175,6 @@ def _run(settings: TrainSettings, *, world_size: int) -> None:
         return
     try:
         trainer.train(settings)
-    except FloatingPointError as error:
-        raise click.ClickException(str(error)) from error
     except ValueError:  # all input has been validated: this is a bug, so show its traceback
         traceback.print_exc()
         sys.exit(1)

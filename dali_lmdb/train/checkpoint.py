@@ -1,5 +1,8 @@
 """Checkpoints: written atomically, with tensors and plain values only, and read only if their checksum is right.
 
+A run resumes from ``last.pt``. ``best.pt``, of the epoch with the best evaluation, and ``epoch-0007.pt`` of
+``--keep`` are further names of files that were ``last.pt``: hard links, which take no room until it is replaced.
+
 A checkpoint is written by ``torch.save`` and read by ``torch.load``, which ignores the checksums in a zip archive.
 So the archive's comment, its last bytes, is a CRC-32 of everything before it.
 """
@@ -10,6 +13,7 @@ import contextlib
 import fcntl
 import io
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,11 +26,26 @@ from dali_lmdb.errors import StateError
 from dali_lmdb.store.checksum import crc32
 from dali_lmdb.store.regular import check_regular
 
-__all__ = ["FILE_NAME", "FORMAT_VERSION", "check_fits", "load", "only_writer", "save"]
+__all__ = [
+    "BEST_NAME",
+    "FILE_NAME",
+    "FORMAT_VERSION",
+    "check_fits",
+    "check_folder",
+    "epoch_name",
+    "load",
+    "only_writer",
+    "remove_epochs",
+    "save",
+]
 
-FILE_NAME = "checkpoint.pt"
-FORMAT_VERSION = 2
-"""2 since there is a checksum."""
+FILE_NAME = "last.pt"
+BEST_NAME = "best.pt"
+FORMAT_VERSION = 3
+"""2 since there is a checksum, 3 since there is a best checkpoint beside the last one."""
+
+_EPOCHS = "epoch-*.pt"
+_NAME_OF_FORMAT_2 = "checkpoint.pt"
 
 _COMMENT = b"dali_lmdb crc32 %08x"
 _COMMENT_BYTES = len(_COMMENT % 0)
@@ -49,7 +68,8 @@ def only_writer(folder: Path) -> Iterator[None]:
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _partial(folder / FILE_NAME).unlink(missing_ok=True)
+            for partial in folder.glob("*.pt.partial"):
+                partial.unlink(missing_ok=True)
         except BlockingIOError:
             raise StateError(
                 f"{folder}: another run is writing there; let it finish or choose another --output"
@@ -74,15 +94,43 @@ def _close_locks() -> None:
 os.register_at_fork(after_in_child=_close_locks)
 
 
-def save(path: Path, content: dict[str, Any]) -> None:
+def epoch_name(epoch: int) -> str:
+    """The name of an epoch's checkpoint that ``--keep`` keeps."""
+    return f"epoch-{epoch:04}.pt"
+
+
+def remove_epochs(folder: Path, *, keep: int) -> None:
+    """Remove all but the last ``keep`` epochs' checkpoints; one that cannot be removed stays."""
+    epochs = sorted(folder.glob(_EPOCHS))
+    for path in epochs[: len(epochs) - keep]:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def check_folder(folder: Path, *, resume: bool) -> None:
+    """Raise StateError if the folder holds checkpoints of another run, or of an earlier version."""
+    old = folder / _NAME_OF_FORMAT_2
+    if os.path.lexists(old):  # Path.exists raises where the name is too long
+        raise StateError(f"{old}: of an earlier version, which this one cannot resume; choose another --output")
+    if resume or not os.path.isdir(folder):
+        return
+    for path in (folder / FILE_NAME, folder / BEST_NAME, *sorted(folder.glob(_EPOCHS))):
+        if os.path.lexists(path):
+            raise StateError(f"{path} exists; resume that run with --resume, or choose another --output")
+
+
+def save(path: Path, content: dict[str, Any], *, also: Sequence[str] = ()) -> None:
     """Write ``content`` to ``path``; a crash at any instant leaves the old file or the new one.
 
+    Args:
+        also: further names of the same file, in its folder; replaced before ``path`` is.
+
     Raises:
-        StateError: it cannot be written; the old file is still there, and nothing else.
+        StateError: it cannot be written; the old files are still there, and nothing else.
     """
     data = _encode({"format": FORMAT_VERSION, **content})
     partial = _partial(path)
-    then = "then continue from the previous checkpoint with --resume"
+    then = "then continue with --resume from the previous checkpoint, which is kept"
     with os_errors(path, "cannot be written", StateError, then=then):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.unlink(missing_ok=True)  # that of a killed run; it may take the room that this one needs
@@ -91,12 +139,26 @@ def save(path: Path, content: dict[str, Any]) -> None:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
+            for name in also:
+                _add_name(partial, path.with_name(name))
             os.replace(partial, path)
         except BaseException:
-            with contextlib.suppress(OSError):
-                partial.unlink()
+            for left_over in (partial, *(_partial(path.with_name(name)) for name in also)):
+                with contextlib.suppress(OSError):
+                    left_over.unlink()
             raise
         sync_folder(path.parent)
+
+
+def _add_name(file: Path, name: Path) -> None:
+    """Give a whole file a second name; an older file of that name is replaced in one instant."""
+    partial = _partial(name)
+    partial.unlink(missing_ok=True)
+    try:
+        os.link(file, partial)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(file, partial)
+    os.replace(partial, name)
 
 
 def _partial(path: Path) -> Path:
@@ -146,7 +208,7 @@ def _check_checksum(file: BinaryIO, path: Path) -> None:
         num_bytes -= len(block)
     comment = file.read(_COMMENT_BYTES)
     if not comment.startswith(_COMMENT[:-4]):
-        raise _unreadable(path, f"no checksum at its end, as if cut off or of a format before {FORMAT_VERSION}")
+        raise _unreadable(path, "no checksum at its end, as if cut off or of a format before 2")
     if comment != _COMMENT % checksum:
         raise _unreadable(path, "its bytes are not what was written (wrong checksum)")
 

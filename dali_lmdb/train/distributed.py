@@ -12,16 +12,21 @@ import os
 import signal
 import sys
 import tempfile
+import threading
+import time
 import traceback
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import NoReturn
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure, record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -29,12 +34,15 @@ from dali_lmdb import errors
 from dali_lmdb.errors import DaliLmdbError, DeviceError
 from dali_lmdb.threads import threads_per_rank
 from dali_lmdb.torchrun import RankEnvironment, join
+from dali_lmdb.train import interruption
 
-__all__ = ["LAUNCHER_PID", "RankFailedError", "find_device", "launch", "process_group", "run_rank"]
+__all__ = ["LAUNCHER_PID", "TIMEOUT", "RankFailedError", "find_device", "launch", "process_group", "run_rank"]
 
 _log = logging.getLogger(__name__)
 
-_TIMEOUT = timedelta(minutes=30)  # for a collective; torch's default for gloo
+TIMEOUT = timedelta(minutes=30)  # for a collective; torch's default for gloo; a rank that dies is noticed at once
+
+_POLL_S = 0.05  # between two looks for signals and ranks; the launcher itself looks every 0.1 s
 
 _CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
 
@@ -77,9 +85,9 @@ def process_group(ranks: RankEnvironment, *, device: torch.device) -> Iterator[N
         yield
         return
     store = join(ranks, say=_log.warning)
-    store.set_timeout(_TIMEOUT)
+    store.set_timeout(TIMEOUT)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=_TIMEOUT)
+    dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=TIMEOUT)
     yield
     # Only after success: if a rank has failed, this must not wait for the others.
     dist.destroy_process_group()
@@ -108,6 +116,8 @@ def run_rank(function: Callable[[], object], *, show_errors: bool) -> None:
         record(function)()
     except KeyboardInterrupt:
         _end_process(128 + signal.SIGINT)
+    except SystemExit as end:
+        _end_process(end.code if isinstance(end.code, int) else 1)
     except DaliLmdbError as error:
         _end_process(1, f"Error: {error}\n" if show_errors else "")
     except Exception:
@@ -128,15 +138,20 @@ def _end_process(code: int, message: str = "") -> NoReturn:
 def launch(arguments: Sequence[str], *, world_size: int) -> None:
     """Run ``python arguments...`` as ``world_size`` ranks on this machine, until all have ended.
 
-    If one dies, the others are stopped too.
+    If one dies, the others are stopped too. The first SIGTERM, SIGUSR1, SIGHUP or Ctrl-C is passed on to the
+    ranks, which decide how they end; the second one kills them.
 
     Raises:
         DaliLmdbError: the first rank to die raised this error.
         RankFailedError: the first rank to die died in another way.
-        KeyboardInterrupt, SystemExit: this process was interrupted or terminated, and has stopped the ranks.
+        KeyboardInterrupt, SystemExit: the ranks were interrupted, through this process or directly.
     """
     os.environ[LAUNCHER_PID] = str(os.getpid())  # the ranks inherit it, and end when this process does
-    with tempfile.TemporaryDirectory(prefix="dali_lmdb_ranks_") as folder, _quiet_launcher(), _own_signals():
+    with (
+        tempfile.TemporaryDirectory(prefix="dali_lmdb_ranks_") as folder,
+        _quiet_launcher(),
+        _Signals() as signals,
+    ):
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -150,14 +165,75 @@ def launch(arguments: Sequence[str], *, world_size: int) -> None:
         )
         # The launcher expands $names in arguments.
         escaped = [argument.replace("$", "$$") for argument in arguments]
+        # In a thread it leaves signals alone; in the main thread it would kill the ranks 30 s after one.
+        with ThreadPoolExecutor(1) as thread:
+            done = thread.submit(elastic_launch(config, sys.executable), "-u", *escaped)
+            signals.pass_on(until=done)
         try:
-            elastic_launch(config, sys.executable)("-u", *escaped)
+            done.result()
         except ChildFailedError as error:
+            signals.end_if_interrupted(error.failures.values())
             raise _explain(error.failures) from None
-        except SignalException as error:
-            if error.sigval == signal.SIGINT:
-                raise KeyboardInterrupt from None
-            raise SystemExit(128 + error.sigval) from None
+
+
+class _Signals:
+    """Receives the launcher's signals while entered, and passes them on to the ranks."""
+
+    def __init__(self) -> None:
+        self._received: list[int] = []
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.getsignal(number) for number in interruption.SIGNALS}
+            for number, handler in self._before.items():
+                if handler is not signal.SIG_IGN:
+                    signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._received.append(number)
+
+    def pass_on(self, *, until: Future[Any]) -> None:
+        """Wait until the launcher is done; a rank that starts later receives an earlier signal, too."""
+        told: set[tuple[int, int]] = set()
+        while not until.done():
+            for count, number in enumerate(self._received[:2]):
+                for rank in _rank_processes() - {pid for pid, at in told if at == count}:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(rank, number if count == 0 else signal.SIGKILL)
+                    told.add((rank, count))
+            time.sleep(_POLL_S)
+
+    def end_if_interrupted(self, failures: Iterable[ProcessFailure]) -> None:
+        """Raise KeyboardInterrupt or SystemExit if the ranks have ended because of a signal to end."""
+        if len(self._received) > 1:
+            if self._received[1] == signal.SIGINT:
+                raise KeyboardInterrupt
+            raise SystemExit(128 + self._received[1])
+        codes = {failure.exitcode for failure in failures}
+        if interruption.EXIT_CODE in codes:
+            raise SystemExit(interruption.EXIT_CODE)
+        if 128 + signal.SIGINT in codes:
+            raise KeyboardInterrupt
+        if self._received and codes <= {-number for number in interruption.SIGNALS}:
+            interruption.end(self._received[0])  # it came while they were starting
+
+
+def _rank_processes() -> set[int]:
+    """Process ids of the ranks that this process has started."""
+    ranks = set()
+    for children in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            for pid in children.read_text().split():
+                with contextlib.suppress(OSError):
+                    if b"\0RANK=" in b"\0" + Path(f"/proc/{pid}/environ").read_bytes():
+                        ranks.add(int(pid))
+    return ranks
 
 
 @contextmanager
@@ -170,18 +246,6 @@ def _quiet_launcher() -> Iterator[None]:
         yield
     finally:
         logging.disable(before)
-
-
-@contextmanager
-def _own_signals() -> Iterator[None]:
-    """Restore the caller's signal handlers; the launcher leaves its own in place."""
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-    before = {number: signal.getsignal(number) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _explain(failures: dict[int, ProcessFailure]) -> Exception:

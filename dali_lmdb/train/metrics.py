@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
+import math
+import os
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,11 +17,51 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dali_lmdb.disk import describe_os_error
+from dali_lmdb.disk import describe_os_error, os_errors
 from dali_lmdb.errors import StateError
 from dali_lmdb.loaders.lines import open_lines, write_line
 
-__all__ = ["EvaluationSums", "JsonLog", "StepMeter"]
+__all__ = ["EvaluationSums", "JsonLog", "StepMeter", "find_end", "loss_text"]
+
+
+def loss_text(loss: float) -> str:
+    """A loss in few characters, whatever its size."""
+    return f"{loss:.4f}" if abs(loss) < 1e4 else f"{loss:.3e}"
+
+
+def find_end(path: str | os.PathLike[str], *, output: str, epoch: int, step: int) -> int:
+    """Find where a log, written by :class:`JsonLog`, goes past a checkpoint.
+
+    Args:
+        output: the folder of the run whose log it should be.
+        epoch, step: of the checkpoint; ``step`` is 0 at the beginning of an epoch.
+
+    Returns:
+        The length in bytes of the part up to the checkpoint, 0 for an empty file.
+
+    Raises:
+        StateError: it cannot be read, or is not a log of this run.
+    """
+    with os_errors(path, "cannot be read", StateError), open(path, "rb") as file:
+        lines = file.readlines()
+    end = 0
+    for number, line in enumerate(lines, start=1):
+        if not line.endswith(b"\n"):
+            break  # half written by a killed run
+        try:
+            values = json.loads(line)
+            if number == 1:
+                other = os.path.abspath(values["settings"]["output"])
+                if other != os.path.abspath(output):
+                    raise StateError(f"{path}: the log of the run in {other}; choose another --log-json")
+            place = (values.get("epoch", 0), values.get("step", math.inf if "epoch" in values else 0))
+            if place > (epoch, step):
+                break
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            then = "remove it or choose another --log-json"
+            raise StateError(f"{path}: line {number} is not of a log of this trainer; {then}") from error
+        end += len(line)
+    return end
 
 
 class StepMeter:
@@ -137,7 +181,24 @@ class JsonLog:
             with self._errors():
                 self._file = open_lines(path, append=append)
 
-    def write(self, **values: float) -> None:
+    @property
+    def is_empty(self) -> bool:
+        """Whether it is a file without a line; not so for devices and pipes."""
+        if self._file is None:
+            return False
+        status = os.fstat(self._file.fileno())
+        return stat.S_ISREG(status.st_mode) and status.st_size == 0
+
+    def cut(self, *, output: str, epoch: int, step: int) -> None:
+        """Remove the lines after a checkpoint, see :func:`find_end`; a device or a pipe keeps them."""
+        if self._file is None or self._path is None:
+            return
+        if stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
+            end = find_end(self._path, output=output, epoch=epoch, step=step)
+            with self._errors():
+                self._file.truncate(end)
+
+    def write(self, **values: Any) -> None:
         """Add one object."""
         if self._file is not None:
             with self._errors():

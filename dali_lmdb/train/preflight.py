@@ -10,7 +10,7 @@ from dali_lmdb.loaders.backends import Backend
 from dali_lmdb.loaders.bad import check_quarantine
 from dali_lmdb.loaders.folder import is_image_folder, open_data
 from dali_lmdb.store import open_store
-from dali_lmdb.train import checkpoint, models
+from dali_lmdb.train import checkpoint, metrics, models
 from dali_lmdb.train.distributed import find_device
 from dali_lmdb.train.settings import TrainSettings
 
@@ -86,10 +86,11 @@ def _check_batch(num_records: int, *, settings: TrainSettings, world_size: int) 
 
 def _check_checkpoint(settings: TrainSettings, *, classes: list[str]) -> None:
     path = settings.checkpoint_path
-    if path is None or not os.path.exists(path):  # Path.exists raises where the name is too long
+    if path is None:
         return
-    if not settings.resume:
-        raise ValueError(f"{path} exists; resume from it with --resume, or choose another --output")
+    checkpoint.check_folder(path.parent, resume=settings.resume)
+    if not os.path.exists(path):  # Path.exists raises where the name is too long
+        return
     checkpoint.check_fits(checkpoint.load(path), arch=settings.arch, classes=classes, path=path)
 
 
@@ -98,6 +99,8 @@ def _check_files(settings: TrainSettings) -> None:
     for option, name in (("--log-json", settings.log_json), ("--quarantine", settings.quarantine)):
         if name is not None:
             _check_file(Path(name), option=option)
+    if settings.log_json is not None:
+        _check_log(settings.log_json, settings=settings)
     if settings.quarantine is not None:
         check_quarantine(Path(settings.quarantine))
     if settings.output is not None:
@@ -107,6 +110,17 @@ def _check_files(settings: TrainSettings) -> None:
             raise ValueError(f"--output {settings.output}: cannot be created: {cause}") from cause
         if not os.access(settings.output, os.W_OK):
             raise ValueError(f"--output {settings.output}: not writable; choose another folder")
+
+
+def _check_log(name: str, *, settings: TrainSettings) -> None:
+    if not os.path.isfile(name) or os.stat(name).st_size == 0:  # a device and a pipe hold nothing to lose
+        return
+    if not settings.resume:
+        raise ValueError(
+            f"--log-json {name}: exists; choose another file, or remove it (a run with --resume continues its own)"
+        )
+    assert settings.output is not None
+    metrics.find_end(name, output=settings.output, epoch=0, step=0)
 
 
 def _check_file(file: Path, *, option: str) -> None:

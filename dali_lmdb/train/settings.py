@@ -69,13 +69,15 @@ class TrainSettings:
     seed: int = 0
     """Seed of the weights, the order of records, crops, flips and dropout."""
     output: str | None = None
-    """Folder for ``checkpoint.pt``; no checkpoints without one."""
+    """Folder for ``last.pt`` and ``best.pt``; no checkpoints without one."""
     resume: bool = False
     """Resume from the checkpoint in ``output``; start at the beginning if there is none yet."""
     checkpoint_every: int = 0
     """Number of steps between checkpoints within an epoch; 0 saves only at the end of epochs."""
+    keep: int = 0
+    """Number of epochs whose checkpoints are kept as ``epoch-0007.pt``, besides ``last.pt`` and ``best.pt``."""
     log_json: str | None = None
-    """File for the measurements, one JSON object a line; appended to with ``resume``."""
+    """File for the measurements, one JSON object a line; ``resume`` continues it from the checkpoint's step."""
     log_every: int = 10
     """Number of steps between reports; the last step of an epoch is always reported."""
 
@@ -94,7 +96,7 @@ class TrainSettings:
         for name in ("epochs", "batch_size", "size", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)}, expected at least 1")
-        for name in ("workers", "seed", "checkpoint_every", "momentum", "weight_decay"):
+        for name in ("workers", "seed", "checkpoint_every", "keep", "momentum", "weight_decay"):
             if getattr(self, name) is not None and getattr(self, name) < 0:
                 raise ValueError(f"{name}: {getattr(self, name)}, expected at least 0")
         if self.backend == "dali" and self.workers == 0:
@@ -102,8 +104,9 @@ class TrainSettings:
         _ = self.dali  # raises ValueError for a bad value
         if not self.lr > 0:
             raise ValueError(f"lr: {self.lr}, expected more than 0")
-        if self.output is None and (self.resume or self.checkpoint_every):
-            option = "resume" if self.resume else "checkpoint_every"
+        for option in ("resume", "checkpoint_every", "keep"):
+            if self.output is not None or not getattr(self, option):
+                continue
             raise ValueError(f"{option}: there is no output folder for a checkpoint; set output")
         models.check_arch(self.arch)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dali_lmdb.errors import DivergedError, StateError
 from dali_lmdb.loaders.backends import open_loader
 from dali_lmdb.loaders.base import Loader
 from dali_lmdb.loaders.dali_loader import DaliLoader
@@ -24,8 +25,9 @@ from dali_lmdb.threads import threads_per_rank
 from dali_lmdb.torchrun import RankEnvironment
 from dali_lmdb.train import checkpoint
 from dali_lmdb.train.crashes import in_flight_path, refuse_crashing
-from dali_lmdb.train.distributed import find_device, process_group
-from dali_lmdb.train.metrics import EvaluationSums, JsonLog, StepMeter
+from dali_lmdb.train.distributed import TIMEOUT, find_device, process_group
+from dali_lmdb.train.interruption import Interrupted, Interruption, end
+from dali_lmdb.train.metrics import EvaluationSums, JsonLog, StepMeter, loss_text
 from dali_lmdb.train.models import build_model, training_loss
 from dali_lmdb.train.settings import TrainSettings
 
@@ -53,26 +55,38 @@ def train(settings: TrainSettings) -> list[dict[str, float]]:
         StoreError, SourceError, RecordError, DeviceError: data or GPUs are missing or bad.
         StateError: the checkpoint belongs to another data set, model or seed, another run writes to ``output``, or
             the checkpoint or the log cannot be written.
-        FloatingPointError: the loss is no longer finite.
+        DivergedError: the loss is no longer finite.
+        SystemExit, KeyboardInterrupt: the run was interrupted, see ``interruption``; a checkpoint is saved.
     """
     ranks = RankEnvironment.from_environment() or RankEnvironment()
     device = find_device(settings.device, local_rank=ranks.local_rank, ranks_per_node=ranks.ranks_per_node)
     with ExitStack() as stack:
+        interruption = stack.enter_context(Interruption())
         if settings.output is not None and ranks.rank == 0:
             stack.enter_context(checkpoint.only_writer(Path(settings.output)))
         stack.enter_context(process_group(ranks, device=device))
-        run = _Training(settings, ranks=ranks, device=device, stack=stack)
+        run = _Training(settings, ranks=ranks, device=device, stack=stack, interruption=interruption)
         run.restore()
+        if run.epoch >= settings.epochs:
+            return []
         run.refuse_crashing()
         if ranks.rank == 0:
             _log.info("training %s", run)
-        results = []
-        while run.epoch < settings.epochs:
-            run.train_epoch()
-            results.append(run.evaluate())
-            run.epoch += 1
-            run.step = run.records_done = 0
-            run.save()
+        interruption.begin(world_size=ranks.world_size, timeout=TIMEOUT)
+        try:
+            results = []
+            while run.epoch < settings.epochs:
+                run.train_epoch()
+                results.append(run.evaluate())
+                run.end_epoch(results[-1])
+        except Interrupted as interrupted:
+            run.save_interrupted(by=str(interrupted))
+            number = interrupted.number
+        else:
+            number = 0
+        interruption.finish()  # rank 0 has saved
+        if number:
+            end(number)
         return results
 
 
@@ -122,14 +136,27 @@ class _Training:
     """The state of one rank's run: model, optimizer, loaders and progress."""
 
     def __init__(
-        self, settings: TrainSettings, *, ranks: RankEnvironment, device: torch.device, stack: ExitStack
+        self,
+        settings: TrainSettings,
+        *,
+        ranks: RankEnvironment,
+        device: torch.device,
+        stack: ExitStack,
+        interruption: Interruption | None = None,
     ) -> None:
         self.settings, self.ranks, self.device = settings, ranks, device
+        self.interruption = interruption or Interruption()
         self.epoch = 0
         self.step = 0
         """Number of steps done in this epoch."""
         self.records_done = 0
         """Number of records trained on in this epoch, over all ranks."""
+        self.is_trained = False
+        """Whether this epoch's training is over, and its evaluation is not."""
+        self.result: dict[str, float] = {}
+        """The last evaluation's."""
+        self.best: dict[str, float] = {}
+        """The evaluation with the highest top-1."""
         self.precision = _choose_precision(settings.precision, device=device)
         self.train_loader = stack.enter_context(self._loader(training=True))
         self.val_loader = stack.enter_context(self._loader(training=False))
@@ -199,6 +226,8 @@ class _Training:
 
     def train_epoch(self) -> None:
         """Train on the rest of the epoch."""
+        if self.is_trained:
+            return
         settings, loader = self.settings, self.train_loader
         if self.step == 0:
             loader.set_epoch(self.epoch)
@@ -213,9 +242,11 @@ class _Training:
             # Not after the epoch's last step: `train` saves then anyway.
             due = settings.checkpoint_every and self.step % settings.checkpoint_every == 0
             if due and self.records_done + self._global_batch_size <= loader.num_records:
+                self._report_steps()  # so that the log of a run resumed here counts each step once
                 self.save()
-        if self.meter.steps:
-            self._report_steps()
+            self.interruption.check()
+        self._report_steps()
+        self.is_trained = True
 
     @property
     def _global_batch_size(self) -> int:
@@ -239,19 +270,21 @@ class _Training:
         self.records_done += self._global_batch_size
 
     def _report_steps(self) -> None:
-        """Log the steps since the last report; a collective."""
+        """Log the steps since the last report, if any; a collective."""
+        if not self.meter.steps:
+            return
         report = self.meter.report(all_sum=self._all_sum)
         if not math.isfinite(report["loss"]):
-            raise FloatingPointError(
+            raise DivergedError(
                 f"the loss is {report['loss']} in epoch {self.epoch}, step {self.step}; try a lower --lr"
             )
         self.log.write(epoch=self.epoch, step=self.step, **report)
         if self.ranks.rank == 0:
             _log.info(
-                "epoch %d  step %d  loss %.4f  %.0f images/s  %.0f %% of the time waiting for data",
+                "epoch %d  step %d  loss %s  %.0f images/s  %.0f %% of the time waiting for data",
                 self.epoch,
                 self.step,
-                report["loss"],
+                loss_text(report["loss"]),
                 report["images_per_s"],
                 100 * report["data_wait_fraction"],
             )
@@ -264,22 +297,54 @@ class _Training:
                 dist.broadcast(buffer, src=0)
         loader = self.val_loader
         sums = EvaluationSums(num_classes=len(loader.classes), device=self.device)
-        evaluate(self.model, loader, sums=sums, precision=self.precision)
+        evaluate(self.model, self._interruptible(loader), sums=sums, precision=self.precision)
         report = sums.report(num_records=loader.num_records, all_sum=self._all_sum)
         if not self._keeps_val_memory:
             loader.release_memory()  # not before the report, which waits until the GPU has read the last batch
         result = {"epoch": self.epoch, **report}
+        if not math.isfinite(result["val_loss"]):
+            raise DivergedError(
+                f"the validation loss is {result['val_loss']} after epoch {self.epoch}; try a lower --lr"
+            )
         self.log.write(**result)
         if self.ranks.rank == 0:
-            _log.info(
-                "epoch %d  validation: top-1 %.2f %%  top-5 %.2f %%  loss %.4f  %d records",
-                self.epoch,
-                report["val_top1"],
-                report["val_top5"],
-                report["val_loss"],
-                report["val_records"],
-            )
+            _log.info("%s  %d records", _describe(result), result["val_records"])
         return result
+
+    def _interruptible(self, loader: Loader) -> Iterator[Any]:
+        """This rank's batches of the evaluation; as many checks for interruptions on each rank."""
+        num_steps = math.ceil(loader.num_records / self._global_batch_size)
+        for batch in loader:
+            yield batch
+            num_steps -= 1
+            self.interruption.check()
+        for _ in range(num_steps):
+            self.interruption.check()
+
+    def end_epoch(self, result: dict[str, float]) -> None:
+        """Go on to the next epoch, and save; the last checkpoint of a run must succeed."""
+        self.result = result
+        is_best = not self.best or result["val_top1"] > self.best["val_top1"]
+        if is_best:
+            self.best = result
+        also = [checkpoint.BEST_NAME] if is_best else []
+        if self.settings.keep:
+            also.append(checkpoint.epoch_name(self.epoch))
+        self.epoch += 1
+        self.step = self.records_done = 0
+        self.is_trained = False
+        self.save(also=also, is_last=self.epoch >= self.settings.epochs)
+
+    def save_interrupted(self, *, by: str) -> None:
+        """Save where all ranks have agreed to stop, and say so; a collective."""
+        self._report_steps()
+        self.save(is_last=True)
+        if self.ranks.rank == 0:
+            path = self.settings.checkpoint_path
+            saved = (
+                "nothing is saved without --output" if path is None else f"saved in {path}; go on with --resume"
+            )
+            _log.info("interrupted by %s in epoch %d, after step %d: %s", by, self.epoch, self.step, saved)
 
     def _all_sum(self, values: Tensor) -> Tensor:
         """Sum over all ranks, in place; a collective."""
@@ -287,8 +352,13 @@ class _Training:
             dist.all_reduce(values)
         return values
 
-    def save(self) -> None:
-        """Write the checkpoint, on rank 0; its content does not depend on the number of ranks."""
+    def save(self, *, also: Sequence[str] = (), is_last: bool = False) -> None:
+        """Write the checkpoint, on rank 0; its content does not depend on the number of ranks.
+
+        Args:
+            also: its further names.
+            is_last: raise StateError if it cannot be written; otherwise say so, and go on.
+        """
         path = self.settings.checkpoint_path
         if path is None or self.ranks.rank != 0:
             return
@@ -299,21 +369,38 @@ class _Training:
             "epoch": self.epoch,
             "step": self.step,
             "records_done": self.records_done,
+            "is_trained": self.is_trained,
+            "result": self.result,
+            "best": self.best,
             "loader": self.train_loader.state_dict(),
             "classes": list(self.train_loader.classes),
             "settings": asdict(self.settings),
         }
-        checkpoint.save(path, content)
+        if not _all_finite(content["model"].values()):
+            raise DivergedError(
+                f"the model's weights are not finite in epoch {self.epoch}, step {self.step}; try a lower --lr"
+            )
+        try:
+            checkpoint.save(path, content, also=also)
+        except StateError as error:
+            if is_last:
+                raise
+            _log.warning("%s; meanwhile training goes on", error)
+            return
+        if self.settings.keep:
+            checkpoint.remove_epochs(path.parent, keep=self.settings.keep)
 
     def restore(self) -> None:
         """Resume from the checkpoint, if requested and there is one."""
         path = self.settings.checkpoint_path
         if path is None or not self.settings.resume:
+            self._begin_log()
             return
         content = self._read_checkpoint(path)
         if content is None:
             if self.ranks.rank == 0:
                 _log.info("no checkpoint in %s yet: starting at the beginning", path.parent)
+            self._begin_log()
             return
         classes = self.train_loader.classes
         checkpoint.check_fits(content, arch=self.settings.arch, classes=classes, path=path)
@@ -323,10 +410,26 @@ class _Training:
         if content["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(content["scaler"])
         self.epoch, self.step = content["epoch"], content["step"]
-        self.records_done = content["records_done"]
-        if self.ranks.rank == 0:
-            end = "; training is complete" if self.epoch >= self.settings.epochs else ""
-            _log.info("resuming from %s: epoch %d, step %d%s", path, self.epoch, self.step, end)
+        self.records_done, self.is_trained = content["records_done"], content["is_trained"]
+        self.result, self.best = content["result"], content["best"]
+        self._begin_log()
+        if self.ranks.rank != 0:
+            return
+        if self.epoch < self.settings.epochs:
+            _log.info("resuming from %s: epoch %d, step %d", path, self.epoch, self.step)
+        else:
+            _log.info("training is complete, in %s; %s", path, _describe(self.result))
+            _log.info("best: %s, in %s", _describe(self.best), path.with_name(checkpoint.BEST_NAME))
+
+    def _begin_log(self) -> None:
+        """Cut the log back to where the run resumes, or begin it with the settings."""
+        if self.settings.resume and self.settings.output is not None:
+            place = {"epoch": self.epoch, "step": self.step}
+            self.log.cut(output=self.settings.output, **place)
+            if not self.log.is_empty and self.epoch < self.settings.epochs:
+                self.log.write(resumed={**place, "world_size": self.ranks.world_size})
+        if not self.settings.resume or self.log.is_empty:
+            self.log.write(settings=asdict(self.settings))
 
     def refuse_crashing(self) -> None:
         """Do not decode again what has killed an earlier run in the output folder; a collective."""
@@ -340,6 +443,17 @@ class _Training:
         if self.ranks.world_size > 1:
             dist.broadcast_object_list(found, src=0)
         return found[0]
+
+
+def _describe(result: dict[str, float]) -> str:
+    top1, top5, loss = result["val_top1"], result["val_top5"], loss_text(result["val_loss"])
+    return f"epoch {result['epoch']}  validation: top-1 {top1:.2f} %  top-5 {top5:.2f} %  loss {loss}"
+
+
+def _all_finite(values: Iterable[Tensor]) -> bool:
+    """Whether all numbers of these tensors, which are on one device, are finite; waits for the device."""
+    finite = [value.isfinite().all() for value in values if value.is_floating_point()]
+    return not finite or bool(torch.stack(finite).all())
 
 
 def _gpu_memory_held(train: Loader, val: Loader, *, kept: bool) -> str:
