@@ -1,8 +1,9 @@
-"""Ranks as torchrun starts them: which one this process is, and how it connects to the others."""
+"""Ranks as torchrun, Open MPI or SLURM start them: which one this process is, and how it meets the others."""
 
 from __future__ import annotations
 
 import os
+import re
 import socket
 import threading
 import time
@@ -16,7 +17,15 @@ from dali_lmdb.errors import DaliLmdbError
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]  # torch re-exports it without saying so
 
-__all__ = ["JOIN_LIMIT_S", "RankEnvironment", "ignored_variables", "join"]
+__all__ = [
+    "JOIN_LIMIT_S",
+    "RankEnvironment",
+    "first_host",
+    "ignored_variables",
+    "incomplete_launcher",
+    "join",
+    "sees_own_gpus",
+]
 
 JOIN_LIMIT_S = 600.0
 """Time limit for all ranks to join: as long as torchrun waits for the other machines (its ``join_timeout``)."""
@@ -24,6 +33,19 @@ JOIN_LIMIT_S = 600.0
 _QUIET_S = 3.0  # no message before: ranks that were started together take about that long to import torch
 _POLL_S = 0.1
 _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+_LAUNCHERS = {
+    "torchrun": (*_VARIABLES, "LOCAL_WORLD_SIZE"),
+    "mpirun": (
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+    ),
+    "srun": ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", ""),
+}
+"""Each launcher's variables of rank, rank on this machine, number of ranks and of those on this machine."""
+
+_NODE_LISTS = ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
 _REMEDY = f"start all ranks with torchrun, or unset {', '.join(_VARIABLES)}"
 
 
@@ -39,22 +61,76 @@ class RankEnvironment:
 
     @classmethod
     def from_environment(cls) -> RankEnvironment | None:
-        """Read RANK, LOCAL_RANK and WORLD_SIZE, which torchrun sets; None if one of them is not set.
+        """Read what torchrun, Open MPI's mpirun or SLURM's srun sets; None if none has set all it should.
+
+        A single task of srun or mpirun is no rank: it may start ranks itself.
 
         Raises:
             ValueError: a variable is not a number, or out of range.
         """
-        given = {name: _number(name) for name in _VARIABLES if name in os.environ}
-        if len(given) < len(_VARIABLES):
+        launcher = _launcher()
+        if launcher is None:
             return None
+        *variables, per_node = _LAUNCHERS[launcher]
+        given = {name: _number(name) for name in variables}
         rank, local_rank, world_size = given.values()
-        if "LOCAL_WORLD_SIZE" in os.environ:
-            given["LOCAL_WORLD_SIZE"] = _number("LOCAL_WORLD_SIZE")
-        ranks_per_node = given.get("LOCAL_WORLD_SIZE", local_rank + 1)
+        if launcher != "torchrun" and world_size == 1:
+            return None
+        if per_node in os.environ:
+            given[per_node] = _number(per_node)
+        ranks_per_node = given.get(per_node, local_rank + 1)
+        if launcher == "srun":
+            ranks_per_node = _tasks_on_this_node() or ranks_per_node
         if not (rank < world_size and local_rank < ranks_per_node <= world_size):
             found = ", ".join(f"{name}={number}" for name, number in given.items())
             raise ValueError(f"{found} in the environment, expected ranks from 0 to WORLD_SIZE - 1; {_REMEDY}")
         return cls(rank=rank, local_rank=local_rank, world_size=world_size, ranks_per_node=ranks_per_node)
+
+
+def _launcher() -> str | None:
+    """The launcher that has set all variables of a rank."""
+    for launcher, (*variables, _) in _LAUNCHERS.items():
+        # A batch script is SLURM's first task, too, but a step of srun is what makes ranks.
+        is_script = launcher == "srun" and _is_batch_script()
+        if all(name in os.environ for name in variables) and not is_script:
+            return launcher
+    return None
+
+
+def _is_batch_script() -> bool:
+    return os.environ.get("ENVIRONMENT") == "BATCH" and "SLURM_STEP_ID" not in os.environ
+
+
+def _tasks_on_this_node() -> int | None:
+    """SLURM's number of this step's tasks on this node, from a list such as ``4(x2),3``."""
+    counts: list[int] = []
+    text = os.environ.get("SLURM_STEP_TASKS_PER_NODE") or os.environ.get("SLURM_TASKS_PER_NODE") or ""
+    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
+        counts += [int(count)] * int(times or 1)
+    node = int(os.environ.get("SLURM_NODEID") or 0)
+    return counts[node] if node < len(counts) else None
+
+
+def sees_own_gpus() -> bool:
+    """Whether SLURM shows each rank no GPU but its own (``--gpus-per-task 1``)."""
+    return _launcher() == "srun" and os.environ.get("SLURM_GPUS_PER_TASK", "").endswith("1")
+
+
+def incomplete_launcher() -> str | None:
+    """Describe, in one line, a launcher of several ranks of which this process is none; None without one."""
+    if _launcher() is not None:
+        return None
+    for launcher, (*variables, _) in _LAUNCHERS.items():
+        size = variables[-1]
+        missing = [name for name in variables if name not in os.environ]
+        if os.environ.get(size, "1") == "1" or not (missing or launcher == "srun"):
+            continue
+        why = f"{' and '.join(missing)} not set" if missing else "this is the batch script, not a step of srun"
+        return (
+            f"{size}={os.environ[size]} in the environment, but {why}; start the ranks with {launcher}, or unset "
+            f"{size} to start them from here with --world-size"
+        )
+    return None
 
 
 def ignored_variables() -> str | None:
@@ -129,10 +205,7 @@ def _connect(ranks: RankEnvironment, waiting: _Waiting) -> Store:
     """Connect to the key-value store, which torchrun's agent hosts or else rank 0."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-    if missing:
-        raise ValueError(f"no {' and no '.join(missing)} in the environment of rank {ranks.rank}; {_REMEDY}")
-    host, port = os.environ["MASTER_ADDR"], _number("MASTER_PORT")
+    host, port = _meeting_point(ranks)
     if not 0 < port < 2**16:
         raise ValueError(f"MASTER_PORT={port} in the environment, expected 1 to 65535; {_REMEDY}")
     is_host = ranks.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
@@ -151,6 +224,31 @@ def _connect(ranks: RankEnvironment, waiting: _Waiting) -> Store:
     while not store.done():
         waiting.pause(f"{ranks.world_size} ranks: no key-value store answers at {host}:{port} yet")
     return store.result()
+
+
+def _meeting_point(ranks: RankEnvironment) -> tuple[str, int]:
+    """Host and port of rank 0: MASTER_ADDR and MASTER_PORT, or what the launcher says otherwise."""
+    launcher, host = _launcher(), os.environ.get("MASTER_ADDR") or None
+    port = _number("MASTER_PORT") if os.environ.get("MASTER_PORT") else None
+    if launcher == "srun":
+        host = host or first_host(next((os.environ[name] for name in _NODE_LISTS if os.environ.get(name)), ""))
+        # The same for all tasks of a step; below Linux's range of ports for outgoing connections.
+        job, step = (int(os.environ.get(name) or 0) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+        port = port or 15_000 + (job * 7 + step) % 15_000
+    elif launcher == "mpirun" and ranks.ranks_per_node == ranks.world_size:
+        host = host or "127.0.0.1"
+        port = port or 15_000 + os.getppid() % 15_000  # mpirun's process
+    given = {"MASTER_ADDR": host, "MASTER_PORT": port}
+    missing = [name for name, value in given.items() if not value]
+    if host is None or port is None or missing:
+        raise ValueError(f"no {' and no '.join(missing)} in the environment of rank {ranks.rank}; {_REMEDY}")
+    return host, port
+
+
+def first_host(nodes: str) -> str | None:
+    """The first host of a SLURM node list: ``node003`` of ``node[003-010,12],gpu1``; None of an empty list."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
+    return None if first is None else re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first[0])
 
 
 def _answers(host: str, port: int) -> bool:

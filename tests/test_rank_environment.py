@@ -204,3 +204,77 @@ def test_a_port_that_is_taken_is_one_line(monkeypatch):
         monkeypatch.setenv("MASTER_PORT", str(server.getsockname()[1]))
         with pytest.raises(DaliLmdbError, match=r"^rank 0: no connection to the other ranks: .*EADDRINUSE.*$"):
             join(RankEnvironment(rank=0, world_size=2), say=print)
+
+
+def started_by(*, rank, **variables):
+    """Run a rank of two in an environment of these variables alone; it prints its rank and its number of ranks."""
+    code = (
+        "from dali_lmdb.torchrun import RankEnvironment, join\n"
+        "ranks = RankEnvironment.from_environment()\n"
+        "join(ranks, say=print)\n"
+        "print(ranks.rank, ranks.local_rank, ranks.world_size, ranks.ranks_per_node)"
+    )
+    return start("-c", code, folder=ROOT, **{name: value.format(rank=rank) for name, value in variables.items()})
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {
+            "SLURM_PROCID": "{rank}",
+            "SLURM_LOCALID": "{rank}",
+            "SLURM_NTASKS": "2",
+            "SLURM_STEP_ID": "0",
+            "SLURM_NODEID": "0",
+            "SLURM_TASKS_PER_NODE": "2",
+            "SLURM_NODELIST": "localhost",
+        },
+        {
+            "OMPI_COMM_WORLD_RANK": "{rank}",
+            "OMPI_COMM_WORLD_LOCAL_RANK": "{rank}",
+            "OMPI_COMM_WORLD_SIZE": "2",
+            "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+        },
+    ],
+    ids=["srun", "mpirun"],
+)
+def test_tasks_of_srun_and_mpirun_are_ranks_that_meet(port, variables):
+    if "SLURM_PROCID" in variables:
+        variables = variables | {"SLURM_JOB_ID": port}
+    ranks = [started_by(rank=rank, **variables) for rank in range(2)]
+    for rank, process in enumerate(ranks):
+        assert process.communicate(timeout=60)[0].splitlines()[-1] == f"{rank} {rank} 2 2"
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"SLURM_NTASKS": "4"}, "SLURM_NTASKS=4 in the environment, but SLURM_PROCID and SLURM_LOCALID not set"),
+        (
+            {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "ENVIRONMENT": "BATCH"},
+            "SLURM_NTASKS=4 in the environment, but this is the batch script, not a step of srun; start the ranks",
+        ),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_RANK and OMPI_COMM_WORLD_LOCAL_RANK not set"),
+        ({"WORLD_SIZE": "4", "RANK": "1"}, "WORLD_SIZE=4 in the environment, but LOCAL_RANK not set"),
+    ],
+)
+def test_training_refuses_a_launcher_that_is_incomplete(store_path, variables, says):
+    arguments = [str(word) for word in commands(None, store_path)["train"][2:]]
+    result = CliRunner().invoke(cli.main, ["train", *arguments], env=variables)
+    assert (result.exit_code, result.output.count("\n")) == (1, 1), result.output
+    assert says in result.output
+
+
+def test_a_single_task_of_srun_is_no_rank(monkeypatch):
+    for name, value in {"SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert RankEnvironment.from_environment() is None
+    assert torchrun.incomplete_launcher() is None
+
+
+@pytest.mark.parametrize(
+    ("nodes", "host"),
+    [("n1", "n1"), ("n[003-010,12],gpu1", "n003"), ("a-b,c", "a-b"), ("r[1-2]n[3,5]", "r1n3"), ("", None)],
+)
+def test_the_first_host_of_a_node_list_is_found(nodes, host):
+    assert torchrun.first_host(nodes) == host

@@ -9,10 +9,11 @@ import traceback
 
 import click
 
-from dali_lmdb.cli import Command, option_of, ranks_from_environment
+from dali_lmdb.cli import Command, option_of
 from dali_lmdb.loaders.backends import Backend
 from dali_lmdb.loaders.bad import OnBad
 from dali_lmdb.loaders.settings import Decode, DecodeDevice
+from dali_lmdb.torchrun import RankEnvironment, incomplete_launcher
 from dali_lmdb.train import preflight, trainer
 from dali_lmdb.train.crashes import what_was_decoded
 from dali_lmdb.train.distributed import RankFailedError, launch, run_rank
@@ -162,7 +163,9 @@ def main(
 
 def _run(settings: TrainSettings, *, world_size: int) -> None:
     """Train as one rank that torchrun started, alone, or as ``world_size`` ranks that this process starts."""
-    ranks = ranks_from_environment()
+    ranks = RankEnvironment.from_environment()
+    if ranks is None and (incomplete := incomplete_launcher()):
+        raise ValueError(incomplete)
     num_ranks = ranks.world_size if ranks else world_size
     preflight.check(settings, world_size=num_ranks, ranks_per_node=ranks.ranks_per_node if ranks else world_size)
 

@@ -33,7 +33,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from dali_lmdb import errors
 from dali_lmdb.errors import DaliLmdbError, DeviceError
 from dali_lmdb.threads import threads_per_rank
-from dali_lmdb.torchrun import RankEnvironment, join
+from dali_lmdb.torchrun import RankEnvironment, join, sees_own_gpus
 from dali_lmdb.train import interruption
 
 __all__ = ["LAUNCHER_PID", "TIMEOUT", "RankFailedError", "find_device", "launch", "process_group", "run_rank"]
@@ -61,6 +61,8 @@ def find_device(name: str, *, local_rank: int, ranks_per_node: int) -> torch.dev
         return torch.device("cpu")
     if num_gpus == 0:
         raise DeviceError("--device cuda: no GPU found; use --device cpu, or check the driver (nvidia-smi)")
+    if num_gpus == 1 and sees_own_gpus():
+        return torch.device("cuda", 0)
     if ranks_per_node > num_gpus:
         # NCCL refuses two ranks on one GPU.
         raise DeviceError(
