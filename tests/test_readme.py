@@ -12,8 +12,10 @@ OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 # Options that go without saying.
 NOT_IN_README = {"--version"}
 
-# Options that README names and that are not ours: click's, torchrun's, docker's and PyTorch-LMDB's.
+# Options that README names and that are not ours: SLURM's, click's, torchrun's, docker's and PyTorch-LMDB's.
 OTHERS_OPTIONS = {
+    *("--nodes", "--ntasks-per-node", "--cpus-per-task", "--gpus-per-node", "--time", "--signal", "--requeue"),
+    *("--open-mode", "--kill-on-bad-exit"),
     "--help",
     *("--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id", "--max-restarts"),
     "--shm-size",
