@@ -118,7 +118,7 @@ def option_of(*settings: type[Any]) -> Callable[..., _Decorator]:
         name: str,
         *,
         help: str,
-        type: click.IntRange | click.FloatRange | None = None,
+        type: click.ParamType[Any] | None = None,
         metavar: str | None = None,
         is_flag: bool | None = None,
     ) -> _Decorator:
@@ -128,7 +128,7 @@ def option_of(*settings: type[Any]) -> Callable[..., _Decorator]:
             name,
             default=default,
             show_default=default is not None and not isinstance(default, bool),
-            type=click.Choice(choices) if (choices := _choices(types[field])) else type,
+            type=type or (click.Choice(choices) if (choices := _choices(types[field])) else None),
             metavar=metavar,
             is_flag=is_flag,
             help=help,

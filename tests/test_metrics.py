@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dali_lmdb.train.metrics import EvaluationSums, JsonLog, StepMeter
-from dali_lmdb.train.trainer import WARM_UP, learning_rate
+from dali_lmdb.train.schedule import WARM_UP, learning_rate
 
 CPU = torch.device("cpu")
 
@@ -86,7 +86,7 @@ def test_nothing_waited_for_is_a_wait_fraction_of_zero():
 
 
 def test_the_learning_rate_rises_to_the_highest_then_falls_to_zero():
-    rates = [learning_rate(progress / 1000, highest=0.4) for progress in range(1001)]
+    rates = [learning_rate(progress / 100, epochs=10, highest=0.4) for progress in range(1001)]
     top = round(WARM_UP * 1000)
     assert rates[:top] == sorted(rates[:top])
     assert rates[top:] == sorted(rates[top:], reverse=True)

@@ -6,28 +6,86 @@ import dataclasses
 import json
 import sys
 import traceback
+from collections.abc import Callable
+from typing import Any, get_type_hints
 
 import click
 
 from dali_lmdb.cli import Command, option_of
-from dali_lmdb.loaders.backends import Backend
-from dali_lmdb.loaders.bad import OnBad
-from dali_lmdb.loaders.settings import Decode, DecodeDevice
 from dali_lmdb.torchrun import RankEnvironment, incomplete_launcher
 from dali_lmdb.train import preflight, trainer
 from dali_lmdb.train.crashes import what_was_decoded
 from dali_lmdb.train.distributed import RankFailedError, launch, run_rank
 from dali_lmdb.train.rank import show_progress
-from dali_lmdb.train.settings import DeviceChoice, Precision, TrainSettings, TrainShuffle
+from dali_lmdb.train.recipes import RECIPES
+from dali_lmdb.train.settings import RANGES, Range, TrainSettings
 
 __all__ = ["main"]
 
-_option = option_of(TrainSettings)
-_AT_LEAST_0 = click.IntRange(min=0)
 _AT_LEAST_1 = click.IntRange(min=1)
+_HINTS = get_type_hints(TrainSettings)
 
 
-@click.command(cls=Command)
+class _Number(click.ParamType[Any]):
+    """A number of a setting's range, or ``auto`` where the setting may have that value."""
+
+    name = "number"
+
+    def __init__(self, allowed: Range, *, kind: type[int] | type[float], auto: bool) -> None:
+        self._range, self._kind, self._auto = allowed, kind, auto
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if self._auto and value == "auto":
+            return value
+        try:
+            number = self._kind(value)
+        except (ValueError, OverflowError):
+            self.fail(f"{value!r} is not {'an integer' if self._kind is int else 'a number'}.", param, ctx)
+        if not self._range.holds(number):
+            self.fail(f"{value} is not {self._range}.", param, ctx)
+        return number
+
+
+def _option(name: str, **arguments: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    field = name.removeprefix("--").replace("-", "_")
+    if field in RANGES:
+        hint = str(_HINTS[field])
+        kind = float if "float" in hint else int
+        arguments["type"] = _Number(RANGES[field], kind=kind, auto="auto" in hint)
+        arguments.setdefault("metavar", "NUMBER")
+    return option_of(TrainSettings)(name, **arguments)
+
+
+def _use_config(ctx: click.Context, param: click.Parameter, path: str | None) -> str | None:
+    """Make a file's values defaults, above those of a recipe."""
+    if path is None:
+        return path
+    try:
+        import tomllib
+    except ImportError as error:
+        raise click.BadParameter("needs Python 3.11", ctx=ctx, param=param) from error
+    try:
+        with open(path, "rb") as file:
+            values = {key.replace("-", "_"): value for key, value in tomllib.load(file).items()}
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise click.BadParameter(f"{path}: not a readable TOML file: {error}", ctx=ctx, param=param) from error
+    known = {option.name for option in ctx.command.params} - {"config"}
+    if unknown := sorted(values.keys() - known):
+        raise click.BadParameter(f"{path}: no such option: {', '.join(unknown)}", ctx=ctx, param=param)
+    ctx.default_map = {**(ctx.default_map or {}), **values}
+    return path
+
+
+def _use_recipe(ctx: click.Context, param: click.Parameter, name: str | None) -> str | None:
+    """Make a recipe's settings defaults, below those of a file."""
+    if name is not None:
+        ctx.default_map = {**RECIPES[name].settings, **(ctx.default_map or {})}
+    return name
+
+
+@click.command(
+    cls=Command, epilog="\b\nRecipes:\n" + "\n".join(f"  {name}: {r.about}" for name, r in RECIPES.items())
+)
 @click.option("--train", required=True, metavar="STORE", help="Store to train on, or an image folder.")
 @click.option("--val", required=True, metavar="STORE", help="Store to evaluate on, with the same classes.")
 @click.option(
@@ -38,79 +96,82 @@ _AT_LEAST_1 = click.IntRange(min=1)
     metavar="N",
     help="Ranks to start on this machine, each on its own GPU. Under torchrun, its number is used instead.",
 )
+@click.option(
+    "--config",
+    metavar="FILE",
+    is_eager=True,
+    callback=_use_config,
+    help="Options from a TOML file; those given on the command line rule.",
+)
+@click.option(
+    "--recipe",
+    type=click.Choice(list(RECIPES)),
+    is_eager=True,
+    callback=_use_recipe,
+    help="A published recipe, see below; other options rule.",
+)
 @_option("--arch", metavar="NAME", help="Any torchvision classification model.")
 @_option("--backend", help="torch is the classic path: Pillow on the CPU.")
 @_option("--device", help="auto uses GPUs if there are any.")
 @_option("--precision", help="Precision on GPUs; CPUs use float32.")
-@_option("--epochs", type=_AT_LEAST_1, help="Number of training epochs.")
-@_option("--batch-size", type=_AT_LEAST_1, help="Records per step of one rank.")
-@_option(
-    "--lr",
-    type=click.FloatRange(min=0, min_open=True),
-    help="Peak learning rate, used as given: not scaled by batch size or ranks.",
-)
-@_option("--momentum", type=click.FloatRange(min=0), help="SGD momentum.")
-@_option("--weight-decay", type=click.FloatRange(min=0), help="Weight decay of SGD, on all parameters.")
-@_option("--size", type=_AT_LEAST_1, help="Height and width of the images, in pixels.")
+@_option("--epochs", help="Number of training epochs.")
+@_option("--batch-size", help="Records per step of one rank.")
+@_option("--accumulate", help="Batches of a rank whose gradients make one step.")
+@_option("--opt", help="The optimizer.")
+@_option("--lr", help="Peak learning rate; auto: --lr-base for every 256 records of a step, over all ranks.")
+@_option("--lr-base", help="See --lr.  [default: 0.1 for SGD, 2.5e-4 for AdamW]")
+@_option("--lr-scheduler", help="How the rate falls after the warm-up.")
+@_option("--lr-warmup-epochs", help="Epochs in which the rate rises from 0.  [default: 5 % of the run]")
+@_option("--lr-step-size", help="Epochs between two steps of --lr-scheduler step.")
+@_option("--lr-gamma", help="Factor of each of its steps.")
+@_option("--momentum", help="SGD momentum; the first beta of AdamW.")
+@_option("--weight-decay", help="Weight decay.")
+@_option("--norm-weight-decay", help="Weight decay of normalisation layers and biases.")
+@_option("--label-smoothing", help="Label smoothing.")
+@_option("--mixup-alpha", help="Mixup, of this Beta distribution; 0: none.")
+@_option("--cutmix-alpha", help="Cutmix likewise; with both, each batch has one of the two.")
+@_option("--model-ema-decay", help="Also evaluate an average of the weights with this decay a step; 0: none.")
+@_option("--clip-grad-norm", help="Largest norm of the gradients together; 0: no limit.")
+@_option("--zero-init-residual", is_flag=True, help="Start with residual blocks that pass their input through.")
+@_option("--sync-bn", is_flag=True, help="Normalise batches over all ranks.")
+@_option("--compile", is_flag=True, help="Train through torch.compile.")
+@_option("--size", help="Height and width of the training images, in pixels.")
+@_option("--start-size", help="Size until 11/16 of the run; it reaches --size at 13/16.  [default: --size]")
+@_option("--val-size", help="Height and width of the validation images.  [default: --size]")
+@_option("--val-resize", help="Their shorter side before the central crop.  [default: --val-size * 256 / 224]")
+@_option("--interpolation", help="Resizing filter.")
+@_option("--crop-scale", help="Smallest fraction of an image's area that a training crop covers.")
+@_option("--hflip", help="Probability of a horizontal flip.")
+@_option("--color-jitter", help="Strength of changes of brightness, contrast and saturation.")
+@_option("--hue", help="Strength of changes of the hue.")
+@_option("--grayscale", help="Probability of conversion to grey.")
+@_option("--random-erase", help="Probability that a rectangle is erased.")
 @_option(
     "--workers",
-    type=_AT_LEAST_0,
     help="DALI threads or DataLoader processes of each rank.  [default: its share of the node's cores]",
 )
 @_option("--decode", help="DALI decodes whole images or crop windows only; auto suits the device.")
 @_option("--decode-device", help="Where DALI decodes.  [default: gpu if training on GPUs]")
 @_option(
     "--hw-decoder-load",
-    type=click.FloatRange(min=0, max=1),
     help="Fraction of a batch offered to the GPU's hardware JPEG engine.",
 )
-@_option("--prefetch-queue-depth", type=_AT_LEAST_1, help="Batches that DALI works on ahead.")
-@_option("--readahead-bytes", type=_AT_LEAST_0, help="Bytes DALI's loader requests from storage ahead; 0: none.")
+@_option("--prefetch-queue-depth", help="Batches that DALI works on ahead.")
+@_option("--readahead-bytes", help="Bytes DALI's loader requests from storage ahead; 0: none.")
 @_option("--shuffle", help="block suits storage that is slow at random reads.")
 @_option(
     "--on-bad",
     help="If a record cannot be decoded: stop and name it, or warn and use another of its batch.",
 )
 @_option("--quarantine", metavar="FILE", help="List records that cannot be decoded, one JSON object per line.")
-@_option("--seed", type=_AT_LEAST_0, help="Seed of weights, order, crops and flips.")
+@_option("--seed", help="Seed of weights, order, crops and flips.")
 @_option("--output", metavar="DIR", help="Folder for last.pt and best.pt, written after each epoch.")
 @_option("--resume", is_flag=True, help="Resume from the checkpoint in --output, if there is one.")
-@_option("--checkpoint-every", type=_AT_LEAST_0, metavar="STEPS", help="Also save after every STEPS steps.")
-@_option("--keep", type=_AT_LEAST_0, metavar="N", help="Keep the checkpoints of the last N epochs, too.")
+@_option("--checkpoint-every", metavar="STEPS", help="Also save after every STEPS steps.")
+@_option("--keep", metavar="N", help="Keep the checkpoints of the last N epochs, too.")
 @_option("--log-json", metavar="FILE", help="Write measurements, one JSON object per line.")
-@_option("--log-every", type=_AT_LEAST_1, metavar="STEPS", help="Steps between two reports.")
-def main(
-    *,
-    train: str,
-    val: str,
-    world_size: int,
-    arch: str,
-    backend: Backend,
-    device: DeviceChoice,
-    precision: Precision,
-    epochs: int,
-    batch_size: int,
-    lr: float,
-    momentum: float,
-    weight_decay: float,
-    size: int,
-    workers: int | None,
-    decode: Decode,
-    decode_device: DecodeDevice | None,
-    hw_decoder_load: float,
-    prefetch_queue_depth: int,
-    readahead_bytes: int,
-    shuffle: TrainShuffle,
-    on_bad: OnBad,
-    quarantine: str | None,
-    seed: int,
-    output: str | None,
-    resume: bool,
-    checkpoint_every: int,
-    keep: int,
-    log_json: str | None,
-    log_every: int,
-) -> None:
+@_option("--log-every", metavar="STEPS", help="Steps between two reports.")
+def main(*, world_size: int, config: str | None, recipe: str | None, **values: Any) -> None:
     """Train a torchvision model with DDP and evaluate it after each epoch.
 
     With --backend torch, STORE may also be a folder of class folders with images.
@@ -118,46 +179,17 @@ def main(
     On several machines, or with torchrun's restarts:
     torchrun --nproc-per-node 8 [--nnodes ...] -m dali_lmdb.train --train STORE --val STORE
 
-    The learning rate rises linearly over the first 5 % of the run, then falls to 0 on a cosine. Evaluation
-    counts every record once. val_top1 and val_top5 are percentages. Epochs count from 0, steps from 1 in each
-    epoch.
+    Evaluation counts every record once. val_top1 and val_top5 are percentages. Epochs count from 0, steps
+    from 1 in each epoch.
 
     SIGTERM, SIGUSR1, SIGHUP or Ctrl-C, to this process or to any rank, ends the run after the step in progress,
     with a checkpoint and exit code 85 (Ctrl-C: 130); start it again with --resume. A second one stops it at once.
     """
-    for option, given in (("--resume", resume), ("--checkpoint-every", checkpoint_every), ("--keep", keep)):
-        if given and output is None:
-            raise click.UsageError(f"{option} needs --output DIR")
-    settings = TrainSettings(
-        train=train,
-        val=val,
-        arch=arch,
-        backend=backend,
-        device=device,
-        precision=precision,
-        epochs=epochs,
-        batch_size=batch_size,
-        lr=lr,
-        momentum=momentum,
-        weight_decay=weight_decay,
-        size=size,
-        workers=workers,
-        decode=decode,
-        decode_device=decode_device,
-        hw_decoder_load=hw_decoder_load,
-        prefetch_queue_depth=prefetch_queue_depth,
-        readahead_bytes=readahead_bytes,
-        shuffle=shuffle,
-        on_bad=on_bad,
-        quarantine=quarantine,
-        seed=seed,
-        output=output,
-        resume=resume,
-        checkpoint_every=checkpoint_every,
-        keep=keep,
-        log_json=log_json,
-        log_every=log_every,
-    )
+    del config, recipe  # they have set defaults
+    for name in ("resume", "checkpoint_every", "keep"):
+        if values[name] and values["output"] is None:
+            raise click.UsageError(f"--{name.replace('_', '-')} needs --output DIR")
+    settings = TrainSettings(**values)
     _run(settings, world_size=world_size)
 
 

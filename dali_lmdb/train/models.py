@@ -10,7 +10,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["build_model", "check_arch", "check_input", "training_loss"]
+__all__ = ["build_model", "check_arch", "check_input", "check_zero_init", "training_loss"]
 
 # Weights of the auxiliary classifiers' losses, from the papers and torchvision
 # (Szegedy et al. 2014, section 5; Szegedy et al. 2015, section 4, as in PyTorch's fine-tuning tutorial).
@@ -27,13 +27,22 @@ def check_arch(arch: str) -> None:
     raise ValueError(f"arch: torchvision has no classification model {arch!r}; {hint}")
 
 
-def build_model(arch: str, *, num_classes: int, size: int) -> nn.Module:
+def check_zero_init(arch: str) -> None:
+    """Raise ValueError if torchvision cannot zero the last normalisation of the model's residual blocks."""
+    if torchvision.models.get_model_builder(arch).__module__ != torchvision.models.resnet.__name__:
+        raise ValueError(f"zero_init_residual: {arch} is not one of torchvision's ResNets")
+
+
+def build_model(arch: str, *, num_classes: int, size: int, zero_init_residual: bool = False) -> nn.Module:
     """Make a model with random weights, in float32 on the CPU (or on the current default ``torch.device``).
 
     Args:
         size: height and width of the images, in pixels; vision transformers are built for one size.
+        zero_init_residual: start with residual blocks that pass their input through.
     """
     options: dict[str, Any] = {}
+    if zero_init_residual:
+        options["zero_init_residual"] = True
     if arch.startswith("vit_"):
         options["image_size"] = size
     elif arch.startswith("maxvit_"):
@@ -63,21 +72,22 @@ def check_input(arch: str, *, num_classes: int, size: int, batch_size: int) -> N
         ) from cause
 
 
-def training_loss(output: Any, labels: Tensor, *, arch: str) -> Tensor:
+def training_loss(output: Any, labels: Tensor, *, arch: str, label_smoothing: float = 0.0) -> Tensor:
     """Cross entropy, plus the weighted cross entropy of the auxiliary classifiers of GoogLeNet and Inception.
 
     Args:
         output: the model's output in training: logits of shape (batch, classes), or a tuple of them.
-        labels: int64 of shape (batch,).
+        labels: int64 of shape (batch,), or probabilities, float of shape (batch, classes).
 
     Returns:
         The mean over the batch, a scalar.
     """
     if isinstance(output, Tensor):
-        return functional.cross_entropy(output, labels)
+        return functional.cross_entropy(output, labels, label_smoothing=label_smoothing)
     logits, *auxiliary = output
-    loss = functional.cross_entropy(logits, labels)
+    loss = functional.cross_entropy(logits, labels, label_smoothing=label_smoothing)
     for auxiliary_logits in auxiliary:
         if auxiliary_logits is not None:
-            loss = loss + _AUXILIARY_LOSS_WEIGHTS[arch] * functional.cross_entropy(auxiliary_logits, labels)
+            auxiliary_loss = functional.cross_entropy(auxiliary_logits, labels, label_smoothing=label_smoothing)
+            loss = loss + _AUXILIARY_LOSS_WEIGHTS[arch] * auxiliary_loss
     return loss

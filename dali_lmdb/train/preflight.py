@@ -33,7 +33,8 @@ def check(settings: TrainSettings, *, world_size: int, ranks_per_node: int) -> N
     _check_batch(num_records, settings=settings, world_size=world_size)
     if num_val_records == 0:
         raise ValueError(f"{settings.val}: no records to evaluate on")
-    models.check_input(settings.arch, num_classes=len(classes), size=settings.size, batch_size=settings.batch_size)
+    for size in sorted({settings.size, settings.start_size or settings.size, settings.val_size or settings.size}):
+        models.check_input(settings.arch, num_classes=len(classes), size=size, batch_size=settings.batch_size)
     _check_checkpoint(settings, classes=classes)
     _check_files(settings)
 

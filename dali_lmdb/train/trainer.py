@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import math
@@ -20,25 +21,27 @@ from dali_lmdb.errors import DivergedError, StateError
 from dali_lmdb.loaders.backends import open_loader
 from dali_lmdb.loaders.base import Loader
 from dali_lmdb.loaders.dali_loader import DaliLoader
-from dali_lmdb.plan.augment import EvalTransform, TrainTransform
 from dali_lmdb.threads import threads_per_rank
 from dali_lmdb.torchrun import RankEnvironment
 from dali_lmdb.train import checkpoint
+from dali_lmdb.train.averaging import average_of
 from dali_lmdb.train.crashes import in_flight_path, refuse_crashing
 from dali_lmdb.train.distributed import TIMEOUT, find_device, process_group
 from dali_lmdb.train.interruption import Interrupted, Interruption, end
 from dali_lmdb.train.metrics import EvaluationSums, JsonLog, StepMeter, loss_text
+from dali_lmdb.train.mixing import mixing_of
 from dali_lmdb.train.models import build_model, training_loss
+from dali_lmdb.train.optimizer import build_optimizer
+from dali_lmdb.train.resuming import differences
+from dali_lmdb.train.schedule import learning_rate
 from dali_lmdb.train.settings import TrainSettings
 
-__all__ = ["WARM_UP", "evaluate", "fits_beside", "learning_rate", "train"]
+__all__ = ["evaluate", "fits_beside", "train"]
 
 # GPU memory that DALI may hold for the training and evaluation loaders together.
 _LOADERS_BYTES = 1 << 30
 
 _log = logging.getLogger(__name__)
-
-WARM_UP = 0.05  # fraction of the run: 4.5 of 90 epochs; Goyal et al. 2017 (section 2.2) warm up for 5 of 90
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -71,6 +74,7 @@ def train(settings: TrainSettings) -> list[dict[str, float]]:
             return []
         run.refuse_crashing()
         if ranks.rank == 0:
+            _log.info("settings: %s", run.describe_settings())
             _log.info("training %s", run)
         interruption.begin(world_size=ranks.world_size, timeout=TIMEOUT)
         try:
@@ -88,18 +92,6 @@ def train(settings: TrainSettings) -> list[dict[str, float]]:
         if number:
             end(number)
         return results
-
-
-def learning_rate(progress: float, *, highest: float) -> float:
-    """Linear warm-up over the first ``WARM_UP`` of the run, then half a cosine down to 0.
-
-    Args:
-        progress: fraction of the run that is done, 0 to 1. It is counted in records, not in steps, so that a run
-            resumed on another number of ranks follows the same curve.
-    """
-    if progress < WARM_UP:
-        return highest * progress / WARM_UP
-    return highest * 0.5 * (1 + math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP)))
 
 
 def fits_beside(train_bytes: int, val_bytes: int, *, budget_bytes: int) -> bool:
@@ -166,23 +158,33 @@ class _Training:
             budget_bytes=_LOADERS_BYTES,
         )
         torch.manual_seed(settings.seed)  # the same weights on all ranks
-        model = build_model(settings.arch, num_classes=len(self.train_loader.classes), size=settings.size)
+        num_classes = len(self.train_loader.classes)
+        model = build_model(
+            settings.arch,
+            num_classes=num_classes,
+            size=settings.size,
+            zero_init_residual=settings.zero_init_residual,
+        )
+        if settings.sync_bn and ranks.world_size > 1:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.model = model.to(device)
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = True  # worthwhile, since images have one size
             self.model = self.model.to(memory_format=torch.channels_last)
         self.ddp_model: nn.Module = self.model  # wrapped only if there are several ranks
+        if settings.compile:
+            self.ddp_model = torch.compile(self.model)  # type: ignore[assignment]
         if ranks.world_size > 1:
             self.ddp_model = DistributedDataParallel(
-                self.model,
+                self.ddp_model,
                 device_ids=[device] if device.type == "cuda" else None,
                 gradient_as_bucket_view=True,
             )
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(),
-            lr=settings.lr,
-            momentum=settings.momentum,
-            weight_decay=settings.weight_decay,
+        self.ema = average_of(self.model, decay=settings.model_ema_decay) if settings.model_ema_decay else None
+        self.optimizer = build_optimizer(self.model, settings)
+        self.peak_lr = settings.peak_lr(ranks.world_size)
+        self.mix = mixing_of(
+            mixup_alpha=settings.mixup_alpha, cutmix_alpha=settings.cutmix_alpha, num_classes=num_classes
         )
         # Only float16 gradients underflow.
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision is torch.float16)
@@ -191,13 +193,12 @@ class _Training:
         self.meter = StepMeter(device=device)
 
     def _loader(self, *, training: bool) -> Loader:
-        settings, size, on_gpu = self.settings, self.settings.size, self.device.type == "cuda"
-        eval_transform = EvalTransform(size=size, resize=round(size * 256 / 224))  # 256 is usual with 224
+        settings, on_gpu = self.settings, self.device.type == "cuda"
         return open_loader(
             settings.train if training else settings.val,
             backend=settings.backend,
             workers=threads_per_rank(self.ranks.ranks_per_node) if settings.workers is None else settings.workers,
-            transform=TrainTransform(size=size) if training else eval_transform,
+            transform=settings.train_transform if training else settings.val_transform,
             batch_size=settings.batch_size,
             device="cuda" if on_gpu else "cpu",
             rank=self.ranks.rank,
@@ -216,13 +217,18 @@ class _Training:
         )
 
     def __str__(self) -> str:
-        num_records, steps = self.train_loader.num_records, len(self.train_loader)
+        num_records, steps = self.train_loader.num_records, -(-len(self.train_loader) // self.settings.accumulate)
         precision = str(self.precision).removeprefix("torch.")
         return (
             f"{self.settings.arch} on {num_records} records of {len(self.train_loader.classes)} classes: "
             f"{steps} steps an epoch, {self.ranks.world_size} rank(s), {self.device.type}, {precision}"
             f"{_gpu_memory_held(self.train_loader, self.val_loader, kept=self._keeps_val_memory)}"
         )
+
+    def describe_settings(self) -> str:
+        """The settings that are not the default ones, and the learning rate, on one line."""
+        changed = {"arch": self.settings.arch, **self.settings.changed(), "lr": f"{self.peak_lr:.4g}"}
+        return ", ".join(f"{name} {value}" for name, value in changed.items() if name not in ("train", "val"))
 
     def train_epoch(self) -> None:
         """Train on the rest of the epoch."""
@@ -234,17 +240,17 @@ class _Training:
         self.ddp_model.train()
         self.meter.reset()
         batches = iter(loader)
-        while (batch := self.meter.wait_for(lambda: next(batches, None))) is not None:
-            self._train_step(*batch)
-            del batch  # the pipeline needs its memory for the next one
+        while num_batches := min(settings.accumulate, self._batches_left):
+            self._train_step(batches, num_batches)
             if self.step % settings.log_every == 0:
                 self._report_steps()
             # Not after the epoch's last step: `train` saves then anyway.
             due = settings.checkpoint_every and self.step % settings.checkpoint_every == 0
-            if due and self.records_done + self._global_batch_size <= loader.num_records:
+            if due and self._batches_left:
                 self._report_steps()  # so that the log of a run resumed here counts each step once
                 self.save()
             self.interruption.check()
+        next(batches, None)  # ends the epoch of the loader
         self._report_steps()
         self.is_trained = True
 
@@ -252,22 +258,65 @@ class _Training:
     def _global_batch_size(self) -> int:
         return self.settings.batch_size * self.ranks.world_size
 
-    def _train_step(self, images: Tensor, labels: Tensor) -> None:
-        # The middle of the step, so that neither the first nor the last step has a rate of 0.
-        done = (self.records_done + self._global_batch_size / 2) / self.train_loader.num_records
-        progress = (self.epoch + min(done, 1.0)) / self.settings.epochs
+    @property
+    def _batches_left(self) -> int:
+        """Batches of this rank in the rest of the epoch."""
+        return (self.train_loader.num_records - self.records_done) // self._global_batch_size
+
+    def _train_step(self, batches: Iterator[tuple[Tensor, ...]], num_batches: int) -> None:
+        """Take one step with the mean gradient of the next batches."""
+        lr = self._learning_rate(num_batches)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(progress, highest=self.settings.lr)
-        torch.manual_seed(_step_seed(self.settings.seed, self.epoch, self.records_done, self.ranks.rank))
-        with _autocast(self.device, self.precision):
-            loss = training_loss(self.ddp_model(_arrange(images)), labels, arch=self.settings.arch)
+            group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        for number in range(num_batches):
+            images, labels = self.meter.wait_for(lambda: next(batches))
+            is_last = number == num_batches - 1
+            with contextlib.nullcontext() if is_last else self._no_sync():
+                loss = self._backward(images, labels, share=1 / num_batches)
+            self.meter.add(loss=loss, num_images=len(labels))
+            self.records_done += self._global_batch_size
+            del images, labels  # the pipeline needs their memory for the next batch
+        if self.settings.clip_grad_norm:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.meter.add(loss=loss, num_images=len(labels))
+        if self.ema is not None:
+            self.ema.update_parameters(self.model)
         self.step += 1
-        self.records_done += self._global_batch_size
+
+    def _learning_rate(self, num_batches: int) -> float:
+        settings = self.settings
+        # The middle of the step, so that neither the first nor the last step has a rate of 0.
+        done = (self.records_done + num_batches * self._global_batch_size / 2) / self.train_loader.num_records
+        return learning_rate(
+            self.epoch + min(done, 1.0),
+            epochs=settings.epochs,
+            highest=self.peak_lr,
+            scheduler=settings.lr_scheduler,
+            warmup_epochs=settings.lr_warmup_epochs,
+            step_size=settings.lr_step_size,
+            gamma=settings.lr_gamma,
+        )
+
+    def _no_sync(self) -> contextlib.AbstractContextManager[None]:
+        """Keep the gradients on this rank for now."""
+        if isinstance(self.ddp_model, DistributedDataParallel):
+            return self.ddp_model.no_sync()
+        return contextlib.nullcontext()
+
+    def _backward(self, images: Tensor, labels: Tensor, *, share: float) -> Tensor:
+        """Add a batch's gradient to the parameters', and return its loss."""
+        settings = self.settings
+        torch.manual_seed(_step_seed(settings.seed, self.epoch, self.records_done, self.ranks.rank))
+        if self.mix is not None:
+            images, labels = self.mix(images, labels)
+        with _autocast(self.device, self.precision):
+            output = self.ddp_model(_arrange(images))
+            loss = training_loss(output, labels, arch=settings.arch, label_smoothing=settings.label_smoothing)
+        self.scaler.scale(loss * share).backward()  # type: ignore[no-untyped-call]
+        return loss
 
     def _report_steps(self) -> None:
         """Log the steps since the last report, if any; a collective."""
@@ -293,12 +342,13 @@ class _Training:
         """Evaluate all of the validation data, log the result and return it."""
         if self.ranks.world_size > 1:
             # DDP broadcasts rank 0's buffers (BatchNorm statistics) before each step, not after the last one.
-            for buffer in self.model.buffers():
+            for buffer in [*self.model.buffers(), *(self.ema.module.buffers() if self.ema else ())]:
                 dist.broadcast(buffer, src=0)
         loader = self.val_loader
-        sums = EvaluationSums(num_classes=len(loader.classes), device=self.device)
-        evaluate(self.model, self._interruptible(loader), sums=sums, precision=self.precision)
-        report = sums.report(num_records=loader.num_records, all_sum=self._all_sum)
+        report = self._evaluate(self.model)
+        if self.ema is not None:
+            averaged = self._evaluate(self.ema.module)
+            report |= {f"ema_{name}": value for name, value in averaged.items() if name != "val_records"}
         if not self._keeps_val_memory:
             loader.release_memory()  # not before the report, which waits until the GPU has read the last batch
         result = {"epoch": self.epoch, **report}
@@ -309,7 +359,15 @@ class _Training:
         self.log.write(**result)
         if self.ranks.rank == 0:
             _log.info("%s  %d records", _describe(result), result["val_records"])
+            if self.ema is not None:
+                _log.info("epoch %d  of the averaged weights: top-1 %.2f %%", self.epoch, report["ema_val_top1"])
         return result
+
+    def _evaluate(self, model: nn.Module) -> dict[str, float]:
+        loader = self.val_loader
+        sums = EvaluationSums(num_classes=len(loader.classes), device=self.device)
+        evaluate(model, self._interruptible(loader), sums=sums, precision=self.precision)
+        return sums.report(num_records=loader.num_records, all_sum=self._all_sum)
 
     def _interruptible(self, loader: Loader) -> Iterator[Any]:
         """This rank's batches of the evaluation; as many checks for interruptions on each rank."""
@@ -364,6 +422,7 @@ class _Training:
             return
         content = {
             "model": self.model.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "epoch": self.epoch,
@@ -405,8 +464,18 @@ class _Training:
         classes = self.train_loader.classes
         checkpoint.check_fits(content, arch=self.settings.arch, classes=classes, path=path)
         self.train_loader.load_state_dict(content["loader"])
+        for line in differences(content["settings"], self.settings, path=path):
+            if self.ranks.rank == 0:
+                _log.info("%s", line)
         self.model.load_state_dict(content["model"])
-        self.optimizer.load_state_dict(content["optimizer"])
+        if self.ema is not None:
+            if content.get("ema") is None:
+                self.ema.module.load_state_dict(content["model"])  # it begins here
+            else:
+                self.ema.load_state_dict(content["ema"])
+        # The settings given now, not those saved in the groups.
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({**content["optimizer"], "param_groups": groups})
         if content["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(content["scaler"])
         self.epoch, self.step = content["epoch"], content["step"]

@@ -1,0 +1,160 @@
+"""What the options of the recipe do to a training run."""
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from click.testing import CliRunner
+from test_train import data, one_thread, tiny  # noqa: F401  # fixtures
+
+from dali_lmdb.errors import StateError
+from dali_lmdb.train import checkpoint, train
+from dali_lmdb.train.__main__ import main
+from dali_lmdb.train.distributed import launch
+from dali_lmdb.train.optimizer import build_optimizer
+from dali_lmdb.train.recipes import RECIPES
+from dali_lmdb.train.schedule import learning_rate, sizes
+from dali_lmdb.train.settings import RANGES, TrainSettings
+
+EVERYTHING = {
+    "model_ema_decay": 0.9,
+    "mixup_alpha": 0.2,
+    "cutmix_alpha": 1.0,
+    "accumulate": 2,
+    "clip_grad_norm": 1.0,
+    "label_smoothing": 0.1,
+    "batch_size": 4,
+    "log_every": 1,
+}
+
+
+def on_two_ranks(settings):
+    launch(["-m", "dali_lmdb.train.rank", json.dumps(asdict(settings))], world_size=2)
+
+
+def test_a_resumed_run_with_everything_on_ends_with_the_same_weights_bit_for_bit(data, tmp_path):  # noqa: F811
+    on_two_ranks(tiny(data, **EVERYTHING, epochs=2, output=str(tmp_path / "whole")))
+    half = tiny(data, **EVERYTHING, epochs=2, output=str(tmp_path / "run"), checkpoint_every=2)
+    with pytest.raises(StateError):
+        _train_until_epoch_1_step_2(half, tmp_path)
+    stopped = checkpoint.load(half.checkpoint_path)
+    assert (stopped["epoch"], stopped["step"]) == (1, 2)
+    on_two_ranks(replace(half, resume=True, log_json=None))
+    resumed, whole = (checkpoint.load(tmp_path / name / "last.pt") for name in ("run", "whole"))
+    for part in ("model", "ema"):
+        for name, value in whole[part].items():
+            assert torch.equal(resumed[part][name], value), (part, name)
+
+
+def _train_until_epoch_1_step_2(settings, tmp_path):
+    script = (
+        "import json, sys\nfrom dali_lmdb.errors import StateError\n"
+        "from dali_lmdb.train import TrainSettings, trainer\n"
+        "from dali_lmdb.train.distributed import run_rank; plain = trainer._Training.save\n"
+        "def save(self):\n"
+        "    plain(self)\n"
+        "    if (self.ranks.rank, self.epoch, self.step) == (0, 1, 2):\n"
+        "        raise StateError('stop')\n"
+        "trainer._Training.save = save\n"
+        "run_rank(lambda: trainer.train(TrainSettings(**json.loads(sys.argv[1]))), show_errors=False)\n"
+    )
+    launch(["-c", script, json.dumps(asdict(settings))], world_size=2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"opt": "adamw", "lr": 1e-3, "zero_init_residual": True, "lr_scheduler": "linear"},
+        {"opt": "sgd", "size": 64, "start_size": 32, "val_size": 48, "epochs": 4, "batch_size": 24},
+        {"interpolation": "cubic", "crop_scale": 0.5, "hflip": 0.0, "color_jitter": 0.4, "hue": 0.1},
+        {"grayscale": 0.5, "random_erase": 0.5, "mixup_alpha": 0.2, "backend": "torch", "model_ema_decay": 0.5},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_a_run_with_the_options_counts_every_record(data, options):  # noqa: F811
+    results = train(tiny(data, **{"batch_size": 16} | options))
+    assert [result["val_records"] for result in results] == [11] * options.get("epochs", 1)
+    assert ("ema_val_top1" in results[0]) == ("model_ema_decay" in options)
+
+
+def test_settings_given_now_rule_over_the_checkpoints_and_are_said(data, tmp_path, caplog):  # noqa: F811
+    settings = tiny(data, batch_size=24, output=str(tmp_path))
+    train(settings)
+    caplog.set_level("INFO", logger="dali_lmdb")
+    changed = replace(settings, resume=True, epochs=2, lr=3.0, momentum=0.5, weight_decay=0.25)
+    train(changed)
+    for line in ("lr 0.02 -> 3.0 ", "epochs 1 -> 2 ", "momentum 0.9 -> 0.5 ", "weight_decay 0.0001 -> 0.25 "):
+        assert any(message.startswith(line) for message in caplog.messages), line
+    groups = checkpoint.load(changed.checkpoint_path)["optimizer"]["param_groups"]
+    assert [(group["momentum"], group["weight_decay"]) for group in groups] == [(0.5, 0.25), (0.5, 0.0)]
+    for other, says in (
+        ({"opt": "adamw"}, "opt"),
+        ({"zero_init_residual": True}, "zero-init"),
+        ({"seed": 1}, "seed"),
+        ({"shuffle": "block"}, "order"),
+    ):
+        with pytest.raises(StateError, match=says):
+            train(replace(changed, epochs=3, **other))
+
+
+def test_auto_scales_the_learning_rate_with_the_records_of_a_step(data):  # noqa: F811
+    settings = tiny(data, lr="auto", batch_size=64, accumulate=2)
+    assert settings.peak_lr(4) == pytest.approx(0.2)
+    assert replace(settings, opt="adamw").peak_lr(2) == pytest.approx(2.5e-4)
+    assert replace(settings, lr_base=0.5).peak_lr(2) == pytest.approx(0.5)
+    assert replace(settings, lr=0.3).peak_lr(2) == 0.3
+
+
+def test_norms_and_biases_have_a_decay_of_their_own(data):  # noqa: F811
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
+    groups = build_optimizer(model, tiny(data, weight_decay=0.5, norm_weight_decay=0.25)).param_groups
+    assert [(len(group["params"]), group["weight_decay"]) for group in groups] == [(1, 0.5), (3, 0.25)]
+
+
+def test_the_step_schedule_falls_every_step_size():
+    rates = [learning_rate(e, epochs=90, highest=1, scheduler="step", warmup_epochs=0) for e in (0, 29, 30, 60)]
+    assert rates == pytest.approx([1, 1, 0.1, 0.01])
+
+
+def test_sizes_grow_as_ffcvs():
+    assert sizes(160, 192, epochs=16) == ((0, 160), (12, 192))
+    assert sizes(64, 128, epochs=20) == ((0, 64), (15, 96), (16, 128))
+    assert sizes(50, 50, epochs=20) == ((0, 50),)
+
+
+@pytest.mark.parametrize("name", RANGES)
+@pytest.mark.parametrize("wrong", ["nan", "inf", "-1"])
+def test_numbers_out_of_range_are_wrong_usage(name, wrong):
+    option = f"--{name.replace('_', '-')}"
+    result = CliRunner().invoke(main, ["--train", "none", "--val", "none", option, wrong])
+    assert result.exit_code == 2
+    assert f"Invalid value for '{option}'" in result.stderr
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_has_valid_settings(data, name):  # noqa: F811
+    TrainSettings(train=str(data.train), val=str(data.val), **RECIPES[name].settings)
+
+
+def test_options_rule_over_the_file_and_the_file_over_the_recipe(data, tmp_path):  # noqa: F811
+    config, output = tmp_path / "run.toml", tmp_path / "out"
+    config.write_text(
+        f'recipe = "rn50-16"\ntrain = "{data.train}"\nval = "{data.val}"\narch = "resnet18"\nepochs = 5\n'
+        'device = "cpu"\nworkers = 1\n'
+        "start-size = 32\nval-size = 32\nval_resize = 32\nsize = 32\nbatch-size = 24\n"
+    )
+    result = CliRunner().invoke(main, ["--config", str(config), "--epochs", "3", "--output", str(output)])
+    assert result.exit_code == 0, result.output
+    saved = checkpoint.load(output / "last.pt")["settings"]
+    found = {name: saved[name] for name in ("arch", "epochs", "lr_scheduler", "size", "label_smoothing")}
+    wanted = {"arch": "resnet18", "epochs": 3, "lr_scheduler": "linear", "size": 32, "label_smoothing": 0.1}
+    assert found == wanted
+
+
+@pytest.mark.parametrize(("text", "says"), [("epohcs = 3", "epohcs"), ("x", "TOML"), ("epochs = 0", "--epochs")])
+def test_a_wrong_config_file_is_wrong_usage(tmp_path, text, says):
+    (tmp_path / "run.toml").write_text(text)
+    result = CliRunner().invoke(main, ["--config", str(tmp_path / "run.toml"), "--train", "x", "--val", "x"])
+    assert result.exit_code == 2
+    assert says in result.stderr
