@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 __all__ = ["average_of"]
+
+Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
 def average_of(model: nn.Module, *, decay: float) -> AveragedModel:
@@ -16,8 +18,9 @@ def average_of(model: nn.Module, *, decay: float) -> AveragedModel:
             average of a short run is not that of its random weights.
     """
 
-    def update(averages: list, values: list, num_averaged: object) -> None:  # type: ignore[type-arg]
-        n = int(num_averaged)  # type: ignore[call-overload]
-        get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(averages, values, num_averaged)
+    def update(averages: Tensors, values: Tensors, num_averaged: Tensor | int) -> None:
+        n = int(num_averaged)
+        now = min(decay, (1 + n) / (10 + n))
+        get_ema_multi_avg_fn(now)(averages, values, n)  # type: ignore[no-untyped-call]
 
     return AveragedModel(model, multi_avg_fn=update, use_buffers=True)

@@ -12,7 +12,7 @@ from dali_lmdb.train.settings import TrainSettings
 
 __all__ = ["differences"]
 
-# Without the same values of these, a checkpoint means nothing. The loader's state refuses other data, seeds, orders.
+# Without the same values of these, a checkpoint means nothing. The loader's state refuses other data or seeds.
 _MUST_AGREE = ("opt", "zero_init_residual")
 _NOT_SAID = ("resume", *_MUST_AGREE)
 

@@ -166,7 +166,7 @@ class _Training:
             zero_init_residual=settings.zero_init_residual,
         )
         if settings.sync_bn and ranks.world_size > 1:
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
         self.model = model.to(device)
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = True  # worthwhile, since images have one size
@@ -261,7 +261,7 @@ class _Training:
     @property
     def _batches_left(self) -> int:
         """Batches of this rank in the rest of the epoch."""
-        return (self.train_loader.num_records - self.records_done) // self._global_batch_size
+        return int(self.train_loader.num_records - self.records_done) // self._global_batch_size
 
     def _train_step(self, batches: Iterator[tuple[Tensor, ...]], num_batches: int) -> None:
         """Take one step with the mean gradient of the next batches."""
