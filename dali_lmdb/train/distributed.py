@@ -264,9 +264,9 @@ def _explain(failures: dict[int, ProcessFailure]) -> Exception:
         return RankFailedError(f"rank {rank} ended with exit code {failure.exitcode}", details="")
     message = failure.error_file_data["message"]
     kind, _, text = message["message"].partition(": ")
-    known = getattr(errors, kind, None)
-    if isinstance(known, type) and issubclass(known, DaliLmdbError):
-        return known(f"rank {rank}: {text}")
+    if _is_ours(failure):
+        error: Exception = getattr(errors, kind)(f"rank {rank}: {text}")
+        return error
     details = f"rank {rank}:\n{message['extraInfo']['py_callstack']}"
     return RankFailedError(f"rank {rank} failed: {message['message']}", details=details)
 
@@ -274,12 +274,19 @@ def _explain(failures: dict[int, ProcessFailure]) -> Exception:
 def _time_of_death(failure: ProcessFailure) -> tuple[int, int]:
     """Sort key: signals, then errors by the time they were written, then ranks that the launcher stopped.
 
-    A signal leaves no time, but comes first: if it killed one rank, the errors of the others follow from that.
+    A signal leaves no time, but comes first: if it killed one rank, the errors of the others follow from that. Not
+    so with SIGKILL and an error of ours: the launcher kills ranks that wait for the one that failed.
     """
     if failure.exitcode == -signal.SIGTERM:
-        return (2, 0)
+        return (4, 0)
     if failure.exitcode < 0:
-        return (0, 0)
-    if os.path.isfile(failure.error_file):
-        return (1, os.stat(failure.error_file).st_mtime_ns)
-    return (1, 0)
+        return (2 if failure.exitcode == -signal.SIGKILL else 0, 0)
+    if not os.path.isfile(failure.error_file):
+        return (3, 0)
+    return (1 if _is_ours(failure) else 3, os.stat(failure.error_file).st_mtime_ns)
+
+
+def _is_ours(failure: ProcessFailure) -> bool:
+    kind = failure.error_file_data["message"]["message"].partition(": ")[0]
+    known = getattr(errors, kind, None)
+    return isinstance(known, type) and issubclass(known, DaliLmdbError)

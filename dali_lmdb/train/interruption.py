@@ -48,13 +48,13 @@ def end(number: int) -> NoReturn:
 class Interruption:
     """Receives the signals of one rank while entered, and agrees on them with the other ranks.
 
-    Until :meth:`begin` a signal ends the process as :func:`end` does. Afterwards the first one waits for
-    :meth:`check`, and the next one kills the process. Only the main thread of a process can receive signals.
+    Until :meth:`begin` signals do what they did before: the process may be waiting, in C, for a rank that has
+    failed. Afterwards the first one waits for :meth:`check`, and the next one kills the process. Only the main
+    thread of a process can receive signals.
     """
 
     def __init__(self) -> None:
         self._number = 0
-        self._begun = False
         self._before: _Handlers = {}
         self._group: Any = None
         self._step = 0
@@ -62,11 +62,6 @@ class Interruption:
         self._work: dist.Work | None = None
 
     def __enter__(self) -> Interruption:
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.getsignal(number) for number in SIGNALS}
-            for number, handler in self._before.items():
-                if handler is not signal.SIG_IGN:  # as nohup does with SIGHUP
-                    signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -74,8 +69,6 @@ class Interruption:
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if not self._begun:
-            end(number)
         self._number = number
         for other, handler in self._before.items():
             if handler is not signal.SIG_IGN:
@@ -85,7 +78,11 @@ class Interruption:
         """Let steps finish from now on; a collective."""
         if world_size > 1:
             self._group = dist.new_group(backend="gloo", timeout=timeout)
-        self._begun = True
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.getsignal(number) for number in SIGNALS}
+            for number, handler in self._before.items():
+                if handler is not signal.SIG_IGN:  # as nohup does with SIGHUP
+                    signal.signal(number, self._receive)
 
     def check(self) -> None:
         """Call after each step, equally often on all ranks.
