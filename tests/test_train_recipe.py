@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from test_train import data, one_thread, tiny  # noqa: F401  # fixtures
 
 from dali_lmdb.errors import StateError
-from dali_lmdb.train import checkpoint, train
+from dali_lmdb.train import checkpoint, preflight, train
 from dali_lmdb.train.__main__ import main
 from dali_lmdb.train.distributed import launch
 from dali_lmdb.train.optimizer import build_optimizer
@@ -135,6 +135,13 @@ def test_numbers_out_of_range_are_wrong_usage(name, wrong):
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_has_valid_settings(data, name):  # noqa: F811
     TrainSettings(train=str(data.train), val=str(data.val), **RECIPES[name].settings)
+
+
+def test_normalising_over_ranks_on_the_cpu_is_refused_before_they_start(data):  # noqa: F811
+    settings = tiny(data, sync_bn=True)
+    preflight.check(settings, world_size=1, ranks_per_node=1)
+    with pytest.raises(ValueError, match=r"^--sync-bn: .* leave it out$"):
+        preflight.check(settings, world_size=2, ranks_per_node=2)
 
 
 def test_options_rule_over_the_file_and_the_file_over_the_recipe(data, tmp_path):  # noqa: F811

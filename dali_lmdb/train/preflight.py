@@ -27,6 +27,10 @@ def check(settings: TrainSettings, *, world_size: int, ranks_per_node: int) -> N
     device = find_device(settings.device, local_rank=0, ranks_per_node=ranks_per_node)
     if settings.backend == "dali" and settings.decode_device == "gpu" and device.type == "cpu":
         raise ValueError("--decode-device gpu: training is on the CPU; use --decode-device cpu")
+    if settings.sync_bn and world_size > 1 and device.type == "cpu":
+        raise ValueError(
+            "--sync-bn: torch normalises over ranks on GPUs only, and training is on the CPU; leave it out"
+        )
     num_records, classes = _describe(settings.train, backend=settings.backend)
     num_val_records, val_classes = _describe(settings.val, backend=settings.backend)
     _check_classes(classes, val_classes, settings=settings)
