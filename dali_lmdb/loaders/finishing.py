@@ -2,8 +2,8 @@
 
 DALI's ``fn.resize`` takes five times as long on a CPU as torch's antialiased resize of uint8, which is vectorised.
 Every step here works on one image, which stays in the core's cache, and releases the GIL. No step uses torch's own
-threads, of which the program around us decides: torch's resize of a single uint8 image never does, ``torch.flip``
-only from 32,768 elements on, and numpy has none.
+threads, of which the program around us decides: torch's resize of a single uint8 image never does (with AVX2),
+``torch.flip`` only from 32,768 elements on, and numpy has none.
 """
 
 from __future__ import annotations
