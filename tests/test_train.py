@@ -22,9 +22,9 @@ from dali_lmdb.errors import DeviceError, RecordError, StateError
 from dali_lmdb.train import TrainSettings, checkpoint, models, train
 from dali_lmdb.train.__main__ import main
 from dali_lmdb.train.distributed import LAUNCHER_PID, RankFailedError, find_device, launch
+from dali_lmdb.train.evaluation import evaluate
 from dali_lmdb.train.interruption import EXIT_CODE
 from dali_lmdb.train.metrics import EvaluationSums
-from dali_lmdb.train.trainer import evaluate
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_TRAIN, NUM_VAL = 48, 11
@@ -160,7 +160,7 @@ def test_every_validation_record_is_counted_once_at_any_world_size(data, tmp_pat
     sums = EvaluationSums(num_classes=3, device=torch.device("cpu"))
     transform = EvalTransform(size=32, resize=37)
     with DaliLoader(str(data.val), transform=transform, batch_size=NUM_VAL, device="cpu") as loader:
-        evaluate(model, loader, sums=sums, precision=torch.float32)
+        evaluate(model, loader, add=sums.add, precision=torch.float32)
     alone = sums.report(num_records=NUM_VAL, all_sum=lambda values: values)
     assert validations[0]["val_loss"] == pytest.approx(alone["val_loss"], rel=1e-4)
 

@@ -18,32 +18,31 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dali_lmdb.errors import DivergedError, StateError
-from dali_lmdb.loaders.backends import open_loader
 from dali_lmdb.loaders.base import Loader
 from dali_lmdb.loaders.dali_loader import DaliLoader
-from dali_lmdb.threads import threads_per_rank
 from dali_lmdb.torchrun import RankEnvironment
 from dali_lmdb.train import checkpoint
 from dali_lmdb.train.averaging import average_of
-from dali_lmdb.train.crashes import in_flight_path, refuse_crashing
+from dali_lmdb.train.crashes import refuse_crashing
+from dali_lmdb.train.data import open_data
 from dali_lmdb.train.distributed import TIMEOUT, find_device, process_group
+from dali_lmdb.train.evaluation import evaluate
 from dali_lmdb.train.interruption import Interrupted, Interruption, end
 from dali_lmdb.train.metrics import EvaluationSums, JsonLog, StepMeter, loss_text
 from dali_lmdb.train.mixing import mixing_of
 from dali_lmdb.train.models import build_model, training_loss
 from dali_lmdb.train.optimizer import build_optimizer
+from dali_lmdb.train.precision import arrange, autocast, choose_precision
 from dali_lmdb.train.resuming import differences
 from dali_lmdb.train.schedule import learning_rate
 from dali_lmdb.train.settings import TrainSettings
 
-__all__ = ["evaluate", "fits_beside", "train"]
+__all__ = ["fits_beside", "train"]
 
 # GPU memory that DALI may hold for the training and evaluation loaders together.
 _LOADERS_BYTES = 1 << 30
 
 _log = logging.getLogger(__name__)
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def train(settings: TrainSettings) -> list[dict[str, float]]:
@@ -104,26 +103,6 @@ def fits_beside(train_bytes: int, val_bytes: int, *, budget_bytes: int) -> bool:
     return val_bytes == 0 or train_bytes + val_bytes <= budget_bytes
 
 
-def evaluate(
-    model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    *,
-    sums: EvaluationSums,
-    precision: torch.dtype,
-) -> None:
-    """Add the model's results on this rank's ``batches`` to ``sums``.
-
-    The model must not be wrapped in DDP: ranks may have different numbers of batches, even none, and the wrapper's
-    forward exchanges buffers, which would wait for ranks that have already finished.
-    """
-    model.eval()
-    with torch.inference_mode():
-        for images, labels in batches:
-            with _autocast(images.device, precision):
-                logits = model(_arrange(images))
-            sums.add(logits, labels)
-
-
 class _Training:
     """The state of one rank's run: model, optimizer, loaders and progress."""
 
@@ -149,7 +128,7 @@ class _Training:
         """The last evaluation's."""
         self.best: dict[str, float] = {}
         """The evaluation with the highest top-1."""
-        self.precision = _choose_precision(settings.precision, device=device)
+        self.precision = choose_precision(settings.precision, device=device)
         self.train_loader = stack.enter_context(self._loader(training=True))
         self.val_loader = stack.enter_context(self._loader(training=False))
         self._keeps_val_memory = fits_beside(
@@ -193,27 +172,8 @@ class _Training:
         self.meter = StepMeter(device=device)
 
     def _loader(self, *, training: bool) -> Loader:
-        settings, on_gpu = self.settings, self.device.type == "cuda"
-        return open_loader(
-            settings.train if training else settings.val,
-            backend=settings.backend,
-            workers=threads_per_rank(self.ranks.ranks_per_node) if settings.workers is None else settings.workers,
-            transform=settings.train_transform if training else settings.val_transform,
-            batch_size=settings.batch_size,
-            device="cuda" if on_gpu else "cpu",
-            rank=self.ranks.rank,
-            world_size=self.ranks.world_size,
-            seed=settings.seed,
-            shuffle=settings.shuffle if training else "none",
-            on_bad=settings.on_bad,
-            quarantine=settings.quarantine,
-            dali=settings.dali,
-            in_flight_file=None
-            if settings.output is None
-            else in_flight_path(settings.output, "train" if training else "val", self.ranks.rank),
-            # Half the memory traffic where the model computes in 16 bits anyway.
-            dtype="float32" if self.precision is torch.float32 else "float16",
-            layout="NHWC" if on_gpu else "NCHW",
+        return open_data(
+            self.settings, training=training, ranks=self.ranks, device=self.device, precision=self.precision
         )
 
     def __str__(self) -> str:
@@ -312,8 +272,8 @@ class _Training:
         torch.manual_seed(_step_seed(settings.seed, self.epoch, self.records_done, self.ranks.rank))
         if self.mix is not None:
             images, labels = self.mix(images, labels)
-        with _autocast(self.device, self.precision):
-            output = self.ddp_model(_arrange(images))
+        with autocast(self.device, self.precision):
+            output = self.ddp_model(arrange(images))
             loss = training_loss(output, labels, arch=settings.arch, label_smoothing=settings.label_smoothing)
         self.scaler.scale(loss * share).backward()  # type: ignore[no-untyped-call]
         return loss
@@ -366,7 +326,7 @@ class _Training:
     def _evaluate(self, model: nn.Module) -> dict[str, float]:
         loader = self.val_loader
         sums = EvaluationSums(num_classes=len(loader.classes), device=self.device)
-        evaluate(model, self._interruptible(loader), sums=sums, precision=self.precision)
+        evaluate(model, self._interruptible(loader), add=sums.add, precision=self.precision)
         return sums.report(num_records=loader.num_records, all_sum=self._all_sum)
 
     def _interruptible(self, loader: Loader) -> Iterator[Any]:
@@ -533,26 +493,6 @@ def _gpu_memory_held(train: Loader, val: Loader, *, kept: bool) -> str:
     if kept:
         return f"; DALI holds about {train_gb + val_gb:.1f} GB of GPU memory"
     return f"; DALI holds about {train_gb:.1f} GB of GPU memory, {train_gb + val_gb:.1f} GB in evaluation"
-
-
-def _choose_precision(name: str, *, device: torch.device) -> torch.dtype:
-    if device.type != "cuda":
-        return torch.float32
-    if name != "auto":
-        return _DTYPES[name]
-    # GPUs older than Ampere emulate bfloat16, slowly.
-    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-
-
-def _autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
-    return torch.autocast(device.type, dtype=precision, enabled=precision is not torch.float32)
-
-
-def _arrange(images: Tensor) -> Tensor:
-    """Convert images to the model's memory format; no copy if they already have it."""
-    if images.device.type != "cuda":
-        return images
-    return images.contiguous(memory_format=torch.channels_last)
 
 
 def _step_seed(seed: int, epoch: int, records_done: int, rank: int) -> int:
