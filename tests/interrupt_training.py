@@ -75,7 +75,7 @@ class Runs:
             {
                 key: value
                 for key, value in line.items()
-                if key in ("epoch", "step") or "loss" in key or "top" in key
+                if key in ("epoch", "step", "lr") or "loss" in key or "top" in key
             }
             for line in lines
             if "epoch" in line

@@ -1,5 +1,6 @@
 import json
 import math
+import time
 
 import pytest
 import torch
@@ -85,6 +86,16 @@ def test_nothing_waited_for_is_a_wait_fraction_of_zero():
     assert meter.report(all_sum=alone)["data_wait_fraction"] == 0
 
 
+def test_the_first_batch_is_not_timed_if_others_follow_before_the_report():
+    began, meter = time.perf_counter(), StepMeter(device=CPU)
+    for num_images in (10**9, 1):
+        meter.wait_for(lambda: None)
+        meter.add(loss=torch.tensor(float(num_images)), num_images=num_images)
+    report = meter.report(all_sum=alone)
+    assert report["images_per_s"] * (time.perf_counter() - began) < 10**9
+    assert report["loss"] == (10**9 + 1) / 2
+
+
 def test_the_learning_rate_rises_to_the_highest_then_falls_to_zero():
     rates = [learning_rate(progress / 100, epochs=10, highest=0.4) for progress in range(1001)]
     top = round(WARM_UP * 1000)
@@ -96,8 +107,11 @@ def test_the_learning_rate_rises_to_the_highest_then_falls_to_zero():
 
 def test_a_log_line_is_on_disk_before_the_log_is_closed(tmp_path):
     with JsonLog(tmp_path / "log", append=False) as log:
+        before = time.time()
         log.write(epoch=0, step=1)
-        assert json.loads((tmp_path / "log").read_text()) == {"epoch": 0, "step": 1}
+        line = json.loads((tmp_path / "log").read_text())
+        assert before - 1 <= line.pop("time") <= time.time() + 1
+        assert line == {"epoch": 0, "step": 1}
 
 
 def test_a_log_is_kept_or_started_again_as_asked(tmp_path):

@@ -16,6 +16,7 @@ from dali_lmdb.torchrun import RankEnvironment, incomplete_launcher
 from dali_lmdb.train import preflight, trainer
 from dali_lmdb.train.crashes import what_was_decoded
 from dali_lmdb.train.distributed import RankFailedError, launch, run_rank
+from dali_lmdb.train.progress import ERASE, is_terminal
 from dali_lmdb.train.rank import show_progress
 from dali_lmdb.train.recipes import RECIPES
 from dali_lmdb.train.settings import RANGES, Range, TrainSettings
@@ -204,12 +205,12 @@ def _run(settings: TrainSettings, *, world_size: int) -> None:
     if ranks is None and world_size > 1:
         _launch(settings, world_size=world_size)
         return
-    show_progress(rank=ranks.rank if ranks else 0)
+    line = show_progress(rank=ranks.rank if ranks else 0)
     if num_ranks > 1:
-        run_rank(lambda: trainer.train(settings), show_errors=True)
+        run_rank(lambda: trainer.train(settings, line=line), show_errors=True)
         return
     try:
-        trainer.train(settings)
+        trainer.train(settings, line=line)
     except ValueError:  # all input has been validated: this is a bug, so show its traceback
         traceback.print_exc()
         sys.exit(1)
@@ -220,6 +221,8 @@ def _launch(settings: TrainSettings, *, world_size: int) -> None:
     try:
         launch(arguments, world_size=world_size)
     except RankFailedError as error:
+        if is_terminal(sys.stderr):
+            click.echo(ERASE, nl=False, err=True)  # the progress line of a rank that was killed
         if error.details:
             click.echo(error.details, err=True)
         message = str(error)

@@ -67,23 +67,36 @@ def find_end(path: str | os.PathLike[str], *, output: str, epoch: int, step: int
 class StepMeter:
     """Loss, speed and time spent waiting for data since the last report, over all ranks.
 
-    :meth:`add` never waits for the device; :meth:`report` does, so that only finished work is timed.
+    :meth:`add` never waits for the device; :meth:`report` does, so that only finished work is timed. The
+    very first batch, in which libraries start, is not timed if others follow before the report.
     """
 
     def __init__(self, *, device: torch.device) -> None:
         self._device = device
+        self._is_starting = True
         self.reset()
 
     def reset(self) -> None:
         """Start a new interval now."""
         self.steps = 0
+        self._loss = torch.zeros((), dtype=torch.float64, device=self._device)
+        self._start_clock()
+
+    def _start_clock(self) -> None:
         self._num_images = 0
         self._waited_s = 0.0
-        self._loss = torch.zeros((), dtype=torch.float64, device=self._device)
         self._started = time.perf_counter()
+
+    def _synchronize(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
     def wait_for(self, action: Callable[[], Any]) -> Any:
         """Call ``action``, count its time as waiting for data, and return what it returns."""
+        if self._is_starting and self.steps:
+            self._is_starting = False
+            self._synchronize()
+            self._start_clock()
         started = time.perf_counter()
         result = action()
         self._waited_s += time.perf_counter() - started
@@ -102,8 +115,8 @@ class StepMeter:
             ``loss``: mean over steps and ranks; ``images_per_s``: sum over all ranks; ``data_wait_fraction``:
             fraction of the time, 0 to 1, that a rank waited for its next batch.
         """
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        self._is_starting = False
+        self._synchronize()
         elapsed_s = time.perf_counter() - self._started
         own = [float(self._loss) / self.steps, self._num_images / elapsed_s, self._waited_s / elapsed_s, 1.0]
         sums = all_sum(torch.tensor(own, dtype=torch.float64, device=self._device))
@@ -199,10 +212,10 @@ class JsonLog:
                 self._file.truncate(end)
 
     def write(self, **values: Any) -> None:
-        """Add one object."""
+        """Add one object, and to it ``time``, in seconds since 1970."""
         if self._file is not None:
             with self._errors():
-                write_line(self._file, values)
+                write_line(self._file, {**values, "time": round(time.time(), 3)})
 
     @contextmanager
     def _errors(self) -> Iterator[None]:

@@ -12,10 +12,12 @@ import logging
 import os
 import signal
 import sys
-from typing import TextIO
+import warnings
+from typing import Any, TextIO
 
 from dali_lmdb.errors import one_line
 from dali_lmdb.train.distributed import LAUNCHER_PID, run_rank
+from dali_lmdb.train.progress import ERASE, STEPS, TerminalLine, is_terminal
 from dali_lmdb.train.settings import TrainSettings
 from dali_lmdb.train.trainer import train
 
@@ -24,18 +26,45 @@ __all__ = ["show_progress"]
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def show_progress(*, rank: int) -> None:
-    """Print what the trainer logs; on other ranks than 0, warnings only."""
+def show_progress(*, rank: int) -> TerminalLine | None:
+    """Print what the trainer logs; on other ranks than 0, warnings only.
+
+    Returns:
+        The progress line, if this is rank 0 and stderr is a terminal; where stdout is one too, it replaces the
+        reports of steps.
+    """
     logger = logging.getLogger("dali_lmdb")
-    logger.addHandler(_Printer(sys.stdout))
+    has_line = is_terminal(sys.stderr)
+    logger.addHandler(_Printer(sys.stdout, erases=has_line and sys.stdout.isatty()))
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    if not has_line or rank != 0:
+        return None
+    if sys.stdout.isatty():
+        logging.getLogger(STEPS).setLevel(logging.WARNING)
+    line = TerminalLine(sys.stderr)
+    show_warning = warnings.showwarning
+
+    def show(*arguments: Any, **options: Any) -> None:
+        line.erase()
+        show_warning(*arguments, **options)
+
+    warnings.showwarning = show
+    return line
 
 
 class _Printer(logging.StreamHandler[TextIO]):
-    """Prints each message on one line; a failed write ends the printing, not the training run."""
+    """Prints each message on one line; a failed write ends the printing, not the training run.
+
+    Args:
+        erases: erase the progress line first, which may be another rank's.
+    """
+
+    def __init__(self, stream: TextIO, *, erases: bool) -> None:
+        super().__init__(stream)
+        self._before = ERASE if erases else ""
 
     def format(self, record: logging.LogRecord) -> str:
-        return one_line(super().format(record))
+        return self._before + one_line(super().format(record))
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]
@@ -62,8 +91,8 @@ def _end_with_launcher() -> None:
 def _main() -> None:
     _end_with_launcher()
     settings = TrainSettings(**json.loads(sys.argv[1]))
-    show_progress(rank=int(os.environ["RANK"]))
-    run_rank(lambda: train(settings), show_errors=False)
+    line = show_progress(rank=int(os.environ["RANK"]))
+    run_rank(lambda: train(settings, line=line), show_errors=False)
 
 
 if __name__ == "__main__":

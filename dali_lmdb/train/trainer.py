@@ -28,11 +28,12 @@ from dali_lmdb.train.data import open_data
 from dali_lmdb.train.distributed import TIMEOUT, find_device, process_group
 from dali_lmdb.train.evaluation import evaluate
 from dali_lmdb.train.interruption import Interrupted, Interruption, end
-from dali_lmdb.train.metrics import EvaluationSums, JsonLog, StepMeter, loss_text
+from dali_lmdb.train.metrics import EvaluationSums, JsonLog, StepMeter
 from dali_lmdb.train.mixing import mixing_of
 from dali_lmdb.train.models import build_model, training_loss
 from dali_lmdb.train.optimizer import build_optimizer
 from dali_lmdb.train.precision import arrange, autocast, choose_precision
+from dali_lmdb.train.progress import Progress, TerminalLine, describe
 from dali_lmdb.train.resuming import differences
 from dali_lmdb.train.schedule import learning_rate
 from dali_lmdb.train.settings import TrainSettings
@@ -45,10 +46,13 @@ _LOADERS_BYTES = 1 << 30
 _log = logging.getLogger(__name__)
 
 
-def train(settings: TrainSettings) -> list[dict[str, float]]:
+def train(settings: TrainSettings, *, line: TerminalLine | None = None) -> list[dict[str, float]]:
     """Train and evaluate as this process's rank, as given by torchrun's environment; alone without it.
 
-    Progress is logged to ``dali_lmdb.train.trainer`` on rank 0.
+    Progress is logged to ``dali_lmdb.train`` on rank 0.
+
+    Args:
+        line: shows on rank 0 how the run goes on.
 
     Returns:
         The result of each evaluation, as in ``--log-json``.
@@ -63,11 +67,13 @@ def train(settings: TrainSettings) -> list[dict[str, float]]:
     ranks = RankEnvironment.from_environment() or RankEnvironment()
     device = find_device(settings.device, local_rank=ranks.local_rank, ranks_per_node=ranks.ranks_per_node)
     with ExitStack() as stack:
+        if line is not None:
+            stack.enter_context(line)
         interruption = stack.enter_context(Interruption())
         if settings.output is not None and ranks.rank == 0:
             stack.enter_context(checkpoint.only_writer(Path(settings.output)))
         stack.enter_context(process_group(ranks, device=device))
-        run = _Training(settings, ranks=ranks, device=device, stack=stack, interruption=interruption)
+        run = _Training(settings, ranks=ranks, device=device, stack=stack, interruption=interruption, line=line)
         run.restore()
         if run.epoch >= settings.epochs:
             return []
@@ -114,6 +120,7 @@ class _Training:
         device: torch.device,
         stack: ExitStack,
         interruption: Interruption | None = None,
+        line: TerminalLine | None = None,
     ) -> None:
         self.settings, self.ranks, self.device = settings, ranks, device
         self.interruption = interruption or Interruption()
@@ -170,6 +177,14 @@ class _Training:
         own_log = settings.log_json if ranks.rank == 0 else None
         self.log = stack.enter_context(JsonLog(own_log, append=settings.resume))
         self.meter = StepMeter(device=device)
+        self.progress = Progress(
+            settings,
+            num_records=self.train_loader.num_records,
+            ranks=ranks,
+            device=device,
+            log=self.log,
+            line=line,
+        )
 
     def _loader(self, *, training: bool) -> Loader:
         return open_data(
@@ -199,9 +214,11 @@ class _Training:
             loader.set_epoch(self.epoch)
         self.ddp_model.train()
         self.meter.reset()
+        self.progress.begin_epoch()
         batches = iter(loader)
         while num_batches := min(settings.accumulate, self._batches_left):
             self._train_step(batches, num_batches)
+            self.progress.step(epoch=self.epoch, step=self.step, records_done=self.records_done)
             if self.step % settings.log_every == 0:
                 self._report_steps()
             # Not after the epoch's last step: `train` saves then anyway.
@@ -287,16 +304,9 @@ class _Training:
             raise DivergedError(
                 f"the loss is {report['loss']} in epoch {self.epoch}, step {self.step}; try a lower --lr"
             )
-        self.log.write(epoch=self.epoch, step=self.step, **report)
-        if self.ranks.rank == 0:
-            _log.info(
-                "epoch %d  step %d  loss %s  %.0f images/s  %.0f %% of the time waiting for data",
-                self.epoch,
-                self.step,
-                loss_text(report["loss"]),
-                report["images_per_s"],
-                100 * report["data_wait_fraction"],
-            )
+        report["lr"] = self.optimizer.param_groups[0]["lr"]
+        late_bytes = self.train_loader.stats().get("late_bytes", 0)
+        self.progress.report(report, epoch=self.epoch, step=self.step, late_bytes=late_bytes)
 
     def evaluate(self) -> dict[str, float]:
         """Evaluate all of the validation data, log the result and return it."""
@@ -316,11 +326,7 @@ class _Training:
             raise DivergedError(
                 f"the validation loss is {result['val_loss']} after epoch {self.epoch}; try a lower --lr"
             )
-        self.log.write(**result)
-        if self.ranks.rank == 0:
-            _log.info("%s  %d records", _describe(result), result["val_records"])
-            if self.ema is not None:
-                _log.info("epoch %d  of the averaged weights: top-1 %.2f %%", self.epoch, report["ema_val_top1"])
+        self.progress.result(result)
         return result
 
     def _evaluate(self, model: nn.Module) -> dict[str, float]:
@@ -331,12 +337,13 @@ class _Training:
 
     def _interruptible(self, loader: Loader) -> Iterator[Any]:
         """This rank's batches of the evaluation; as many checks for interruptions on each rank."""
-        num_steps = math.ceil(loader.num_records / self._global_batch_size)
+        num_steps, step = math.ceil(loader.num_records / self._global_batch_size), 0
         for batch in loader:
             yield batch
-            num_steps -= 1
+            step += 1
+            self.progress.evaluating(epoch=self.epoch, step=step, steps=num_steps)
             self.interruption.check()
-        for _ in range(num_steps):
+        for _ in range(num_steps - step):
             self.interruption.check()
 
     def end_epoch(self, result: dict[str, float]) -> None:
@@ -447,8 +454,8 @@ class _Training:
         if self.epoch < self.settings.epochs:
             _log.info("resuming from %s: epoch %d, step %d", path, self.epoch, self.step)
         else:
-            _log.info("training is complete, in %s; %s", path, _describe(self.result))
-            _log.info("best: %s, in %s", _describe(self.best), path.with_name(checkpoint.BEST_NAME))
+            _log.info("training is complete, in %s; %s", path, describe(self.result))
+            _log.info("best: %s, in %s", describe(self.best), path.with_name(checkpoint.BEST_NAME))
 
     def _begin_log(self) -> None:
         """Cut the log back to where the run resumes, or begin it with the settings."""
@@ -472,11 +479,6 @@ class _Training:
         if self.ranks.world_size > 1:
             dist.broadcast_object_list(found, src=0)
         return found[0]
-
-
-def _describe(result: dict[str, float]) -> str:
-    top1, top5, loss = result["val_top1"], result["val_top5"], loss_text(result["val_loss"])
-    return f"epoch {result['epoch']}  validation: top-1 {top1:.2f} %  top-5 {top5:.2f} %  loss {loss}"
 
 
 def _all_finite(values: Iterable[Tensor]) -> bool:
