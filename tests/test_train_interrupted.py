@@ -36,7 +36,7 @@ def train(store, *options, folder, shell=""):
 def test_a_run_keeps_its_last_and_best_checkpoints_and_says_its_results_when_it_is_over(store_path, tmp_path):
     options = ("--epochs", "3", "--output", "run", "--keep", "2", "--log-json", "log")
     assert train(store_path, *options, folder=tmp_path)[0] == 0
-    names = sorted(file.name for file in (tmp_path / "run").iterdir())
+    names = sorted(file.name for file in (tmp_path / "run").glob("*.pt*"))
     assert names == ["best.pt", "epoch-0001.pt", "epoch-0002.pt", "last.pt"]
     last = checkpoint.load(tmp_path / "run" / "last.pt")
     best = checkpoint.load(tmp_path / "run" / "best.pt")

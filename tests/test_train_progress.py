@@ -15,7 +15,7 @@ from test_train import ROOT, command, data, environment, one_thread, tiny  # noq
 
 from dali_lmdb.torchrun import RankEnvironment
 from dali_lmdb.train.metrics import JsonLog
-from dali_lmdb.train.progress import Progress, what_to_try
+from dali_lmdb.train.progress import RunProgress, what_to_try
 
 COLUMNS = 20
 
@@ -74,8 +74,13 @@ def test_a_terminal_shows_one_line_instead_of_the_reports_of_steps(data, tmp_pat
     everything = r"  ETA 0:0\d:\d\d  \d+ images/s  loss \S+  lr \S+  top-1 \S+ %  waiting \d+ %$"
     assert any(re.search(everything, line) for line in lines), lines
     shown = screen(text)
-    assert [line.split()[0] for line in shown if "validation: top-1" in line] == ["epoch"] * 2
-    assert not any("images/s" in line for line in shown)
+    assert [line.split()[0] for line in shown if "validation: top-1" in line] == [
+        "epoch",
+        "epoch",
+        "best:",
+        "last:",
+    ]
+    assert not any("waiting" in line for line in shown)
     logged = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
     assert sorted(logged[1]) == ["data_wait_fraction", "epoch", "images_per_s", "loss", "lr", "step", "time"]
     assert {"epoch_s", "time", "val_top1"} <= logged[-1].keys()
@@ -137,11 +142,13 @@ def test_what_to_try_against_waiting_is_what_readme_says(data, options, situatio
 def test_waiting_is_said_once_and_not_of_the_beginning_of_an_epoch(data, caplog):  # noqa: F811
     report = {"loss": 1.0, "lr": 0.1, "images_per_s": 10.0, "data_wait_fraction": 0.11}
     with JsonLog(None, append=False) as log:
-        progress = Progress(
+        progress = RunProgress(
             tiny(data), num_records=48, ranks=RankEnvironment(), device=torch.device("cpu"), log=log, line=None
         )
         for fraction, said in ((0.5, 0), (0.1, 0), (0.11, 1), (0.5, 1)):
-            progress.report({**report, "data_wait_fraction": fraction}, epoch=0, step=1, late_bytes=0)
+            progress.report(
+                {**report, "data_wait_fraction": fraction}, epoch=0, step=1, records_done=8, late_bytes=0
+            )
             assert len(caplog.messages) == said
     assert caplog.messages == [
         "11 % of the time since the last report was spent waiting for data; try more --workers where CPU cores "

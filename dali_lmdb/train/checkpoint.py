@@ -42,7 +42,7 @@ __all__ = [
 FILE_NAME = "last.pt"
 BEST_NAME = "best.pt"
 FORMAT_VERSION = 3
-"""2 since there is a checksum, 3 since there is a best checkpoint beside the last one."""
+"""2 since there is a checksum, 3 since there is a best checkpoint beside the last one and a history in each."""
 
 _EPOCHS = "epoch-*.pt"
 _NAME_OF_FORMAT_2 = "checkpoint.pt"

@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 import os
 import time
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any, TextIO
 
 import torch
 
 from dali_lmdb.torchrun import RankEnvironment
+from dali_lmdb.train.curves import History
 from dali_lmdb.train.metrics import JsonLog, loss_text
 from dali_lmdb.train.settings import TrainSettings
 
-__all__ = ["ERASE", "STEPS", "Progress", "TerminalLine", "describe", "duration", "is_terminal", "what_to_try"]
+__all__ = ["ERASE", "STEPS", "RunProgress", "TerminalLine", "describe", "duration", "is_terminal", "what_to_try"]
 
 STEPS = "dali_lmdb.train.steps"
 """The logger of the reports of steps, which the progress line replaces on a terminal."""
@@ -76,7 +78,7 @@ class TerminalLine:
         self.erase()
 
 
-class Progress:
+class RunProgress:
     """Tells how a run goes on, on rank 0.
 
     Args:
@@ -99,14 +101,32 @@ class Progress:
         self._step_records = settings.batch_size * settings.accumulate * ranks.world_size
         self._log, self._line, self._speaks = log, line, ranks.rank == 0
         self._report: dict[str, float] = {}
-        self._result: dict[str, Any] = {}
+        self._history = History()
+        self._started = time.monotonic()
+        self._num_images, self._trained_s = 0, 0.0
         self._evaluation_s = 0.0
         self._has_advised = False
         self._late_bytes = 0.0
         self.begin_epoch()
 
-    def begin_epoch(self) -> None:
-        """Start the clock of an epoch, or of the rest of one."""
+    @property
+    def history(self) -> History:
+        """The whole run's, up to now."""
+        now = self._history.elapsed_s + time.monotonic() - self._started
+        return replace(self._history, elapsed_s=now)
+
+    def restore(self, history: dict[str, Any]) -> None:
+        """Go on with the history of an earlier start, ``asdict`` of it."""
+        self._history = History(**history)
+
+    @property
+    def images_per_s(self) -> float:
+        """Mean speed of training since the start."""
+        return self._num_images / self._trained_s if self._trained_s else 0.0
+
+    def begin_epoch(self, *, records_done: int = 0) -> None:
+        """Start the clock of an epoch, or of the rest of one after ``records_done`` records."""
+        self._records_done = records_done
         self._epoch_started = time.monotonic()
         self._evaluation_started: float | None = None
         self._is_first_report = True
@@ -139,8 +159,8 @@ class Progress:
                 f"loss {loss_text(report['loss'])}",
                 f"lr {report['lr']:.3g}",
             ]
-        if self._result:
-            parts.append(f"top-1 {self._result['val_top1']:.2f} %")
+        if results := self._history.results:
+            parts.append(f"top-1 {results[-1]['val_top1']:.2f} %")
         if report:
             parts.append(f"waiting {100 * report['data_wait_fraction']:.0f} %")
         if self._device.type == "cuda":
@@ -148,7 +168,9 @@ class Progress:
             parts.append(f"GPU memory {(total - free) / 1e9:.1f} of {total / 1e9:.0f} GB")
         self._line.show("  ".join(parts))
 
-    def report(self, report: dict[str, float], *, epoch: int, step: int, late_bytes: float) -> None:
+    def report(
+        self, report: dict[str, float], *, epoch: int, step: int, records_done: int, late_bytes: float
+    ) -> None:
         """Log the steps since the last report.
 
         Args:
@@ -156,6 +178,11 @@ class Progress:
             late_bytes: of the training loader's ``stats``.
         """
         self._report = report
+        epochs_done = epoch + records_done / self._num_records
+        self._history.add_steps(epochs_done, loss=report["loss"], lr=report["lr"])
+        num_images, self._records_done = records_done - self._records_done, records_done
+        self._num_images += num_images
+        self._trained_s += num_images / report["images_per_s"]
         self._log.write(epoch=epoch, step=step, **report)
         if not self._speaks:
             return
@@ -188,14 +215,11 @@ class Progress:
     def result(self, result: dict[str, Any]) -> None:
         """Log an evaluation."""
         now = time.monotonic()
-        self._result = result
+        self._history.results.append(result)
         self._evaluation_s = now - (self._evaluation_started or now)
         self._log.write(**result, epoch_s=round(now - self._epoch_started, 3))
-        if not self._speaks:
-            return
-        _log.info("%s  %d records", describe(result), result["val_records"])
-        if "ema_val_top1" in result:
-            _log.info("epoch %d  of the averaged weights: top-1 %.2f %%", result["epoch"], result["ema_val_top1"])
+        if self._speaks:
+            _log.info("%s  %d records", describe(result), result["val_records"])
 
 
 def what_to_try(settings: TrainSettings, *, on_gpu: bool, is_late: bool, is_first_epoch: bool) -> str:
@@ -222,9 +246,14 @@ def what_to_try(settings: TrainSettings, *, on_gpu: bool, is_late: bool, is_firs
 
 
 def describe(result: dict[str, Any]) -> str:
-    """An evaluation's results on one line."""
-    top1, top5, loss = result["val_top1"], result["val_top5"], loss_text(result["val_loss"])
-    return f"epoch {result['epoch']}  validation: top-1 {top1:.2f} %  top-5 {top5:.2f} %  loss {loss}"
+    """An evaluation's results on one line, those of the averaged weights included."""
+    text = f"epoch {result['epoch']}  validation: {_figures(result)}"
+    return f"{text}  averaged weights: {_figures(result, 'ema_')}" if "ema_val_top1" in result else text
+
+
+def _figures(result: dict[str, Any], prefix: str = "") -> str:
+    top1, top5, loss = (result[f"{prefix}{name}"] for name in ("val_top1", "val_top5", "val_loss"))
+    return f"top-1 {top1:.2f} %  top-5 {top5:.2f} %  loss {loss_text(loss)}"
 
 
 def duration(seconds: float) -> str:

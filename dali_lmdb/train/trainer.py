@@ -34,9 +34,11 @@ from dali_lmdb.train.models import build_model, training_loss
 from dali_lmdb.train.optimizer import build_optimizer
 from dali_lmdb.train.precision import arrange, autocast, choose_precision
 from dali_lmdb.train.progress import Progress, TerminalLine, describe
+from dali_lmdb.train.progress import RunProgress, TerminalLine, describe
 from dali_lmdb.train.resuming import differences
 from dali_lmdb.train.schedule import learning_rate
 from dali_lmdb.train.settings import TrainSettings
+from dali_lmdb.train.summary import summarise
 
 __all__ = ["fits_beside", "train"]
 
@@ -96,6 +98,8 @@ def train(settings: TrainSettings, *, line: TerminalLine | None = None) -> list[
         interruption.finish()  # rank 0 has saved
         if number:
             end(number)
+        if ranks.rank == 0:
+            run.summarise()
         return results
 
 
@@ -177,7 +181,7 @@ class _Training:
         own_log = settings.log_json if ranks.rank == 0 else None
         self.log = stack.enter_context(JsonLog(own_log, append=settings.resume))
         self.meter = StepMeter(device=device)
-        self.progress = Progress(
+        self.progress = RunProgress(
             settings,
             num_records=self.train_loader.num_records,
             ranks=ranks,
@@ -214,7 +218,7 @@ class _Training:
             loader.set_epoch(self.epoch)
         self.ddp_model.train()
         self.meter.reset()
-        self.progress.begin_epoch()
+        self.progress.begin_epoch(records_done=self.records_done)
         batches = iter(loader)
         while num_batches := min(settings.accumulate, self._batches_left):
             self._train_step(batches, num_batches)
@@ -306,7 +310,9 @@ class _Training:
             )
         report["lr"] = self.optimizer.param_groups[0]["lr"]
         late_bytes = self.train_loader.stats().get("late_bytes", 0)
-        self.progress.report(report, epoch=self.epoch, step=self.step, late_bytes=late_bytes)
+        self.progress.report(
+            report, epoch=self.epoch, step=self.step, records_done=self.records_done, late_bytes=late_bytes
+        )
 
     def evaluate(self) -> dict[str, float]:
         """Evaluate all of the validation data, log the result and return it."""
@@ -360,6 +366,11 @@ class _Training:
         self.is_trained = False
         self.save(also=also, is_last=self.epoch >= self.settings.epochs)
 
+    def summarise(self) -> None:
+        """Log what came of the run, on rank 0."""
+        history, images_per_s = self.progress.history, self.progress.images_per_s
+        summarise(history, best=self.best, images_per_s=images_per_s, settings=self.settings)
+
     def save_interrupted(self, *, by: str) -> None:
         """Save where all ranks have agreed to stop, and say so; a collective."""
         self._report_steps()
@@ -398,6 +409,7 @@ class _Training:
             "is_trained": self.is_trained,
             "result": self.result,
             "best": self.best,
+            "history": asdict(self.progress.history),
             "loader": self.train_loader.state_dict(),
             "classes": list(self.train_loader.classes),
             "settings": asdict(self.settings),
@@ -448,6 +460,7 @@ class _Training:
         self.epoch, self.step = content["epoch"], content["step"]
         self.records_done, self.is_trained = content["records_done"], content["is_trained"]
         self.result, self.best = content["result"], content["best"]
+        self.progress.restore(content["history"])
         self._begin_log()
         if self.ranks.rank != 0:
             return
