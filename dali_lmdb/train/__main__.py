@@ -172,6 +172,7 @@ def _use_recipe(ctx: click.Context, param: click.Parameter, name: str | None) ->
 @_option("--keep", metavar="N", help="Keep the checkpoints of the last N epochs, too.")
 @_option("--log-json", metavar="FILE", help="Write measurements, one JSON object per line.")
 @_option("--log-every", metavar="STEPS", help="Steps between two reports.")
+@_option("--tensorboard", metavar="DIR", help="Write them for TensorBoard, too; it must be installed.")
 def main(*, world_size: int, config: str | None, recipe: str | None, **values: Any) -> None:
     """Train a torchvision model with DDP and evaluate it after each epoch.
 

@@ -10,7 +10,7 @@ from dali_lmdb.loaders.backends import Backend
 from dali_lmdb.loaders.bad import check_quarantine
 from dali_lmdb.loaders.folder import is_image_folder, open_data
 from dali_lmdb.store import open_store
-from dali_lmdb.train import checkpoint, metrics, models
+from dali_lmdb.train import checkpoint, metrics, models, scalars
 from dali_lmdb.train.distributed import find_device
 from dali_lmdb.train.settings import TrainSettings
 
@@ -100,7 +100,7 @@ def _check_checkpoint(settings: TrainSettings, *, classes: list[str]) -> None:
 
 
 def _check_files(settings: TrainSettings) -> None:
-    """Check that the log and the quarantine can be written, and create the output folder."""
+    """Check that the log and the quarantine can be written, and create the output folders."""
     for option, name in (("--log-json", settings.log_json), ("--quarantine", settings.quarantine)):
         if name is not None:
             _check_file(Path(name), option=option)
@@ -108,13 +108,20 @@ def _check_files(settings: TrainSettings) -> None:
         _check_log(settings.log_json, settings=settings)
     if settings.quarantine is not None:
         check_quarantine(Path(settings.quarantine))
-    if settings.output is not None:
-        try:
-            Path(settings.output).mkdir(parents=True, exist_ok=True)
-        except OSError as cause:
-            raise ValueError(f"--output {settings.output}: cannot be created: {cause}") from cause
-        if not os.access(settings.output, os.W_OK):
-            raise ValueError(f"--output {settings.output}: not writable; choose another folder")
+    if settings.tensorboard is not None and not scalars.has_tensorboard():
+        raise ValueError("--tensorboard: TensorBoard is not installed; pip install 'dali-lmdb[tensorboard]'")
+    for option, name in (("--output", settings.output), ("--tensorboard", settings.tensorboard)):
+        if name is not None:
+            _make_folder(name, option=option)
+
+
+def _make_folder(name: str, *, option: str) -> None:
+    try:
+        Path(name).mkdir(parents=True, exist_ok=True)
+    except OSError as cause:
+        raise ValueError(f"{option} {name}: cannot be created: {cause}") from cause
+    if not os.access(name, os.W_OK):
+        raise ValueError(f"{option} {name}: not writable; choose another folder")
 
 
 def _check_log(name: str, *, settings: TrainSettings) -> None:

@@ -14,6 +14,7 @@ import torch
 from dali_lmdb.torchrun import RankEnvironment
 from dali_lmdb.train.curves import History
 from dali_lmdb.train.metrics import JsonLog, loss_text
+from dali_lmdb.train.scalars import Scalars
 from dali_lmdb.train.settings import TrainSettings
 
 __all__ = ["ERASE", "STEPS", "RunProgress", "TerminalLine", "describe", "duration", "is_terminal", "what_to_try"]
@@ -102,6 +103,7 @@ class RunProgress:
         self._log, self._line, self._speaks = log, line, ranks.rank == 0
         self._report: dict[str, float] = {}
         self._history = History()
+        self._scalars = Scalars(None, images=0)
         self._started = time.monotonic()
         self._num_images, self._trained_s = 0, 0.0
         self._evaluation_s = 0.0
@@ -118,6 +120,15 @@ class RunProgress:
     def restore(self, history: dict[str, Any]) -> None:
         """Go on with the history of an earlier start, ``asdict`` of it."""
         self._history = History(**history)
+
+    def begin(self, *, epoch: int, records_done: int) -> None:
+        """Begin to write for TensorBoard, on rank 0."""
+        if self._speaks:
+            self._scalars = Scalars(self._settings.tensorboard, images=epoch * self._num_records + records_done)
+
+    def close(self) -> None:
+        """Close TensorBoard's files."""
+        self._scalars.close()
 
     @property
     def images_per_s(self) -> float:
@@ -184,6 +195,7 @@ class RunProgress:
         self._num_images += num_images
         self._trained_s += num_images / report["images_per_s"]
         self._log.write(epoch=epoch, step=step, **report)
+        self._scalars.write(report, images=epoch * self._num_records + records_done)
         if not self._speaks:
             return
         _steps_log.info(
@@ -218,6 +230,8 @@ class RunProgress:
         self._history.results.append(result)
         self._evaluation_s = now - (self._evaluation_started or now)
         self._log.write(**result, epoch_s=round(now - self._epoch_started, 3))
+        values = {name: value for name, value in result.items() if name not in ("epoch", "val_records")}
+        self._scalars.write(values, images=(result["epoch"] + 1) * self._num_records)
         if self._speaks:
             _log.info("%s  %d records", describe(result), result["val_records"])
 

@@ -219,6 +219,8 @@ class TrainSettings:
     """File for the measurements, one JSON object a line; ``resume`` continues it from the checkpoint's step."""
     log_every: int = 10
     """Number of steps between reports; the last step of an epoch is always reported."""
+    tensorboard: str | None = None
+    """Folder for TensorBoard's event files."""
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():

@@ -189,6 +189,7 @@ class _Training:
             log=self.log,
             line=line,
         )
+        stack.callback(self.progress.close)
 
     def _loader(self, *, training: bool) -> Loader:
         return open_data(
@@ -472,6 +473,7 @@ class _Training:
 
     def _begin_log(self) -> None:
         """Cut the log back to where the run resumes, or begin it with the settings."""
+        self.progress.begin(epoch=self.epoch, records_done=self.records_done)
         if self.settings.resume and self.settings.output is not None:
             place = {"epoch": self.epoch, "step": self.step}
             self.log.cut(output=self.settings.output, **place)
