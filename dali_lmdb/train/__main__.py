@@ -173,6 +173,7 @@ def _use_recipe(ctx: click.Context, param: click.Parameter, name: str | None) ->
 @_option("--log-json", metavar="FILE", help="Write measurements, one JSON object per line.")
 @_option("--log-every", metavar="STEPS", help="Steps between two reports.")
 @_option("--tensorboard", metavar="DIR", help="Write them for TensorBoard, too; it must be installed.")
+@_option("--profile", metavar="STEPS", help="Write a trace of STEPS steps of each rank to --output.")
 def main(*, world_size: int, config: str | None, recipe: str | None, **values: Any) -> None:
     """Train a torchvision model with DDP and evaluate it after each epoch.
 
@@ -188,7 +189,7 @@ def main(*, world_size: int, config: str | None, recipe: str | None, **values: A
     with a checkpoint and exit code 85 (Ctrl-C: 130); start it again with --resume. A second one stops it at once.
     """
     del config, recipe  # they have set defaults
-    for name in ("resume", "checkpoint_every", "keep"):
+    for name in ("resume", "checkpoint_every", "keep", "profile"):
         if values[name] and values["output"] is None:
             raise click.UsageError(f"--{name.replace('_', '-')} needs --output DIR")
     settings = TrainSettings(**values)

@@ -98,6 +98,7 @@ RANGES = {
     "checkpoint_every": Range(0),
     "keep": Range(0),
     "log_every": Range(1),
+    "profile": Range(0),
 }
 """What numbers each setting may have, by its name."""
 
@@ -221,6 +222,8 @@ class TrainSettings:
     """Number of steps between reports; the last step of an epoch is always reported."""
     tensorboard: str | None = None
     """Folder for TensorBoard's event files."""
+    profile: int = 0
+    """Number of steps of each rank that are recorded to ``trace-RANK.json.gz`` in ``output``."""
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -245,7 +248,7 @@ class TrainSettings:
             raise ValueError(
                 f"lr_warmup_epochs: {self.lr_warmup_epochs:g}, expected fewer than {self.epochs} epochs"
             )
-        for option in ("resume", "checkpoint_every", "keep"):
+        for option in ("resume", "checkpoint_every", "keep", "profile"):
             if self.output is not None or not getattr(self, option):
                 continue
             raise ValueError(f"{option}: there is no output folder for a checkpoint; set output")

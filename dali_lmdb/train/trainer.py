@@ -33,7 +33,7 @@ from dali_lmdb.train.mixing import mixing_of
 from dali_lmdb.train.models import build_model, training_loss
 from dali_lmdb.train.optimizer import build_optimizer
 from dali_lmdb.train.precision import arrange, autocast, choose_precision
-from dali_lmdb.train.progress import Progress, TerminalLine, describe
+from dali_lmdb.train.profiling import Profiler
 from dali_lmdb.train.progress import RunProgress, TerminalLine, describe
 from dali_lmdb.train.resuming import differences
 from dali_lmdb.train.schedule import learning_rate
@@ -190,6 +190,9 @@ class _Training:
             line=line,
         )
         stack.callback(self.progress.close)
+        self.profiler = stack.enter_context(
+            Profiler(settings.profile, folder=settings.output, rank=ranks.rank, device=device)
+        )
 
     def _loader(self, *, training: bool) -> Loader:
         return open_data(
@@ -222,7 +225,9 @@ class _Training:
         self.progress.begin_epoch(records_done=self.records_done)
         batches = iter(loader)
         while num_batches := min(settings.accumulate, self._batches_left):
-            self._train_step(batches, num_batches)
+            with self.profiler.range("step"):
+                self._train_step(batches, num_batches)
+            self.profiler.step()
             self.progress.step(epoch=self.epoch, step=self.step, records_done=self.records_done)
             if self.step % settings.log_every == 0:
                 self._report_steps()
@@ -252,13 +257,19 @@ class _Training:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
         for number in range(num_batches):
-            images, labels = self.meter.wait_for(lambda: next(batches))
+            with self.profiler.range("data"):
+                images, labels = self.meter.wait_for(lambda: next(batches))
             is_last = number == num_batches - 1
             with contextlib.nullcontext() if is_last else self._no_sync():
                 loss = self._backward(images, labels, share=1 / num_batches)
             self.meter.add(loss=loss, num_images=len(labels))
             self.records_done += self._global_batch_size
             del images, labels  # the pipeline needs their memory for the next batch
+        with self.profiler.range("optimizer"):
+            self._update_weights()
+        self.step += 1
+
+    def _update_weights(self) -> None:
         if self.settings.clip_grad_norm:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_grad_norm)
@@ -266,7 +277,6 @@ class _Training:
         self.scaler.update()
         if self.ema is not None:
             self.ema.update_parameters(self.model)
-        self.step += 1
 
     def _learning_rate(self, num_batches: int) -> float:
         settings = self.settings
