@@ -2,6 +2,7 @@ import collections
 import itertools
 import json
 import multiprocessing
+import os
 import pickle
 import re
 import signal
@@ -14,27 +15,33 @@ from click.testing import CliRunner
 from PIL import Image
 from test_pipeline_graph import Graph
 
-from dali_lmdb.compare import CompareSettings, compare_throughput
-from dali_lmdb.compare.__main__ import _table, main
+from dali_lmdb.compare import BACKENDS, CompareSettings, Round, compare_throughput
+from dali_lmdb.compare.__main__ import main
+from dali_lmdb.compare.confidence import interval_of
 from dali_lmdb.compare.dali_reader import batches_of, define_reader
 from dali_lmdb.compare.repeat import RepeatedStore
 from dali_lmdb.compare.report import driver_of
+from dali_lmdb.compare.table import markdown, table
 from dali_lmdb.compare.throughput import (
     _data_by_backend,
     _in_own_process,
+    _measurements,
     _open_loader,
     _reader_window,
     _resolve,
-    _warm_up_steps,
-    _window,
 )
+from dali_lmdb.compare.window import Window, measure, warm_up_steps
 from dali_lmdb.convert import ConvertSettings, convert
 from dali_lmdb.errors import DeviceError, RecordError, SourceError, StoreNotFoundError
 from dali_lmdb.loaders.folder import FolderStore, open_data
 from dali_lmdb.store import open_store
 
 NUM_CLASSES, PER_CLASS = 2, 5
-QUICK = CompareSettings(batch_size=4, rounds=2, seconds=0.05, workers=1, size=16, device="cpu")
+QUICK = CompareSettings(
+    batch_size=4, rounds=2, seconds=0.05, workers=1, size=16, device="cpu", only=("torch", "dali")
+)
+ALL = replace(QUICK, only=())
+NAMED = ("dali", "model", "dali+model")
 
 
 def make_folder(path, *, per_class=PER_CLASS):
@@ -64,17 +71,75 @@ def settings(**overrides):
     return CompareSettings(**{**vars(QUICK), **overrides})
 
 
-def test_every_backend_is_measured_in_every_round(store, folder):
-    result = compare_throughput(store, images=folder, settings=QUICK)
-    assert [found.backend for found in result.measurements] == ["files", "torch", "dali", "reader"]
+def test_every_backend_is_measured_in_every_round_and_training_too(store, folder):
+    used = replace(ALL, arch="resnet18", size=32)
+    result = compare_throughput(store, images=folder, settings=used)
+    loading = ["files", "torch", "torch-v2", "dali", "dali-image", "reader", "decode"]
+    training = ["model", "torch+model", "dali+model"]
+    assert [found.backend for found in result.measurements] == loading + training
     for found in result.measurements:
         assert len(found.rounds) == len(found.ratios) == 2
         assert min(found.rounds) > 0
+        assert found.base == ("torch" if found.backend in loading else "torch+model")
+        assert 0 < found.cores < 2 * len(os.sched_getaffinity(0))
+        assert found.memory_bytes > 50e6  # Python with torch
+        for window in found.windows:
+            assert window.cpu_s_per_image * window.images_per_s == pytest.approx(window.cores)
+    dali, model, both = (found.images_per_s for found in result.measurements if found.backend in NAMED)
+    limit = "the model" if dali > model else "dali"
+    assert result.conclusion == (
+        f"dali gives {dali / model:.2g} times what resnet18 takes here: {limit} is the limit; "
+        f"training reaches {both / model:.0%} of the model alone"
+    )
+    assert table(result).splitlines()[-1] == result.conclusion
 
 
 def test_without_an_image_folder_only_the_store_is_read(store):
-    result = compare_throughput(store, settings=settings(rounds=1))
-    assert [found.backend for found in result.measurements] == ["torch", "dali"]
+    assert list(_data_by_backend(open_store(store), None, ALL)) == [
+        "torch",
+        "torch-v2",
+        "dali",
+        "dali-image",
+        "decode",
+    ]
+
+
+def test_only_some_can_be_measured_and_the_first_is_the_base_without_torch(store):
+    result = compare_throughput(store, settings=settings(rounds=1, only=("decode", "dali")))
+    assert [(found.backend, found.base) for found in result.measurements] == [("dali", "dali"), ("decode", "dali")]
+    with pytest.raises(ValueError, match="files, tarot cannot be measured here, only torch, torch-v2, dali"):
+        compare_throughput(store, settings=settings(only=("dali", "files", "tarot")))
+
+
+def rounds_of(random, *, slowdown, noise=0.03, rounds=5):
+    """Rounds of two backends; the machine's speed changes from round to round by more than either's noise."""
+    speeds = []
+    for _ in range(rounds):
+        machine, own, other = random.lognormal(7, 0.3), random.lognormal(0, noise), random.lognormal(0, noise)
+        window = Window(0.0, 0.001, 1.0, 0)
+        values = {"torch": machine * own, "dali": machine * other * (1 - slowdown)}
+        windows = {name: window._replace(images_per_s=value) for name, value in values.items()}
+        speeds.append(Round(number=1, windows=windows))
+    return speeds
+
+
+def test_a_slowdown_of_10_percent_is_told_apart_from_noise_and_none_is_claimed_without_it():
+    random = np.random.default_rng(0)
+
+    def share_claimed(**planted):
+        found = [_measurements(rounds_of(random, **planted))[1].interval for _ in range(400)]
+        return np.mean([interval.high < 1 for interval in found]), np.mean(
+            [interval.low > 1 for interval in found]
+        )
+
+    assert share_claimed(slowdown=0.1, noise=0.015) == (pytest.approx(1, abs=0.02), 0)
+    slower, faster = share_claimed(slowdown=0.0)
+    assert slower + faster < 0.025  # 1 % is expected
+
+
+def test_one_round_claims_nothing():
+    assert not interval_of([1.9]).differs
+    assert interval_of([1.9, 1.9, 1.9]).differs
 
 
 def test_ratio_is_the_median_of_the_ratios_inside_rounds(store):
@@ -96,8 +161,8 @@ def test_warm_up_is_reported_but_not_counted(store):
 
 def test_order_of_the_backends_is_reversed_from_round_to_round(store, folder):
     seen = []
-    compare_throughput(store, images=folder, settings=QUICK, progress=seen.append)
-    order = ["files", "torch", "dali", "reader"]
+    order = ["files", "torch", "dali"]
+    compare_throughput(store, images=folder, settings=settings(only=tuple(order)), progress=seen.append)
     assert [list(one.images_per_s) for one in seen] == [order, order[::-1], order]
 
 
@@ -105,7 +170,7 @@ def test_workers_of_a_backend_are_gone_when_its_window_is_over(store):
     left = []
     compare_throughput(
         store,
-        settings=settings(workers=2),
+        settings=settings(workers=2, only=("torch", "torch-v2", "dali")),
         progress=lambda _: left.extend(multiprocessing.active_children()),
     )
     assert left == []
@@ -136,7 +201,7 @@ def test_batches_prefetched_before_the_window_do_not_count():
             while True:
                 yield None, range(1)
 
-    assert _window(Loader(), settings(workers=workers), burst=workers) < 10**9
+    assert measure(Loader(), settings(workers=workers), burst=workers).images_per_s < 10**9
 
 
 def test_batch_size_is_cut_down_to_the_records_of_the_store(store):
@@ -154,15 +219,15 @@ def test_settings_of_the_result_say_what_was_used(store):
     ("device", "burst", "steps"), [("cpu", 1, 3), ("cpu", 8, 17), ("cuda", 1, 50), ("cuda", 32, 65)]
 )
 def test_warm_up_exceeds_what_is_prefetched_and_is_at_least_50_steps_on_a_gpu(device, burst, steps):
-    assert _warm_up_steps(device, burst=burst) == steps
+    assert warm_up_steps(device, burst=burst) == steps
 
 
 def test_on_a_gpu_decoding_on_the_cpu_is_a_backend_of_its_own_unless_it_is_chosen(store, folder):
     def backends(**chosen):
-        return list(_data_by_backend(open_store(store), folder, settings(device="cuda", **chosen)))
+        return list(_data_by_backend(open_store(store), folder, settings(device="cuda", only=(), **chosen)))
 
-    assert backends() == ["files", "torch", "dali", "dali-cpu", "reader"]
-    assert backends(decode_device="gpu") == ["files", "torch", "dali", "reader"]
+    assert backends() == ["files", "torch", "torch-v2", "dali", "dali-cpu", "reader", "decode"]
+    assert backends(decode_device="gpu") == ["files", "torch", "torch-v2", "dali", "reader", "decode"]
 
 
 def test_on_a_gpu_images_are_float16_and_channels_last():
@@ -261,15 +326,17 @@ def test_a_reader_that_fails_costs_only_its_row(tmp_path):
     Image.new("L", (40, 30)).save(images / "class1" / "4.jpg", "GIF")  # which DALI does not decode, Pillow does
     convert(images, tmp_path / "gif.lmdb")
     seen = []
-    result = compare_throughput(tmp_path / "gif.lmdb", images=images, settings=QUICK, progress=seen.append)
+    used = settings(only=("files", "torch", "dali", "reader", "decode"))
+    result = compare_throughput(tmp_path / "gif.lmdb", images=images, settings=used, progress=seen.append)
     assert [found.backend for found in result.measurements] == ["files", "torch", "dali"]
-    assert list(result.failed) == ["reader"]
+    assert list(result.failed) == ["reader", "decode"]
     assert "\n" not in result.failed["reader"]
-    assert _table(result).splitlines()[-1] == f"reader   not measured: {result.failed['reader']}"
+    assert f"reader: not measured: {result.failed['reader']}" in table(result).splitlines()
+    assert f"* reader: not measured: {result.failed['reader']}" in markdown(result).splitlines()
 
 
 def test_a_window_in_a_process_of_its_own_is_measured_too(folder):
-    assert _in_own_process(_reader_window, FolderStore(folder), QUICK, 1) > 0
+    assert _in_own_process(_reader_window, FolderStore(folder), QUICK, 1).images_per_s > 0
 
 
 def test_a_process_that_crashes_is_an_error():
@@ -286,8 +353,8 @@ def test_the_table_of_a_gpu_says_what_decoding_depends_on(store):
         versions=found.versions | {"nvidia-dali-cuda120": "2.4.0", "nvimagecodec": "0.9.0", "nvjpeg": "12.4.0"},
     )
     line = "DALI 2.4.0, nvImageCodec 0.9.0, nvJPEG 12.4.0, driver 550.54.14; hw_decoder_load 0.12, float16 NHWC"
-    assert line in _table(on_gpu).splitlines()
-    assert "driver" not in _table(found)
+    assert line in table(on_gpu).splitlines()
+    assert "driver" not in table(found)
 
 
 @pytest.mark.parametrize(
@@ -305,11 +372,12 @@ def test_the_drivers_version_is_what_its_kernel_module_says(text):
 
 @pytest.mark.gpu
 def test_backends_are_measured_on_the_gpu(store, folder):
-    result = compare_throughput(store, images=folder, settings=settings(device="cuda"))
+    used = settings(device="cuda", only=(), arch="resnet18", size=32)
+    result = compare_throughput(store, images=folder, settings=used)
     assert result.machine["gpu"]
     assert result.machine["driver"] != "unknown"
     measured = [found.backend for found in result.measurements]
-    assert measured + list(result.failed) == ["files", "torch", "dali", "dali-cpu", "reader"]
+    assert {*measured, *result.failed} == set(BACKENDS) - {"dali-image"}
     assert min(min(found.rounds) for found in result.measurements) > 0
 
 
@@ -358,6 +426,13 @@ def test_repeated_store_pickles_for_spawned_workers(store):
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))}.*expected"):
         settings(**wrong)
+
+
+def test_a_model_must_exist_and_be_trained():
+    with pytest.raises(ValueError, match="no classification model 'resnet1'; did you mean"):
+        settings(arch="resnet1")
+    with pytest.raises(ValueError, match="arch needs task 'train'"):
+        settings(arch="resnet18", task="eval")
 
 
 def test_missing_store_is_an_error(tmp_path):
@@ -414,17 +489,44 @@ QUICK_OPTIONS = (
 
 
 def test_command_prints_a_table(store, folder):
-    result = run(store, "--images", folder, *QUICK_OPTIONS)
+    result = run(store, "--images", folder, "--only", "files,torch,dali", *QUICK_OPTIONS)
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
     assert lines[0] == f"{store}: 10 records, 0.0 MB"
-    assert [line.split()[0] for line in lines[5:9]] == ["files", "torch", "dali", "reader"]
-    assert lines[6].split()[4:] == ["1.00", "1.00", "1.00"]
-    assert "dali     store, DALI (windows decoded on the CPU)" in lines
+    assert [line.split()[0] for line in lines[5:8]] == ["files", "torch", "dali"]
+    assert lines[6].split()[4:7] == ["1.00", "-", "-"]
+    assert "dali    store, DALI (windows decoded on the CPU)" in lines
+    assert lines[-1] == "not told apart from torch, with 99 % confidence: files, dali"  # in one round
+
+
+def test_command_prints_markdown_and_draws_bars(store, tmp_path):
+    pytest.importorskip("matplotlib", reason="needs the extra 'plot'")
+    picture = tmp_path / "bars.png"
+    result = run(store, "--only", "torch,dali", "--markdown", "--plot", picture, *QUICK_OPTIONS)
+    assert result.exit_code == 0, result.output
+    rows = [line for line in result.stdout.splitlines() if line.startswith("|")]
+    assert [row.split("|")[1].strip() for row in rows] == ["", "---", "`torch`", "`dali`"]
+    assert len({row.count("|") for row in rows}) == 1
+    with Image.open(picture) as drawn:
+        drawn.load()
+        assert min(drawn.size) > 300
+        colors = drawn.convert("RGBA").getcolors(1 << 20)
+    assert max(colors)[1][3] == 0  # transparent: for light and dark pages
+    assert any(color == (0x3B, 0x76, 0xAF, 255) for _, color in colors)
+    assert os.listdir(tmp_path) == ["bars.png"]
+
+
+@pytest.mark.parametrize("name", ["bars.txt", "none/bars.png"])
+def test_a_picture_that_cannot_be_written_is_refused_before_anything_is_measured(store, tmp_path, name):
+    pytest.importorskip("matplotlib", reason="needs the extra 'plot'")
+    result = run(store, "--plot", tmp_path / name, *QUICK_OPTIONS)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert name in result.stderr
+    assert result.stderr.count("\n") == 1
 
 
 def test_command_prints_one_json_object(store):
-    result = run(store, "--task", "eval", "--json", *QUICK_OPTIONS)
+    result = run(store, "--task", "eval", "--json", "--only", "torch,dali", *QUICK_OPTIONS)
     assert result.exit_code == 0, result.output
     values = json.loads(result.stdout)
     assert values["settings"] == {
@@ -438,6 +540,8 @@ def test_command_prints_one_json_object(store):
         "decode_device": None,
         "hw_decoder_load": 0.65,
         "task": "eval",
+        "arch": None,
+        "only": ["torch", "dali"],
     }
     assert values["images"] == {"dtype": "float32", "layout": "NCHW"}
     assert values["decoding"] == {"dali": {"decode": "window", "decode_device": "cpu"}}

@@ -1,8 +1,10 @@
 """Compare ways of loading, on the same records and the same work.
 
-``throughput`` measures images/s, as ``settings`` say, and ``dali_reader`` is its reference; ``repeat`` makes small
-data sets last long enough for that; ``report`` holds what every result contains. The command is
-``python -m dali_lmdb.compare``.
+``throughput`` measures images/s in rounds, as ``settings`` say, one ``window`` after the other, with what each
+takes (``usage``); ``confidence`` says which differences are more than noise. ``dali_reader`` and ``transforms_v2``
+are references made of DALI's and torchvision's own parts, ``model`` is a consumer that trains; ``repeat`` makes
+small data sets last long enough. ``report`` holds what every result contains, ``table`` and ``plot`` show it. The
+command is ``python -m dali_lmdb.compare``.
 """
 
 from dali_lmdb.compare.settings import CompareSettings

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Literal
 
 import click
 
 from dali_lmdb.cli import Command, option_of, print_progress, print_result
+from dali_lmdb.compare.plot import check_plot, plot
 from dali_lmdb.compare.settings import CompareSettings
-from dali_lmdb.compare.throughput import BACKENDS, Comparison, Round, compare_throughput
+from dali_lmdb.compare.table import markdown, table
+from dali_lmdb.compare.throughput import BACKENDS, Round, compare_throughput
 from dali_lmdb.loaders.settings import Decode, DecodeDevice
 
 __all__ = ["main"]
@@ -18,7 +21,10 @@ _option = option_of(CompareSettings)
 _AT_LEAST_1 = click.IntRange(min=1)
 
 
-@click.command(cls=Command)
+@click.command(
+    cls=Command,
+    epilog="\b\nWhat is measured:\n" + "\n".join(f"  {name}: {what}" for name, what in BACKENDS.items()),
+)
 @click.argument("store", metavar="STORE")
 @_option(
     "--task", type=click.Choice(["train", "eval"]), help="train: random crops and flips; eval: central crops."
@@ -41,7 +47,11 @@ _AT_LEAST_1 = click.IntRange(min=1)
     type=click.FloatRange(min=0, max=1),
     help="Fraction of a batch offered to the GPU's hardware JPEG engine.",
 )
+@_option("--arch", metavar="NAME", help="Also train this torchvision model: on one batch, and on what is loaded.")
+@click.option("--only", metavar="NAME,...", help="Measure only these of the names below.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
+@click.option("--markdown", "as_markdown", is_flag=True, help="Print the table as Markdown.")
+@click.option("--plot", "plot_file", metavar="FILE", help="Also draw bars, as PNG or SVG; needs matplotlib.")
 def main(
     store: str,
     *,
@@ -56,15 +66,21 @@ def main(
     decode: Decode,
     decode_device: DecodeDevice | None,
     hw_decoder_load: float,
+    arch: str | None,
+    only: str | None,
     as_json: bool,
+    as_markdown: bool,
+    plot_file: str | None,
 ) -> None:
     """Measure the images per second of each way of loading STORE.
 
-    files: an image folder, Pillow in DataLoader workers (with --images). torch: STORE, Pillow in DataLoader
-    workers (the classic path). dali: STORE, DALI. reader: the image folder, DALI's own file reader. All do the
-    same work; they take turns, and the ratio to torch is the median of the rounds' ratios. With a GPU, dali-cpu is
-    STORE, DALI with decoding on the CPU.
+    All do the same work; they take turns, and ratios are those of the same round. A difference is claimed if it is
+    one with 99 % confidence.
     """
+    if as_json and as_markdown:
+        raise click.UsageError("--json and --markdown exclude each other")
+    if plot_file is not None:
+        check_plot(Path(plot_file))
     settings = CompareSettings(
         task=task,
         batch_size=batch_size,
@@ -76,52 +92,20 @@ def main(
         decode=decode,
         decode_device=decode_device,
         hw_decoder_load=hw_decoder_load,
+        arch=arch,
+        only=() if only is None else tuple(name.strip() for name in only.split(",")),
     )
     found = compare_throughput(store, images=images, settings=settings, progress=_report)
-    print_result(json.dumps(found.to_dict()) if as_json else _table(found))
+    if plot_file is not None:
+        plot(found, Path(plot_file))
+    show = (lambda result: json.dumps(result.to_dict())) if as_json else markdown if as_markdown else table
+    print_result(show(found))
 
 
 def _report(done: Round) -> None:
     what = f"round {done.number}" if done.number else "warm-up"
     speeds = [f"{name} {done.images_per_s[name]:,.0f}" for name in BACKENDS if name in done.images_per_s]
     print_progress(f"{what}: {'  '.join(speeds)} images/s")
-
-
-def _table(result: Comparison) -> str:
-    settings = result.settings
-    head = result.heading(
-        f"{settings.task}, {settings.size} x {settings.size}, batches of {settings.batch_size}, "
-        f"{settings.workers} workers or threads, {settings.rounds} rounds of {settings.seconds:g} s",
-        *_gpu_line(result),
-    )
-    columns = f"{'':9}{'images/s':>10}{'min':>9}{'max':>9}{'ratio':>8}{'min':>7}{'max':>7}"
-    rows = [
-        f"{found.backend:<9}{found.images_per_s:>10,.0f}{min(found.rounds):>9,.0f}{max(found.rounds):>9,.0f}"
-        f"{found.ratio:>8.2f}{min(found.ratios):>7.2f}{max(found.ratios):>7.2f}"
-        for found in result.measurements
-    ]
-    meanings = [f"{found.backend:<9}{_meaning(found.backend, result)}" for found in result.measurements]
-    failed = [f"{backend:<9}not measured: {cause}" for backend, cause in result.failed.items()]
-    return "\n".join([head, columns, *rows, "", *meanings, *failed])
-
-
-def _gpu_line(result: Comparison) -> list[str]:
-    """What decides how fast a GPU decodes; nothing without one."""
-    if result.settings.device != "cuda":
-        return []
-    found, settings = result.versions, result.settings
-    return [
-        f"DALI {found['nvidia-dali-cuda120']}, nvImageCodec {found['nvimagecodec']}, nvJPEG {found['nvjpeg']}, "
-        f"driver {result.machine['driver']}; hw_decoder_load {settings.hw_decoder_load:g}, "
-        f"{settings.dtype} {settings.layout}"
-    ]
-
-
-def _meaning(backend: str, result: Comparison) -> str:
-    chosen = result.decoding.get(backend)
-    if chosen is None:
-        return BACKENDS[backend]
-    return f"{BACKENDS[backend]} ({chosen['decode']}s decoded on the {chosen['decode_device'].upper()})"
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
-"""DALI's own file reader, a reference that needs neither a store nor this package's loaders.
+"""References made of DALI alone, without this package's loaders: its own file reader, and its decoder.
 
-The graph is that of DALI's ImageNet example, with the sizes, filter and crops of ours. DALI draws the crops and
-flips, so they differ from those of the other backends but cost the same.
+The reader's graph is that of DALI's ImageNet example, with the sizes, filter and crops of ours. DALI draws the
+crops and flips, so they differ from those of the other backends but cost the same.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from nvidia.dali import Pipeline, fn, types
 from nvidia.dali.data_node import DataNode
@@ -16,8 +19,11 @@ from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
 from dali_lmdb.loaders.settings import DecodeDevice
 from dali_lmdb.plan.augment import EvalTransform, TrainTransform, Transform
+from dali_lmdb.store import Store
 
-__all__ = ["batches_of", "define_reader"]
+__all__ = ["batches_of", "decoded_batches", "define_reader"]
+
+_PREFETCHED = 2  # DALI's default
 
 
 def define_reader(
@@ -95,3 +101,39 @@ def batches_of(pipeline: Pipeline) -> Iterator[tuple[torch.Tensor, torch.Tensor]
     """
     for (outputs,) in DALIGenericIterator(pipeline, ["images", "labels"], size=-1):
         yield outputs.pop("images"), outputs.pop("labels")
+
+
+def decoded_batches(
+    store: Store,
+    *,
+    batch_size: int,
+    device_id: int | None,
+    decode_device: DecodeDevice,
+    hw_decoder_load: float,
+    num_threads: int,
+) -> Iterator[tuple[None, range]]:
+    """Decode whole images of a store in order, and nothing else, without end; yield as many numbers as images.
+
+    Args:
+        batch_size, device_id, decode_device, hw_decoder_load, num_threads: as of ``define_reader``.
+    """
+    in_use: deque[list[npt.NDArray[np.uint8]]] = deque(maxlen=2 * _PREFETCHED + 2)  # DALI keeps pointers only
+
+    def next_batch(step: int = 0) -> Iterator[list[npt.NDArray[np.uint8]]]:
+        while True:
+            records = np.arange(step * batch_size, (step + 1) * batch_size) % len(store)
+            in_use.append(store.arrays(records))
+            yield in_use[-1]
+            step += 1
+
+    pipeline = Pipeline(batch_size, num_threads, device_id, prefetch_queue_depth=_PREFETCHED)
+    decoding: dict[str, Any] = {"output_type": types.RGB, "adjust_orientation": False}
+    if decode_device == "gpu":
+        decoding |= {"device": "mixed", "hw_decoder_load": hw_decoder_load}
+    with pipeline:
+        encoded = fn.external_source(next_batch(), batch=True, no_copy=True, dtype=types.UINT8, ndim=1)
+        pipeline.set_outputs(fn.decoders.image(encoded, **decoding))
+    pipeline.build()
+    while True:
+        pipeline.run()
+        yield None, range(batch_size)

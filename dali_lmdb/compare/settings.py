@@ -7,6 +7,7 @@ from typing import Literal
 
 from dali_lmdb.loaders.settings import DaliSettings, Decode, DecodeDevice, Dtype, Layout
 from dali_lmdb.plan.augment import EvalTransform, TrainTransform, Transform
+from dali_lmdb.train.models import check_arch
 
 __all__ = ["CompareSettings"]
 
@@ -23,7 +24,7 @@ class CompareSettings:
     """Images per step, at most the number of records in the store; None: 256 on a GPU, else 64."""
     rounds: int = 5
     """Number of measured windows of each backend."""
-    seconds: float = 5.0
+    seconds: float = 2.0
     """Length of a window, in seconds; it ends with a batch, so it is a little longer."""
     workers: int | None = None
     """DataLoader worker processes, and threads of DALI's pipeline; None: the cores this process may use."""
@@ -39,6 +40,10 @@ class CompareSettings:
     """Fraction of a batch that DALI offers to the GPU's hardware JPEG engine."""
     task: Literal["train", "eval"] = "train"
     """``"train"``: shuffled, random crops and flips; ``"eval"``: in order, central crops."""
+    arch: str | None = None
+    """torchvision classification model to train: alone, on one batch, and on what ``torch`` and ``dali`` load."""
+    only: tuple[str, ...] = ()
+    """Names of the backends to measure; empty: all that can be."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "rounds", "size", "workers"):
@@ -50,6 +55,10 @@ class CompareSettings:
             raise ValueError(f"device is {self.device!r}, expected 'auto', 'cuda' or 'cpu'")
         if self.task not in ("train", "eval"):
             raise ValueError(f"task is {self.task!r}, expected 'train' or 'eval'")
+        if self.arch is not None:
+            check_arch(self.arch)
+            if self.task == "eval":
+                raise ValueError("arch needs task 'train'")
         _ = self.dali  # raises ValueError for a bad value
 
     @property

@@ -1,8 +1,8 @@
 """Images/s of loaders that do the same work, measured in turns so that the machine's load affects all alike.
 
 Each round has one window of time for each backend, in an order that is reversed from round to round. All
-windows of a round use the same plan: same records, same crops, same flips; only DALI's own file reader draws its
-own. A warm-up round comes first.
+windows of a round use the same plan: same records, same crops, same flips; only those not made of this package's
+loaders draw their own. A warm-up round comes first.
 
 This compares loading from the page cache: if data are missing from it, the first backend of a round reads
 them from disk and the others do not.
@@ -17,8 +17,7 @@ from __future__ import annotations
 
 import os
 import statistics
-import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
@@ -27,10 +26,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from dali_lmdb.compare.dali_reader import batches_of, define_reader
+from dali_lmdb.compare.confidence import Interval, interval_of
+from dali_lmdb.compare.dali_reader import batches_of, decoded_batches, define_reader
+from dali_lmdb.compare.model import Model
 from dali_lmdb.compare.repeat import RepeatedStore
 from dali_lmdb.compare.report import Measured, machine, spread, versions
 from dali_lmdb.compare.settings import CompareSettings
+from dali_lmdb.compare.transforms_v2 import V2Loader
+from dali_lmdb.compare.window import Window, measure
 from dali_lmdb.errors import DeviceError, SourceError, StoreError, one_line
 from dali_lmdb.loaders.backends import open_loader
 from dali_lmdb.loaders.base import Loader
@@ -44,22 +47,25 @@ __all__ = ["BACKENDS", "Comparison", "Measurement", "Round", "compare_throughput
 BACKENDS = {
     "files": "image folder, Pillow in DataLoader workers",
     "torch": "store, Pillow in DataLoader workers (the classic path)",
+    "torch-v2": "store, torchvision's decode_image and transforms.v2 in DataLoader workers, own crops",
     "dali": "store, DALI",
+    "dali-image": "store, DALI, whole images decoded instead of windows",
     "dali-cpu": "store, DALI with decoding on the CPU, the rest on the GPU",
-    "reader": "image folder, DALI's own file reader, which draws its own crops",
+    "reader": "image folder, DALI's own file reader, own crops",
+    "decode": "store, DALI's decoder alone on whole images: a limit for what decodes them",
+    "model": "training on one batch that stays on the device: a limit for training",
+    "torch+model": "training on what torch loads",
+    "dali+model": "training on what dali loads",
 }
 """The backends that can be measured, in the order of the table."""
+
+# References, which are not this package's: one that fails costs only its row.
+_REFERENCES = ("torch-v2", "reader", "decode")
+_IMAGE_FOLDER = ("files", "reader")
 
 # At an epoch's end a DataLoader's prefetched batches run out, which happens every few steps with some hundred
 # records and is negligible with ImageNet. Smaller data sets are repeated to make this many steps.
 _EPOCH_STEPS = 1000
-
-# Batches that a loader may have ready: DataLoader's prefetch_factor and DaliLoader's prefetch_queue_depth are both
-# 2 by default, DataLoader's for each worker.
-_AHEAD = 2
-
-# Steps before each window on a GPU, not measured.
-_GPU_WARM_UP = 50
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,10 +73,17 @@ class Measurement:
     """One backend's windows."""
 
     backend: str
-    rounds: list[float]
-    """Images/s of each round."""
+    windows: list[Window]
+    """Of each round."""
     ratios: list[float]
-    """Images/s divided by that of ``torch`` in the same round."""
+    """Images/s divided by those of ``base`` in the same round."""
+    base: str
+    """``torch``, or ``torch+model`` where a model trains; if that is not measured, the first of the table."""
+
+    @property
+    def rounds(self) -> list[float]:
+        """Images/s of each round."""
+        return [window.images_per_s for window in self.windows]
 
     @property
     def images_per_s(self) -> float:
@@ -78,17 +91,44 @@ class Measurement:
         return statistics.median(self.rounds)
 
     @property
+    def cpu_ms_per_image(self) -> float:
+        """CPU time an image in ms, median over the rounds."""
+        return 1000 * statistics.median(window.cpu_s_per_image for window in self.windows)
+
+    @property
+    def cores(self) -> float:
+        """CPU time divided by elapsed time, median over the rounds."""
+        return statistics.median(window.cores for window in self.windows)
+
+    @property
+    def memory_bytes(self) -> int:
+        """The most of all rounds, see ``Window``."""
+        return max(window.memory_bytes for window in self.windows)
+
+    @property
     def ratio(self) -> float:
         """Median of the rounds' ratios."""
         return statistics.median(self.ratios)
+
+    @property
+    def interval(self) -> Interval:
+        """Where the true ratio lies, with 99 % confidence."""
+        return interval_of(self.ratios)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for JSON."""
         return {
             "images_per_s": spread(self.rounds),
+            "base": self.base,
             "ratio": self.ratio,
             "ratio_min": min(self.ratios),
             "ratio_max": max(self.ratios),
+            "ratio_low": self.interval.low if len(self.ratios) > 1 else None,
+            "ratio_high": self.interval.high if len(self.ratios) > 1 else None,
+            "differs": self.interval.differs,
+            "cpu_ms_per_image": self.cpu_ms_per_image,
+            "cores": self.cores,
+            "memory_bytes": self.memory_bytes,
         }
 
 
@@ -101,7 +141,7 @@ class Comparison(Measured):
     decoding: dict[str, dict[str, str]]
     """By backend, the ``decode`` and ``decode_device`` that a ``DaliLoader`` chose."""
     failed: dict[str, str]
-    """Why DALI's own file reader was not measured, by backend; empty if it was."""
+    """Why a reference was not measured, by backend; empty if all were."""
     measurements: list[Measurement]
 
     def to_dict(self) -> dict[str, Any]:
@@ -111,7 +151,21 @@ class Comparison(Measured):
             decoding=self.decoding,
             failed=self.failed,
             backends={found.backend: found.to_dict() for found in self.measurements},
+            conclusion=self.conclusion,
         )
+
+    @property
+    def conclusion(self) -> str | None:
+        """What limits training, in a sentence; None without a model."""
+        speeds = {found.backend: found.images_per_s for found in self.measurements}
+        if "model" not in speeds or not (loaders := [name for name in ("dali", "torch") if name in speeds]):
+            return None
+        name, model = loaders[0], speeds["model"]
+        times = speeds[name] / model
+        limit = "the model" if times >= 1 else name
+        found = f"{name} gives {times:.2g} times what {self.settings.arch} takes here: {limit} is the limit"
+        trained = speeds.get(f"{name}+model")
+        return found if trained is None else f"{found}; training reaches {trained / model:.0%} of the model alone"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +174,13 @@ class Round:
 
     number: int
     """0 for the warm-up, then from 1."""
-    images_per_s: dict[str, float]
-    """Images/s by backend."""
+    windows: dict[str, Window]
+    """What was measured, by backend."""
+
+    @property
+    def images_per_s(self) -> dict[str, float]:
+        """Images/s by backend."""
+        return {backend: window.images_per_s for backend, window in self.windows.items()}
 
 
 def compare_throughput(
@@ -131,10 +190,10 @@ def compare_throughput(
     settings: CompareSettings | None = None,
     progress: Callable[[Round], None] | None = None,
 ) -> Comparison:
-    """Measure the images/s that each backend delivers to a consumer that does nothing with them.
+    """Measure the images/s that each backend delivers to a consumer: one that does nothing with them, or a model.
 
     Args:
-        store: the store that ``torch`` and ``dali`` read.
+        store: the store that is read.
         images: the image folder that the store was made from, to measure ``files`` and ``reader`` too.
         settings: by default ``CompareSettings()``.
         progress: called after every round.
@@ -143,23 +202,24 @@ def compare_throughput(
         StoreError, SourceError: the data cannot be opened, or the folder does not hold the store's records.
         RecordError: an image cannot be decoded.
         DeviceError: ``device="cuda"`` without a usable GPU.
-        ValueError: ``decode_device="gpu"`` on the CPU.
+        ValueError: ``decode_device="gpu"`` on the CPU, or ``only`` names what is not measured with these settings.
     """
     opened = open_store(store)
     settings = _resolve(settings or CompareSettings(), opened)
     data = _data_by_backend(opened, images, settings)
+    model = None if settings.arch is None else Model(settings, num_classes=len(opened.classes))
     rounds, failed = [], dict[str, str]()
     for number in range(settings.rounds + 1):
-        speeds = {}
+        windows = {}
         for backend in list(reversed(data) if number % 2 else data):
             try:
-                speeds[backend] = _speed(backend, data[backend], settings, number=number)
+                windows[backend] = _window(backend, data[backend], settings, number=number, model=model)
             except RuntimeError as error:
-                if backend != "reader":
+                if backend not in _REFERENCES:
                     raise
                 failed[backend] = _cause(error)
                 del data[backend]
-        rounds.append(Round(number=number, images_per_s=speeds))
+        rounds.append(Round(number=number, windows=windows))
         if progress is not None:
             progress(rounds[-1])
     return Comparison(
@@ -202,19 +262,36 @@ def _data_by_backend(
 ) -> dict[str, Store]:
     """What each backend reads, in the order of the table."""
     assert settings.batch_size is not None
+    folder = None if images is None else _open_images(images, store)
+    names = [name for name in BACKENDS if _can_be_measured(name, settings, has_images=folder is not None)]
+    if unknown := [name for name in settings.only if name not in names]:
+        raise ValueError(f"only: {', '.join(unknown)} cannot be measured here, only {', '.join(names)}")
     times = -(-_EPOCH_STEPS * settings.batch_size // len(store))
 
     def repeated(data: Store) -> Store:
         return RepeatedStore(data, times=times) if times > 1 else data
 
-    folder = None if images is None else _open_images(images, store)
-    data = {} if folder is None else {"files": repeated(folder)}
-    data |= {"torch": repeated(store), "dali": repeated(store)}
-    if settings.device == "cuda" and settings.decode_device is None:
-        data["dali-cpu"] = repeated(store)
-    if folder is not None:
-        data["reader"] = folder  # not repeated: its epochs follow each other without a pause
+    data: dict[str, Store] = {}
+    for name in names:
+        if settings.only and name not in settings.only:
+            continue
+        if name in _IMAGE_FOLDER:
+            assert folder is not None
+            # The reader's is not repeated: its epochs follow each other without a pause.
+            data[name] = folder if name == "reader" else repeated(folder)
+        else:
+            data[name] = repeated(store)
     return data
+
+
+def _can_be_measured(name: str, settings: CompareSettings, *, has_images: bool) -> bool:
+    if name in _IMAGE_FOLDER:
+        return has_images
+    if name == "dali-image":  # on a GPU, dali decodes whole images anyway, and windows may crash
+        return settings.device == "cpu" and settings.decode == "auto"
+    if name == "dali-cpu":
+        return settings.device == "cuda" and settings.decode_device is None
+    return settings.arch is not None or "model" not in name
 
 
 def _open_images(path: str | os.PathLike[str], store: Store) -> FolderStore:
@@ -230,37 +307,62 @@ def _open_images(path: str | os.PathLike[str], store: Store) -> FolderStore:
     return folder
 
 
-def _speed(backend: str, data: Store, settings: CompareSettings, *, number: int) -> float:
-    """Images/s of a backend in the window of one round."""
+def _window(
+    backend: str, data: Store, settings: CompareSettings, *, number: int, model: Model | None = None
+) -> Window:
+    """One round's window of a backend."""
+    assert settings.batch_size is not None
+    assert settings.workers is not None
     if isinstance(data, FolderStore) and backend == "reader":
         if settings.device == "cpu":
             return _reader_window(data, settings, number)
         # On a GPU the reader decodes windows, for which nvImageCodec's issue 55 reports crashes: they must not end
         # the comparison.
-        return _in_own_process(_reader_window, data, settings, number)
-    with _open_loader(backend, data, settings) as loader:
-        loader.set_epoch(number)
-        return _window(loader, settings, burst=_burst(backend, settings))
+        found: Window = _in_own_process(_reader_window, data, settings, number)
+        return found
+    if backend == "decode":
+        return measure(decoded_batches(data, **_dali_arguments(settings)), settings, burst=1)
+    if backend == "torch-v2":
+        loader = V2Loader(
+            data,
+            transform=settings.transform,
+            batch_size=settings.batch_size,
+            num_workers=settings.workers,
+            seed=number,
+            device="cuda" if settings.device == "cuda" else "cpu",
+        )
+        return measure(loader, settings, burst=settings.workers)
+    if backend == "model":
+        assert model is not None
+        return measure(model.batches(), settings, burst=1, consume=model)
+    with _open_loader(backend, data, settings) as loader_of_ours:
+        loader_of_ours.set_epoch(number)
+        burst = 1 if _uses_dali_loader(backend) or backend.endswith("+model") else settings.workers
+        return measure(loader_of_ours, settings, burst=burst, consume=model if "model" in backend else None)
 
 
-def _reader_window(folder: FolderStore, settings: CompareSettings, number: int) -> float:
-    assert settings.batch_size is not None
-    assert settings.workers is not None
+def _dali_arguments(settings: CompareSettings) -> dict[str, Any]:
+    return {
+        "batch_size": settings.batch_size,
+        "device_id": torch.cuda.current_device() if settings.device == "cuda" else None,
+        "decode_device": settings.decode_device or ("gpu" if settings.device == "cuda" else "cpu"),
+        "hw_decoder_load": settings.hw_decoder_load,
+        "num_threads": settings.workers,
+    }
+
+
+def _reader_window(folder: FolderStore, settings: CompareSettings, number: int) -> Window:
     reader = define_reader(
         folder.files,
         folder.labels.tolist(),
         transform=settings.transform,
-        batch_size=settings.batch_size,
-        device_id=torch.cuda.current_device() if settings.device == "cuda" else None,
-        decode_device=settings.decode_device or ("gpu" if settings.device == "cuda" else "cpu"),
-        hw_decoder_load=settings.hw_decoder_load,
-        num_threads=settings.workers,
         seed=number,
+        **_dali_arguments(settings),
     )
-    return _window(batches_of(reader), settings, burst=1)
+    return measure(batches_of(reader), settings, burst=1)
 
 
-def _in_own_process(function: Callable[..., float], *arguments: Any) -> float:
+def _in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """Call a function in a process of its own; if that crashes, raise ``RuntimeError``."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
@@ -273,12 +375,17 @@ def _cause(error: RuntimeError) -> str:
 
 
 def _uses_dali_loader(backend: str) -> bool:
-    return backend in ("dali", "dali-cpu")
+    return backend.partition("+")[0] in ("dali", "dali-image", "dali-cpu")
 
 
 def _open_loader(backend: str, data: Store, settings: CompareSettings) -> Loader:
     assert settings.batch_size is not None
     assert settings.workers is not None
+    dali = settings.dali
+    if backend == "dali-cpu":
+        dali = replace(dali, decode_device="cpu")
+    if backend == "dali-image":
+        dali = replace(dali, decode="image")
     return open_loader(
         data,
         backend="dali" if _uses_dali_loader(backend) else "torch",
@@ -291,7 +398,7 @@ def _open_loader(backend: str, data: Store, settings: CompareSettings) -> Loader
         last_batch="drop",  # a short batch is not the same work
         dtype=settings.dtype,
         layout=settings.layout,
-        dali=replace(settings.dali, decode_device="cpu") if backend == "dali-cpu" else settings.dali,
+        dali=dali,
     )
 
 
@@ -302,59 +409,19 @@ def _decoding(data: Store, backend: str, settings: CompareSettings) -> dict[str,
         return {"decode": loader.graph.decode, "decode_device": loader.graph.decode_device}
 
 
-def _burst(backend: str, settings: CompareSettings) -> int:
-    """Batches that tend to arrive together: one from each DataLoader worker."""
-    assert settings.workers is not None
-    return 1 if _uses_dali_loader(backend) else settings.workers
-
-
-def _window(loader: Iterable[tuple[torch.Tensor, ...]], settings: CompareSettings, *, burst: int) -> float:
-    """Images/s of one window.
-
-    Only whole bursts are counted: otherwise a window could begin after the first batch of one burst and end after
-    the first of another, which counts up to one batch per worker too many.
-    """
-    batches = _endless(loader)
-    try:
-        for _ in range(_warm_up_steps(settings.device, burst=burst)):
-            next(batches)
-        begin = _now(settings.device)
-        num_images = 0
-        while time.perf_counter() - begin < settings.seconds:
-            num_images += sum(next(batches) for _ in range(burst))
-        return num_images / (_now(settings.device) - begin)
-    finally:
-        batches.close()
-
-
-def _warm_up_steps(device: str, *, burst: int) -> int:
-    """Number of steps before a window: more than a loader has ready, and on a GPU enough for it to settle."""
-    return max(_AHEAD * burst + 1, _GPU_WARM_UP if device == "cuda" else 0)
-
-
-def _endless(loader: Iterable[tuple[torch.Tensor, ...]]) -> Generator[int, None, None]:
-    """The number of images of each batch, epoch after epoch."""
-    while True:
-        for batch in loader:
-            num_images = len(batch[1])
-            del batch  # its memory belongs to the pipeline, which reuses it for the next one
-            yield num_images
-
-
-def _now(device: str) -> float:
-    """The time in seconds, after all work given to the device is done."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def _measurements(rounds: list[Round]) -> list[Measurement]:
-    return [
-        Measurement(
-            backend=backend,
-            rounds=[one.images_per_s[backend] for one in rounds],
-            ratios=[one.images_per_s[backend] / one.images_per_s["torch"] for one in rounds],
-        )
-        for backend in BACKENDS
-        if all(backend in one.images_per_s for one in rounds)
-    ]
+    names = [name for name in BACKENDS if all(name in one.windows for one in rounds)]
+    found = []
+    for name in names:
+        base = _base_of(name, names)
+        ratios = [one.images_per_s[name] / one.images_per_s[base] for one in rounds]
+        windows = [one.windows[name] for one in rounds]
+        found.append(Measurement(backend=name, windows=windows, ratios=ratios, base=base))
+    return found
+
+
+def _base_of(name: str, names: list[str]) -> str:
+    """What a backend is compared with."""
+    alike = [other for other in names if ("model" in other) == ("model" in name)]
+    base = "torch+model" if "model" in name else "torch"
+    return base if base in alike else alike[0]
