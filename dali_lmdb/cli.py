@@ -41,6 +41,7 @@ _COMMANDS = {
     "export": "dali_lmdb.inspect.commands:export_command",
     "info": "dali_lmdb.inspect.commands:info_command",
     "train": "dali_lmdb.train.__main__:main",
+    "tune": "dali_lmdb.compare.commands:tune_command",
     "verify": "dali_lmdb.inspect.commands:verify_command",
 }
 _LINE_INTERVAL_S = 10  # between progress lines if stderr is not a terminal

@@ -28,7 +28,7 @@ from dali_lmdb.compare.throughput import (
     _measurements,
     _open_loader,
     _reader_window,
-    _resolve,
+    resolve,
 )
 from dali_lmdb.compare.window import Window, measure, warm_up_steps
 from dali_lmdb.convert import ConvertSettings, convert
@@ -238,7 +238,7 @@ def test_on_a_gpu_images_are_float16_and_channels_last():
 def test_defaults_on_the_cpu_are_those_of_a_small_machine(store):
     result = compare_throughput(store, settings=settings(rounds=1, batch_size=None))
     used = result.settings
-    assert _resolve(CompareSettings(device="cpu"), RepeatedStore(open_store(store), times=100)).batch_size == 64
+    assert resolve(CompareSettings(device="cpu"), RepeatedStore(open_store(store), times=100)).batch_size == 64
     assert (used.batch_size, used.dtype, used.layout) == (10, "float32", "NCHW")
 
 

@@ -35,14 +35,24 @@ from dali_lmdb.compare.settings import CompareSettings
 from dali_lmdb.compare.transforms_v2 import V2Loader
 from dali_lmdb.compare.window import Window, measure
 from dali_lmdb.errors import DeviceError, SourceError, StoreError, one_line
-from dali_lmdb.loaders.backends import open_loader
+from dali_lmdb.loaders.backends import Backend, open_loader
 from dali_lmdb.loaders.base import Loader
 from dali_lmdb.loaders.dali_loader import DaliLoader
 from dali_lmdb.loaders.folder import FolderStore
+from dali_lmdb.loaders.settings import DaliSettings
 from dali_lmdb.store import Store, open_store
 from dali_lmdb.threads import threads_per_rank
 
-__all__ = ["BACKENDS", "Comparison", "Measurement", "Round", "compare_throughput"]
+__all__ = [
+    "BACKENDS",
+    "Comparison",
+    "Measurement",
+    "Round",
+    "compare_throughput",
+    "open_dali",
+    "repeated",
+    "resolve",
+]
 
 BACKENDS = {
     "files": "image folder, Pillow in DataLoader workers",
@@ -205,7 +215,7 @@ def compare_throughput(
         ValueError: ``decode_device="gpu"`` on the CPU, or ``only`` names what is not measured with these settings.
     """
     opened = open_store(store)
-    settings = _resolve(settings or CompareSettings(), opened)
+    settings = resolve(settings or CompareSettings(), opened)
     data = _data_by_backend(opened, images, settings)
     model = None if settings.arch is None else Model(settings, num_classes=len(opened.classes))
     rounds, failed = [], dict[str, str]()
@@ -237,8 +247,12 @@ def compare_throughput(
     )
 
 
-def _resolve(settings: CompareSettings, store: Store) -> CompareSettings:
-    """Replace None and ``"auto"``, and limit the batch size to the store's records."""
+def resolve(settings: CompareSettings, store: Store) -> CompareSettings:
+    """Replace None and ``"auto"``, and limit the batch size to the store's records.
+
+    Raises:
+        StoreError, DeviceError, ValueError: as ``compare_throughput``.
+    """
     if len(store) == 0:
         raise StoreError(f"{store.path}: no records to read; convert a folder with images in it")
     if settings.device == "cuda" and not torch.cuda.is_available():
@@ -261,16 +275,10 @@ def _data_by_backend(
     store: Store, images: str | os.PathLike[str] | None, settings: CompareSettings
 ) -> dict[str, Store]:
     """What each backend reads, in the order of the table."""
-    assert settings.batch_size is not None
     folder = None if images is None else _open_images(images, store)
     names = [name for name in BACKENDS if _can_be_measured(name, settings, has_images=folder is not None)]
     if unknown := [name for name in settings.only if name not in names]:
         raise ValueError(f"only: {', '.join(unknown)} cannot be measured here, only {', '.join(names)}")
-    times = -(-_EPOCH_STEPS * settings.batch_size // len(store))
-
-    def repeated(data: Store) -> Store:
-        return RepeatedStore(data, times=times) if times > 1 else data
-
     data: dict[str, Store] = {}
     for name in names:
         if settings.only and name not in settings.only:
@@ -278,10 +286,17 @@ def _data_by_backend(
         if name in _IMAGE_FOLDER:
             assert folder is not None
             # The reader's is not repeated: its epochs follow each other without a pause.
-            data[name] = folder if name == "reader" else repeated(folder)
+            data[name] = folder if name == "reader" else repeated(folder, settings)
         else:
-            data[name] = repeated(store)
+            data[name] = repeated(store, settings)
     return data
+
+
+def repeated(data: Store, settings: CompareSettings) -> Store:
+    """The data, repeated until an epoch is long."""
+    assert settings.batch_size is not None
+    times = -(-_EPOCH_STEPS * settings.batch_size // len(data))
+    return RepeatedStore(data, times=times) if times > 1 else data
 
 
 def _can_be_measured(name: str, settings: CompareSettings, *, has_images: bool) -> bool:
@@ -379,17 +394,26 @@ def _uses_dali_loader(backend: str) -> bool:
 
 
 def _open_loader(backend: str, data: Store, settings: CompareSettings) -> Loader:
-    assert settings.batch_size is not None
-    assert settings.workers is not None
     dali = settings.dali
     if backend == "dali-cpu":
         dali = replace(dali, decode_device="cpu")
     if backend == "dali-image":
         dali = replace(dali, decode="image")
+    return _open(data, settings, "dali" if _uses_dali_loader(backend) else "torch", dali)
+
+
+def open_dali(data: Store, settings: CompareSettings, dali: DaliSettings) -> Loader:
+    """Open a ``DaliLoader``; its ``num_threads`` are the settings' ``workers`` unless given."""
+    return _open(data, settings, "dali", dali)
+
+
+def _open(data: Store, settings: CompareSettings, backend: Backend, dali: DaliSettings) -> Loader:
+    assert settings.batch_size is not None
+    assert settings.workers is not None
     return open_loader(
         data,
-        backend="dali" if _uses_dali_loader(backend) else "torch",
-        workers=settings.workers,
+        backend=backend,
+        workers=dali.num_threads or settings.workers,
         transform=settings.transform,
         batch_size=settings.batch_size,
         device="cuda" if settings.device == "cuda" else "cpu",

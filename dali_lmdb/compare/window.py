@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterable
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +32,8 @@ class Window(NamedTuple):
     """CPU time divided by elapsed time."""
     memory_bytes: int
     """Memory of this process and its workers at the end, see ``usage.memory_bytes``."""
+    batch_s: tuple[float, ...] = ()
+    """How long each burst took, in seconds."""
 
 
 def measure(
@@ -55,11 +58,13 @@ def measure(
         for _ in range(warm_up_steps(settings.device, burst=burst)):
             next(numbers)
         begin, cpu_begin = _now(settings.device), cpu_seconds()
-        num_images = 0
-        while time.perf_counter() - begin < settings.seconds:
+        num_images, ends = 0, [begin]
+        while ends[-1] - begin < settings.seconds:
             num_images += sum(next(numbers) for _ in range(burst))
+            ends.append(time.perf_counter())
         elapsed, cpu = _now(settings.device) - begin, cpu_seconds() - cpu_begin
-        return Window(num_images / elapsed, cpu / num_images, cpu / elapsed, memory_bytes())
+        batch_s = tuple(end - start for start, end in pairwise(ends))
+        return Window(num_images / elapsed, cpu / num_images, cpu / elapsed, memory_bytes(), batch_s)
     finally:
         numbers.close()
 

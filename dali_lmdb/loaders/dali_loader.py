@@ -40,6 +40,7 @@ from dali_lmdb.loaders.settings import (
     LoaderSettings,
     Resize,
 )
+from dali_lmdb.loaders.tuned import with_tuned
 from dali_lmdb.loaders.verdicts import Verdicts
 from dali_lmdb.plan.augment import Transform
 from dali_lmdb.plan.batches import BatchPlan
@@ -111,12 +112,16 @@ class DaliLoader(Loader):
             1/2, 1/4 or 1/8 of its size by libjpeg-turbo (Pillow's ``draft``), which is much faster for photos of
             many megapixels; what it costs in pixels is in README. Only where ``resize`` is ``"torch"``.
             ``"exact"`` decodes every pixel.
+        tuned: a file of ``dali-lmdb tune --save``, whose values replace those of ``num_threads``,
+            ``prefetch_queue_depth``, ``readahead_bytes``, ``decode_device`` and ``hw_decoder_load`` that are left
+            at their defaults.
         return_index: yield ``(images, labels, records)``, with record indices int64 (n,) on the CPU.
         in_flight_file: a file that tells, after a decoder has killed this process, which records it was decoding:
             for ``read_left_over`` and ``find_crashing``. Removed by ``close``.
 
     Raises:
         StoreError: the store cannot be opened.
+        StateError: ``tuned`` is no such file.
         DeviceError: ``device="cuda"`` without a usable GPU; while iterating, DALI runs out of memory, or fails in
             another way that no record caused and that has a remedy.
         ValueError: an argument is out of range, or the store has too few records for one step.
@@ -149,6 +154,7 @@ class DaliLoader(Loader):
         preallocation_bytes: int = DaliSettings.preallocation_bytes,
         resize: Resize = DaliSettings.resize,
         decode_scale: DecodeScale = DaliSettings.decode_scale,
+        tuned: str | os.PathLike[str] | None = None,
         return_index: bool = False,
         in_flight_file: str | os.PathLike[str] | None = None,
     ) -> None:
@@ -180,7 +186,9 @@ class DaliLoader(Loader):
             resize=resize,
             decode_scale=decode_scale,
         )
-        if device == "cpu" and decode_device == "gpu":
+        if tuned is not None:
+            dali = with_tuned(dali, tuned)
+        if device == "cpu" and dali.decode_device == "gpu":
             raise ValueError("decode_device is 'gpu' with device 'cpu', expected 'cpu' or None")
         store = store if isinstance(store, Store) else open_store(store)
         super().__init__(store, settings)
@@ -200,7 +208,7 @@ class DaliLoader(Loader):
         )
         self._in_flight_path = None if in_flight_file is None else Path(in_flight_file)
         self._in_flight: InFlightFile | None = None  # made with the first batch: until then it tells of a dead one
-        self._readahead_bytes = readahead_bytes
+        self._readahead_bytes = dali.readahead_bytes
         self._prefetcher: Prefetcher | None = None  # the newest one; its run closes it
         self._late_bytes_before = 0  # sum over earlier prefetchers
         self._run: Run | None = None

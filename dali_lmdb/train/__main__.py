@@ -12,6 +12,8 @@ from typing import Any, get_type_hints
 import click
 
 from dali_lmdb.cli import Command, option_of
+from dali_lmdb.errors import StateError
+from dali_lmdb.loaders.tuned import read_tuned
 from dali_lmdb.torchrun import RankEnvironment, incomplete_launcher
 from dali_lmdb.train import preflight, trainer
 from dali_lmdb.train.crashes import what_was_decoded
@@ -70,7 +72,7 @@ def _use_config(ctx: click.Context, param: click.Parameter, path: str | None) ->
             values = {key.replace("-", "_"): value for key, value in tomllib.load(file).items()}
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise click.BadParameter(f"{path}: not a readable TOML file: {error}", ctx=ctx, param=param) from error
-    known = {option.name for option in ctx.command.params} - {"config"}
+    known = {option.name for option in ctx.command.params} - {"config", "tuned"}
     if unknown := sorted(values.keys() - known):
         raise click.BadParameter(f"{path}: no such option: {', '.join(unknown)}", ctx=ctx, param=param)
     ctx.default_map = {**(ctx.default_map or {}), **values}
@@ -82,6 +84,19 @@ def _use_recipe(ctx: click.Context, param: click.Parameter, name: str | None) ->
     if name is not None:
         ctx.default_map = {**RECIPES[name].settings, **(ctx.default_map or {})}
     return name
+
+
+def _use_tuned(ctx: click.Context, param: click.Parameter, path: str | None) -> str | None:
+    """Make a file's values defaults, below those of a --config file."""
+    if path is None:
+        return path
+    try:
+        found = read_tuned(path)
+    except StateError as error:
+        raise click.BadParameter(str(error), ctx=ctx, param=param) from error
+    values = {"workers" if name == "num_threads" else name: value for name, value in found.items()}
+    ctx.default_map = {**values, **(ctx.default_map or {})}
+    return path
 
 
 @click.command(
@@ -110,6 +125,13 @@ def _use_recipe(ctx: click.Context, param: click.Parameter, name: str | None) ->
     is_eager=True,
     callback=_use_recipe,
     help="A published recipe, see below; other options rule.",
+)
+@click.option(
+    "--tuned",
+    metavar="FILE",
+    is_eager=True,
+    callback=_use_tuned,
+    help="Options for DALI from dali-lmdb tune --save; others rule.",
 )
 @_option("--arch", metavar="NAME", help="Any torchvision classification model.")
 @_option("--backend", help="torch is the classic path: Pillow on the CPU.")
@@ -174,7 +196,7 @@ def _use_recipe(ctx: click.Context, param: click.Parameter, name: str | None) ->
 @_option("--log-every", metavar="STEPS", help="Steps between two reports.")
 @_option("--tensorboard", metavar="DIR", help="Write them for TensorBoard, too; it must be installed.")
 @_option("--profile", metavar="STEPS", help="Write a trace of STEPS steps of each rank to --output.")
-def main(*, world_size: int, config: str | None, recipe: str | None, **values: Any) -> None:
+def main(*, world_size: int, config: str | None, recipe: str | None, tuned: str | None, **values: Any) -> None:
     """Train a torchvision model with DDP and evaluate it after each epoch.
 
     With --backend torch, STORE may also be a folder of class folders with images.
@@ -188,7 +210,7 @@ def main(*, world_size: int, config: str | None, recipe: str | None, **values: A
     SIGTERM, SIGUSR1, SIGHUP or Ctrl-C, to this process or to any rank, ends the run after the step in progress,
     with a checkpoint and exit code 85 (Ctrl-C: 130); start it again with --resume. A second one stops it at once.
     """
-    del config, recipe  # they have set defaults
+    del config, recipe, tuned  # they have set defaults
     for name in ("resume", "checkpoint_every", "keep", "profile"):
         if values[name] and values["output"] is None:
             raise click.UsageError(f"--{name.replace('_', '-')} needs --output DIR")
