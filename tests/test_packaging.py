@@ -26,7 +26,8 @@ TOP_LEVEL = {
     ".ruff.toml",
 }
 
-# Which layers each layer may import from: errors <- images <- store <- plan <- loaders <- train, compare.
+# Which layers each layer may import from: errors <- images <- store <- plan <- loaders <- train <- evaluate;
+# and compare, beside train.
 MAY_IMPORT = {
     "errors": set(),
     "disk": {"errors"},
@@ -41,6 +42,7 @@ MAY_IMPORT = {
     "plan": {"errors", "disk", "store"},
     "loaders": {"errors", "disk", "images", "decoding", "isolated", "store", "plan", "threads"},
     "train": {"errors", "disk", "store", "plan", "loaders", "torchrun", "threads"},
+    "evaluate": {"errors", "disk", "images", "store", "plan", "loaders", "torchrun", "train"},
     "compare": {"errors", "disk", "store", "plan", "loaders", "threads", "train"},
 }
 

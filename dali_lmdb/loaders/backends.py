@@ -40,6 +40,7 @@ def open_loader(
     quarantine: str | os.PathLike[str] | None = None,
     dali: DaliSettings = _DALI_DEFAULTS,
     in_flight_file: str | os.PathLike[str] | None = None,
+    return_index: bool = False,
 ) -> Loader:
     """Make the loader of a backend; arguments and errors are those of ``DaliLoader`` and ``TorchLoader``.
 
@@ -73,6 +74,7 @@ def open_loader(
             layout=layout,
             on_bad=on_bad,
             quarantine=quarantine,
+            return_index=return_index,
             in_flight_file=in_flight_file,
         )
     return TorchLoader(
@@ -90,4 +92,5 @@ def open_loader(
         layout=layout,
         on_bad=on_bad,
         quarantine=quarantine,
+        return_index=return_index,
     )

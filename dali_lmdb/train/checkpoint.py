@@ -176,16 +176,19 @@ def _encode(content: dict[str, Any]) -> memoryview:
     return buffer.getbuffer()
 
 
-def load(path: Path) -> dict[str, Any]:
+def load(path: Path, *, then: str = "choose another --output") -> dict[str, Any]:
     """Read a checkpoint onto the CPU. Nothing in the file is executed.
+
+    Args:
+        then: what to do about one that cannot be used, besides what its cause suggests; for messages.
 
     Raises:
         StateError: not a checkpoint, a damaged one, or one of another format; or it cannot be read.
     """
-    with os_errors(path, "cannot be read", StateError, then="or choose another --output"):
+    with os_errors(path, "cannot be read", StateError, then=f"or {then}"):
         check_regular(path, error=StateError)
         with open(path, "rb") as file:
-            _check_checksum(file, path)
+            _check_checksum(file, path, then)
             file.seek(0)
             try:
                 content: Any = torch.load(file, map_location="cpu", weights_only=True)
@@ -193,14 +196,14 @@ def load(path: Path) -> dict[str, Any]:
                 raise
             except Exception as cause:  # torch raises almost anything on what it cannot read
                 reason = " ".join(str(cause).split())[:200]
-                raise _unreadable(path, reason) from cause
+                raise _unreadable(path, reason, then) from cause
     if not isinstance(content, dict) or content.get("format") != FORMAT_VERSION:
         version = content.get("format") if isinstance(content, dict) else None
-        raise StateError(f"{path}: format {version}, this version reads {FORMAT_VERSION}; choose another --output")
+        raise StateError(f"{path}: format {version}, this version reads {FORMAT_VERSION}; {then}")
     return content
 
 
-def _check_checksum(file: BinaryIO, path: Path) -> None:
+def _check_checksum(file: BinaryIO, path: Path, then: str) -> None:
     num_bytes = max(0, os.fstat(file.fileno()).st_size - _COMMENT_BYTES)
     checksum = 0
     while num_bytes and (block := file.read(min(num_bytes, _BLOCK_BYTES))):
@@ -208,15 +211,13 @@ def _check_checksum(file: BinaryIO, path: Path) -> None:
         num_bytes -= len(block)
     comment = file.read(_COMMENT_BYTES)
     if not comment.startswith(_COMMENT[:-4]):
-        raise _unreadable(path, "no checksum at its end, as if cut off or of a format before 2")
+        raise _unreadable(path, "no checksum at its end, as if cut off or of a format before 2", then)
     if comment != _COMMENT % checksum:
-        raise _unreadable(path, "its bytes are not what was written (wrong checksum)")
+        raise _unreadable(path, "its bytes are not what was written (wrong checksum)", then)
 
 
-def _unreadable(path: Path, reason: str) -> StateError:
-    return StateError(
-        f"{path}: not a readable checkpoint: {reason}; put a copy of it in its place, or remove it to start over"
-    )
+def _unreadable(path: Path, reason: str, then: str) -> StateError:
+    return StateError(f"{path}: not a readable checkpoint: {reason}; put a copy of it in its place, or {then}")
 
 
 def check_fits(content: dict[str, Any], *, arch: str, classes: Sequence[str], path: Path) -> None:

@@ -21,11 +21,13 @@ def open_data(
     ranks: RankEnvironment,
     device: torch.device,
     precision: torch.dtype,
+    return_index: bool = False,
 ) -> Loader:
     """Open the loader of a rank's training or validation data.
 
     Args:
         precision: what the model computes in, see ``choose_precision``.
+        return_index: see ``DaliLoader``.
     """
     on_gpu = device.type == "cuda"
     return open_loader(
@@ -45,6 +47,7 @@ def open_data(
         in_flight_file=None
         if settings.output is None
         else in_flight_path(settings.output, "train" if training else "val", ranks.rank),
+        return_index=return_index,
         # Half the memory traffic where the model computes in 16 bits anyway.
         dtype="float32" if precision is torch.float32 else "float16",
         layout="NHWC" if on_gpu else "NCHW",

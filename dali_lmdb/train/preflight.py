@@ -14,7 +14,7 @@ from dali_lmdb.train import checkpoint, metrics, models, scalars
 from dali_lmdb.train.distributed import find_device
 from dali_lmdb.train.settings import TrainSettings
 
-__all__ = ["check"]
+__all__ = ["check", "check_file", "describe", "some"]
 
 
 def check(settings: TrainSettings, *, world_size: int, ranks_per_node: int) -> None:
@@ -31,8 +31,8 @@ def check(settings: TrainSettings, *, world_size: int, ranks_per_node: int) -> N
         raise ValueError(
             "--sync-bn: torch normalises over ranks on GPUs only, and training is on the CPU; leave it out"
         )
-    num_records, classes = _describe(settings.train, backend=settings.backend)
-    num_val_records, val_classes = _describe(settings.val, backend=settings.backend)
+    num_records, classes = describe(settings.train, backend=settings.backend)
+    num_val_records, val_classes = describe(settings.val, backend=settings.backend)
     _check_classes(classes, val_classes, settings=settings)
     _check_batch(num_records, settings=settings, world_size=world_size)
     if num_val_records == 0:
@@ -43,7 +43,7 @@ def check(settings: TrainSettings, *, world_size: int, ranks_per_node: int) -> N
     _check_files(settings)
 
 
-def _describe(path: str, *, backend: Backend) -> tuple[int, list[str]]:
+def describe(path: str, *, backend: Backend) -> tuple[int, list[str]]:
     """The number of records and the classes of a store or, with ``backend="torch"``, of an image folder."""
     if backend == "dali" and is_image_folder(path):
         target = f"{path.rstrip(os.sep)}.lmdb"
@@ -59,7 +59,7 @@ def _check_classes(train: list[str], val: list[str], *, settings: TrainSettings)
     if train == val:
         return
     differences = [
-        f"only in {path}: {_some(sorted(set(own) - set(other)))}"
+        f"only in {path}: {some(sorted(set(own) - set(other)))}"
         for path, own, other in ((settings.train, train, val), (settings.val, val, train))
         if set(own) - set(other)
     ]
@@ -72,7 +72,8 @@ def _check_classes(train: list[str], val: list[str], *, settings: TrainSettings)
     )
 
 
-def _some(names: list[str], *, limit: int = 5) -> str:
+def some(names: list[str], *, limit: int = 5) -> str:
+    """The first names, and how many more there are."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
 
@@ -103,7 +104,7 @@ def _check_files(settings: TrainSettings) -> None:
     """Check that the log and the quarantine can be written, and create the output folders."""
     for option, name in (("--log-json", settings.log_json), ("--quarantine", settings.quarantine)):
         if name is not None:
-            _check_file(Path(name), option=option)
+            check_file(Path(name), option=option)
     if settings.log_json is not None:
         _check_log(settings.log_json, settings=settings)
     if settings.quarantine is not None:
@@ -135,7 +136,8 @@ def _check_log(name: str, *, settings: TrainSettings) -> None:
     metrics.find_end(name, output=settings.output, epoch=0, step=0)
 
 
-def _check_file(file: Path, *, option: str) -> None:
+def check_file(file: Path, *, option: str) -> None:
+    """Raise ValueError if an option's file cannot be written."""
     if os.path.isdir(file):
         raise ValueError(f"{option} {file}: a folder, expected a file")
     if not file.absolute().parent.is_dir():

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Any, TextIO
 
 from dali_lmdb.errors import one_line
@@ -21,25 +22,26 @@ from dali_lmdb.train.progress import ERASE, STEPS, TerminalLine, is_terminal
 from dali_lmdb.train.settings import TrainSettings
 from dali_lmdb.train.trainer import train
 
-__all__ = ["show_progress"]
+__all__ = ["run_started", "show_progress"]
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def show_progress(*, rank: int) -> TerminalLine | None:
-    """Print what the trainer logs; on other ranks than 0, warnings only.
+def show_progress(*, rank: int, stream: TextIO | None = None) -> TerminalLine | None:
+    """Print what is logged to ``stream``, by default stdout; on other ranks than 0, warnings only.
 
     Returns:
-        The progress line, if this is rank 0 and stderr is a terminal; where stdout is one too, it replaces the
+        The progress line, if this is rank 0 and stderr is a terminal; where the stream is one too, it replaces the
         reports of steps.
     """
+    stream = sys.stdout if stream is None else stream
     logger = logging.getLogger("dali_lmdb")
     has_line = is_terminal(sys.stderr)
-    logger.addHandler(_Printer(sys.stdout, erases=has_line and sys.stdout.isatty()))
+    logger.addHandler(_Printer(stream, erases=has_line and stream.isatty()))
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     if not has_line or rank != 0:
         return None
-    if sys.stdout.isatty():
+    if stream.isatty():
         logging.getLogger(STEPS).setLevel(logging.WARNING)
     line = TerminalLine(sys.stderr)
     show_warning = warnings.showwarning
@@ -53,7 +55,7 @@ def show_progress(*, rank: int) -> TerminalLine | None:
 
 
 class _Printer(logging.StreamHandler[TextIO]):
-    """Prints each message on one line; a failed write ends the printing, not the training run.
+    """Prints each message on one line; a failed write ends the printing, not the run.
 
     Args:
         erases: erase the progress line first, which may be another rank's.
@@ -74,7 +76,7 @@ class _Printer(logging.StreamHandler[TextIO]):
         logging.getLogger("dali_lmdb").removeHandler(self)
         with contextlib.suppress(OSError):
             # Python would retry at exit, and then exit with code 120.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
             print(f"standard output: cannot be written: {error.strerror}; training continues", file=sys.stderr)
 
 
@@ -88,12 +90,16 @@ def _end_with_launcher() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _main() -> None:
+def run_started(function: Callable[[], object]) -> None:
+    """Run ``function`` as a rank that :func:`~dali_lmdb.train.distributed.launch` has started."""
     _end_with_launcher()
-    settings = TrainSettings(**json.loads(sys.argv[1]))
+    run_rank(function, show_errors=False)
+
+
+def _train() -> None:
     line = show_progress(rank=int(os.environ["RANK"]))
-    run_rank(lambda: train(settings, line=line), show_errors=False)
+    train(TrainSettings(**json.loads(sys.argv[1])), line=line)
 
 
 if __name__ == "__main__":
-    _main()
+    run_started(_train)
