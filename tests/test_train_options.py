@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
+import torchvision
 from click.testing import CliRunner
 from PIL import Image
 
@@ -254,3 +255,16 @@ def test_what_is_trained_says_how_much_gpu_memory_dali_holds(folder):
         assert str(run).endswith("; DALI holds about 2.5 GB of GPU memory")
         run._keeps_val_memory = False
         assert str(run).endswith("; DALI holds about 2.0 GB of GPU memory, 2.5 GB in evaluation")
+
+
+def test_the_best_checkpoint_is_that_of_the_best_averaged_weights_where_there_are_any(folder, tmp_path):
+    asked = settings(folder, on_bad="substitute", model_ema_decay=0.9, epochs=3, output=str(tmp_path))
+    best = []
+    with ExitStack() as stack:
+        run = _Training(asked, ranks=RankEnvironment(), device=torch.device("cpu"), stack=stack)
+        for epoch, (plain, averaged) in enumerate([(60.0, 10.0), (40.0, 30.0), (50.0, 20.0)]):
+            run.end_epoch({"epoch": epoch, "val_top1": plain, "ema_val_top1": averaged})
+            best.append(checkpoint.load(tmp_path / "best.pt")["result"]["epoch"])
+    assert best == [0, 1, 1]
+    model = torchvision.models.resnet18(num_classes=2)
+    torch.optim.swa_utils.AveragedModel(model).load_state_dict(torch.load(tmp_path / "best.pt")["ema"])

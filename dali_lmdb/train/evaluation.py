@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from dali_lmdb.train.precision import arrange, autocast
 
-__all__ = ["evaluate"]
+__all__ = ["evaluate", "top1_of"]
 
 
 def evaluate(
@@ -34,3 +34,11 @@ def evaluate(
             with autocast(images.device, precision):
                 logits = model(arrange(images))
             add(logits, *others)
+
+
+def top1_of(result: Mapping[str, float]) -> float:
+    """The top-1 by which an evaluation is the best one: that of the averaged weights, if there are any.
+
+    It is timm's rule (``train.py`` saves by the averaged model's metrics): whoever averages weights will use them.
+    """
+    return result.get("ema_val_top1", result["val_top1"])

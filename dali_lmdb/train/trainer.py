@@ -26,7 +26,7 @@ from dali_lmdb.train.averaging import average_of
 from dali_lmdb.train.crashes import refuse_crashing
 from dali_lmdb.train.data import open_data
 from dali_lmdb.train.distributed import TIMEOUT, find_device, process_group
-from dali_lmdb.train.evaluation import evaluate
+from dali_lmdb.train.evaluation import evaluate, top1_of
 from dali_lmdb.train.interruption import Interrupted, Interruption, end
 from dali_lmdb.train.metrics import EvaluationSums, JsonLog, StepMeter
 from dali_lmdb.train.mixing import mixing_of
@@ -138,7 +138,7 @@ class _Training:
         self.result: dict[str, float] = {}
         """The last evaluation's."""
         self.best: dict[str, float] = {}
-        """The evaluation with the highest top-1."""
+        """The evaluation with the highest top-1, see ``top1_of``."""
         self.precision = choose_precision(settings.precision, device=device)
         self.train_loader = stack.enter_context(self._loader(training=True))
         self.val_loader = stack.enter_context(self._loader(training=False))
@@ -366,7 +366,7 @@ class _Training:
     def end_epoch(self, result: dict[str, float]) -> None:
         """Go on to the next epoch, and save; the last checkpoint of a run must succeed."""
         self.result = result
-        is_best = not self.best or result["val_top1"] > self.best["val_top1"]
+        is_best = not self.best or top1_of(result) > top1_of(self.best)
         if is_best:
             self.best = result
         also = [checkpoint.BEST_NAME] if is_best else []
