@@ -85,6 +85,8 @@ def _launch(settings: EvaluateSettings, *, world_size: int) -> None:
     arguments = ["-m", "dali_lmdb.evaluate.rank", json.dumps(dataclasses.asdict(settings))]
     try:
         launch(arguments, world_size=world_size)
+    except SystemExit:  # a signal's; there is nothing to go on with, so the code of training would mislead
+        raise KeyboardInterrupt from None
     except RankFailedError as error:
         if error.details:
             click.echo(error.details, err=True)

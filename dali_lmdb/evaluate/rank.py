@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -154,6 +155,7 @@ def print_plainly(text: str) -> None:
 
 
 def _evaluate() -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no half-written file is left
     show_progress(rank=int(os.environ["RANK"]), stream=sys.stderr)
     evaluate_checkpoint(EvaluateSettings(**json.loads(sys.argv[1])), say=print_plainly)
 

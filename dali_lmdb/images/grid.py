@@ -11,7 +11,7 @@ from dali_lmdb.images.opening import BadImageError, open_image, to_rgb
 
 __all__ = ["draw_grid"]
 
-_CELL = 192
+_CELL = 232  # as wide as the names of ImageNet's validation images
 _LINE = 14
 _GAP = 8
 _NUM_COLUMNS = 5
