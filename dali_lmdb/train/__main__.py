@@ -18,7 +18,7 @@ from dali_lmdb.torchrun import RankEnvironment, incomplete_launcher
 from dali_lmdb.train import preflight, trainer
 from dali_lmdb.train.crashes import what_was_decoded
 from dali_lmdb.train.distributed import RankFailedError, launch, run_rank
-from dali_lmdb.train.progress import ERASE, is_terminal
+from dali_lmdb.train.progress import no_line_left
 from dali_lmdb.train.rank import show_progress
 from dali_lmdb.train.recipes import RECIPES
 from dali_lmdb.train.settings import RANGES, Range, TrainSettings
@@ -243,10 +243,9 @@ def _run(settings: TrainSettings, *, world_size: int) -> None:
 def _launch(settings: TrainSettings, *, world_size: int) -> None:
     arguments = ["-m", "dali_lmdb.train.rank", json.dumps(dataclasses.asdict(settings))]
     try:
-        launch(arguments, world_size=world_size)
+        with no_line_left():
+            launch(arguments, world_size=world_size)
     except RankFailedError as error:
-        if is_terminal(sys.stderr):
-            click.echo(ERASE, nl=False, err=True)  # the progress line of a rank that was killed
         if error.details:
             click.echo(error.details, err=True)
         message = str(error)

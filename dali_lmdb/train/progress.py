@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any, TextIO
@@ -17,7 +21,17 @@ from dali_lmdb.train.metrics import JsonLog, loss_text
 from dali_lmdb.train.scalars import Scalars
 from dali_lmdb.train.settings import TrainSettings
 
-__all__ = ["ERASE", "STEPS", "RunProgress", "TerminalLine", "describe", "duration", "is_terminal", "what_to_try"]
+__all__ = [
+    "ERASE",
+    "STEPS",
+    "RunProgress",
+    "TerminalLine",
+    "describe",
+    "duration",
+    "is_terminal",
+    "no_line_left",
+    "what_to_try",
+]
 
 STEPS = "dali_lmdb.train.steps"
 """The logger of the reports of steps, which the progress line replaces on a terminal."""
@@ -36,6 +50,17 @@ _LATE_BYTES = 1 << 20  # of some ten photos; a page here and there is always mis
 def is_terminal(stream: TextIO | None) -> bool:
     """Whether a line there can be rewritten."""
     return stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+@contextmanager
+def no_line_left() -> Iterator[None]:
+    """At the end, erase what a process that was killed has left of its line on stderr."""
+    try:
+        yield
+    finally:
+        if is_terminal(sys.stderr):
+            with suppress(OSError):
+                print(ERASE, end="", file=sys.stderr, flush=True)
 
 
 class TerminalLine:
@@ -99,9 +124,10 @@ class RunProgress:
         line: TerminalLine | None,
     ) -> None:
         self._settings, self._num_records, self._device = settings, num_records, device
-        self._step_records = settings.batch_size * settings.accumulate * ranks.world_size
+        self._batch_records = settings.batch_size * ranks.world_size
         self._log, self._line, self._speaks = log, line, ranks.rank == 0
         self._report: dict[str, float] = {}
+        self._memory: list[str] = []
         self._history = History()
         self._scalars = Scalars(None, images=0)
         self._started = time.monotonic()
@@ -147,7 +173,7 @@ class RunProgress:
         if self._line is None:
             return
         left = max(0, self._num_records - records_done)
-        steps = step + left // self._step_records
+        steps = step + math.ceil(left // self._batch_records / self._settings.accumulate)
         records_left = (self._settings.epochs - 1 - epoch) * self._num_records + left
         self._show(f"epoch {epoch}/{self._settings.epochs}  step {step}/{steps}", epoch, records_left)
 
@@ -174,10 +200,7 @@ class RunProgress:
             parts.append(f"top-1 {results[-1]['val_top1']:.2f} %")
         if report:
             parts.append(f"waiting {100 * report['data_wait_fraction']:.0f} %")
-        if self._device.type == "cuda":
-            free, total = torch.cuda.mem_get_info(self._device)
-            parts.append(f"GPU memory {(total - free) / 1e9:.1f} of {total / 1e9:.0f} GB")
-        self._line.show("  ".join(parts))
+        self._line.show("  ".join(parts + self._memory))
 
     def report(
         self, report: dict[str, float], *, epoch: int, step: int, records_done: int, late_bytes: float
@@ -189,6 +212,9 @@ class RunProgress:
             late_bytes: of the training loader's ``stats``.
         """
         self._report = report
+        if self._line is not None and self._device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(self._device)
+            self._memory = [f"GPU memory {(total - free) / 1e9:.1f} of {total / 1e9:.0f} GB"]
         epochs_done = epoch + records_done / self._num_records
         self._history.add_steps(epochs_done, loss=report["loss"], lr=report["lr"])
         num_images, self._records_done = records_done - self._records_done, records_done
