@@ -1,3 +1,4 @@
+import logging
 import os
 import subprocess
 from pathlib import Path
@@ -28,6 +29,15 @@ def _skip(items, marker, reason):
     for item in items:
         if item.get_closest_marker(marker):
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def loggers_as_imported():
+    """Undo what a command that ran in this process, in a test or a fixture, has made of the package's loggers."""
+    for name, logger in logging.root.manager.loggerDict.items():
+        if name.partition(".")[0] == "dali_lmdb" and isinstance(logger, logging.Logger):
+            logger.setLevel(logging.NOTSET)
+            logger.handlers.clear()
 
 
 @pytest.fixture(scope="session")

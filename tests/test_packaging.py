@@ -98,7 +98,7 @@ def may_use(library, path):
         or path in (f"loaders/{name}.py" for name in ("pipeline", "run", "probe", "versions")),
         "PIL": path.startswith("images/") or path == "loaders/pillow_batches.py",
         "simplejpeg": path == "images/checking.py",
-        "matplotlib": path == "train/curves.py",
+        "matplotlib": path in ("train/curves.py", "compare/plot.py"),
         "torch.utils.tensorboard": path == "train/scalars.py",
         "click": path == "cli.py" or Path(path).name in COMMAND_MODULES,
     }[library]
