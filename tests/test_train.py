@@ -23,7 +23,6 @@ from dali_lmdb.train import TrainSettings, checkpoint, models, train
 from dali_lmdb.train.__main__ import main
 from dali_lmdb.train.distributed import LAUNCHER_PID, RankFailedError, find_device, launch
 from dali_lmdb.train.evaluation import evaluate
-from dali_lmdb.train.interruption import EXIT_CODE
 from dali_lmdb.train.metrics import EvaluationSums
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -219,22 +218,6 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(data, tmp_path):
     assert resumed["epoch"] == settings.epochs
     for name, value in uninterrupted["model"].items():
         torch.testing.assert_close(resumed["model"][name], value, msg=name)
-
-
-def test_a_stopped_run_goes_on_with_the_records_not_yet_seen_on_more_ranks(data, tmp_path):
-    output, log = tmp_path / "run", tmp_path / "log"
-    options = ("--batch-size", "4", "--checkpoint-every", "1", "--log-every", "1", "--output", str(output))
-    with start(command(data, *options, "--epochs", "1000", "--world-size", "2")) as process:
-        read_until(process, "epoch 0  step 2")
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) == EXIT_CODE
-    stopped = checkpoint.load(output / "last.pt")
-    assert stopped["records_done"] == stopped["loader"]["position"]
-    resumed = ("--resume", "--epochs", str(stopped["epoch"] + 1), "--log-json", str(log))
-    run(command(data, *options, *resumed, "--world-size", "3"))
-    steps, validations = log_lines(log)
-    assert len(steps) == (NUM_TRAIN - stopped["records_done"]) // (4 * 3)
-    assert [line["val_records"] for line in validations] == [NUM_VAL]
 
 
 def test_a_finished_run_has_nothing_to_go_on_with(data, tmp_path):

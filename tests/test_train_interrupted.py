@@ -16,7 +16,13 @@ TINY = "--arch squeezenet1_1 --size 32 --batch-size 4 --workers 1 --device cpu -
 
 
 def test_a_run_interrupted_in_every_way_ends_as_one_that_was_not(tmp_path):
-    interrupt_training.check(tmp_path, count=4, seed=1)
+    interrupt_training.check(tmp_path, count=4, seed=1, options=interrupt_training.RECIPE.split())
+
+
+def test_a_run_that_changes_its_number_of_ranks_trains_on_each_record_once_an_epoch(tmp_path):
+    said = []
+    interrupt_training.check(tmp_path, count=2, seed=1, elastic=True, say=said.append)
+    assert ["2 rank(s)" in line for line in said[:2]] == [False, True]
 
 
 def train(store, *options, folder, shell=""):

@@ -1,17 +1,26 @@
-"""Crashes the process when DALI gets the record whose label is ``PLANTED_CRASH``, by way of PYTHONPATH."""
+"""Faults and witnesses in a training process, by way of PYTHONPATH.
+
+``PLANTED_CRASH``: the label of a record; the process crashes when DALI gets it.
+``PLANTED_RECORDS``: a file to which a line is added for each training batch that a loader hands out: its labels,
+the place after that step of all ranks, the number of records of such a step, and ``PLANTED_START``.
+"""
 
 import importlib.abc
 import importlib.util
+import json
 import os
 import signal
 import sys
 
 
 class _Planter(importlib.abc.MetaPathFinder):
-    """Patches the module of the graph when it is first imported."""
+    """Patches a module when it is first imported."""
+
+    def __init__(self, name, plant):
+        self._name, self._plant = name, plant
 
     def find_spec(self, name, path, target=None):
-        if name != "dali_lmdb.loaders.pipeline":
+        if name != self._name:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
@@ -19,13 +28,13 @@ class _Planter(importlib.abc.MetaPathFinder):
 
         def exec_module(module):
             run(module)
-            _plant(module)
+            self._plant(module)
 
         spec.loader.exec_module = exec_module
         return spec
 
 
-def _plant(module):
+def _plant_crash(module):
     import numpy as np
 
     define, label = module.define_pipeline, int(os.environ["PLANTED_CRASH"])
@@ -42,5 +51,24 @@ def _plant(module):
     module.define_pipeline = define_pipeline
 
 
+def _plant_records(module):
+    handed_out, start = module.Loader.__iter__, int(os.environ["PLANTED_START"])
+
+    def iterate(self):
+        for images, labels in handed_out(self):
+            if self.settings.is_training:
+                place = self.state_dict()
+                line = {"start": start, "epoch": place["epoch"], "end": place["position"]}
+                line |= {"num_records": self.planner.steps.global_batch_size, "labels": labels.tolist()}
+                with open(os.environ["PLANTED_RECORDS"], "a") as file:
+                    file.write(json.dumps(line) + "\n")
+            yield images, labels
+            del images, labels  # the pipeline needs their memory for the next batch
+
+    module.Loader.__iter__ = iterate
+
+
 if "PLANTED_CRASH" in os.environ:
-    sys.meta_path.insert(0, _Planter())
+    sys.meta_path.insert(0, _Planter("dali_lmdb.loaders.pipeline", _plant_crash))
+if "PLANTED_RECORDS" in os.environ:
+    sys.meta_path.insert(0, _Planter("dali_lmdb.loaders.base", _plant_records))
