@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
 from collections import deque
@@ -30,6 +31,10 @@ from dali_lmdb.store import Store
 from dali_lmdb.threads import threads_per_rank
 
 __all__ = ["TorchLoader"]
+
+# A terminal, `timeout` and SLURM send them to all processes of a run. Workers leave them to their parent, which
+# may still need batches, and end when it ends.
+_SIGNALS_TO_END = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 class _Steps:
@@ -226,6 +231,8 @@ def _check_temporary_folder() -> None:
 def _start_worker(_: int) -> None:
     """Runs in each worker."""
     sys.excepthook = _show_unless_parent_is_gone
+    for number in _SIGNALS_TO_END:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _show_unless_parent_is_gone(

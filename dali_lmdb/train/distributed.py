@@ -183,6 +183,7 @@ class _Signals:
 
     def __init__(self) -> None:
         self._received: list[int] = []
+        self._first_at = 0.0
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> _Signals:
@@ -198,7 +199,11 @@ class _Signals:
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self._received.append(number)
+        now = time.monotonic()
+        if not self._received:
+            self._first_at = now
+        if not self._received or now - self._first_at > interruption.SAME_SIGNAL_S:
+            self._received.append(number)
 
     def pass_on(self, *, until: Future[Any]) -> None:
         """Wait until the launcher is done; a rank that starts later receives an earlier signal, too."""

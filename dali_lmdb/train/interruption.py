@@ -4,12 +4,17 @@ The first SIGTERM, SIGUSR1, SIGHUP or Ctrl-C of any rank only sets a flag. Every
 flags with an all-reduce of one integer on the CPU, over a gloo group of its own. It runs in the background; its
 result is read two steps later, when it has long arrived. So a step neither waits for the GPU nor, measurably, for
 another rank, and the ranks stop together at most four steps after the signal.
+
+One signal may come several times: SLURM sends it to all processes of a job, launchers pass it on, and coreutils'
+``timeout`` sends it to its command and to the command's group.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+import time
 from datetime import timedelta
 from types import FrameType
 from typing import Any, NoReturn
@@ -17,13 +22,16 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-__all__ = ["EXIT_CODE", "SIGNALS", "Interrupted", "Interruption", "end"]
+__all__ = ["EXIT_CODE", "SAME_SIGNAL_S", "SIGNALS", "Interrupted", "Interruption", "end"]
 
 EXIT_CODE = 85
 """Exit code of an interrupted run: start it again with ``--resume``. Neither shells nor signals use it."""
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 """SIGUSR1 is what SLURM's ``--signal`` is usually told to send before a job's end."""
+
+SAME_SIGNAL_S = 1.0
+"""Signals that come so soon after the first one are the same one."""
 
 _EVERY = 2  # steps between two all-reduces
 
@@ -49,8 +57,8 @@ class Interruption:
     """Receives the signals of one rank while entered, and agrees on them with the other ranks.
 
     Until :meth:`begin` signals do what they did before: the process may be waiting, in C, for a rank that has
-    failed. Afterwards the first one waits for :meth:`check`, and the next one kills the process. Only the main
-    thread of a process can receive signals.
+    failed. Afterwards the first one waits for :meth:`check`, and one that comes ``SAME_SIGNAL_S`` later ends the
+    process at once. Only the main thread of a process can receive signals.
     """
 
     def __init__(self) -> None:
@@ -67,12 +75,11 @@ class Interruption:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._before:
+            os.close(signal.set_wakeup_fd(-1))
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self._number = number
-        for other, handler in self._before.items():
-            if handler is not signal.SIG_IGN:
-                signal.signal(other, signal.SIG_DFL)  # the kernel's: it ends even a process that hangs in C
+        self._number = self._number or number
 
     def begin(self, *, world_size: int, timeout: timedelta) -> None:
         """Let steps finish from now on; a collective."""
@@ -83,6 +90,10 @@ class Interruption:
             for number, handler in self._before.items():
                 if handler is not signal.SIG_IGN:  # as nohup does with SIGHUP
                     signal.signal(number, self._receive)
+            arrivals, wakeup = os.pipe()
+            os.set_blocking(wakeup, False)
+            signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
+            threading.Thread(target=_end_at_second_signal, args=(arrivals,), daemon=True).start()
 
     def check(self) -> None:
         """Call after each step, equally often on all ranks.
@@ -113,3 +124,20 @@ class Interruption:
         if self._work is not None:
             self._work.wait()
             self._work = None
+
+
+def _end_at_second_signal(arrivals: int) -> None:
+    """End the process at a second signal, even if its main thread hangs in C and runs no handler.
+
+    Args:
+        arrivals: the pipe into which Python writes the number of each signal that comes.
+    """
+    first_at = None
+    with open(arrivals, "rb", buffering=0) as pipe:
+        while number := pipe.read(1):
+            if number[0] not in SIGNALS:
+                continue
+            if first_at is None:
+                first_at = time.monotonic()
+            elif time.monotonic() - first_at > SAME_SIGNAL_S:
+                os._exit(128 + number[0])
