@@ -116,7 +116,8 @@ def read_lines(path):
 def kept_batches(path):
     """The batches that a run trained on by epoch, without those that a later start trained on again."""
     kept, epochs = [], {epoch: [] for epoch in range(EPOCHS)}
-    for _, group in itertools.groupby(read_lines(path), key=lambda line: line["start"]):
+    lines = [line for line in read_lines(path) if line["training"]]
+    for _, group in itertools.groupby(lines, key=lambda line: line["start"]):
         batches = list(group)
         begin = min((batch["epoch"], batch["end"] - batch["num_records"]) for batch in batches)
         kept = [batch for batch in kept if (batch["epoch"], batch["end"]) <= begin] + batches

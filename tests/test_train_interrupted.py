@@ -144,6 +144,29 @@ def test_a_second_signal_ends_a_process_that_hangs_outside_python():
         assert process.stderr.read() == ""
 
 
+def test_a_signal_in_an_evaluation_ends_it_within_a_few_steps_and_a_resumed_run_evaluates_again(
+    store_path, tmp_path
+):
+    planted = {
+        "PYTHONPATH": f"{ROOT / 'tests' / 'planted_crash'}:{ROOT}",
+        "PLANTED_RECORDS": str(tmp_path / "records"),
+        "PLANTED_START": "1",
+        "PLANTED_SIGTERM": "1",
+    }
+    options = ("--world-size", 2, "--batch-size", 1, "--output", tmp_path / "run", "--log-json", tmp_path / "log")
+    with endless(store_path, *options, log_every=100, **planted) as process:
+        out, errors = process.communicate(timeout=120)
+    assert (process.returncode, errors) == (EXIT_CODE, "")
+    assert "interrupted by SIGTERM in epoch 0, after step 12: saved in" in out
+    batches = interrupt_training.read_lines(tmp_path / "records")
+    assert max(batch["end"] for batch in batches if not batch["training"]) <= 2 * 5
+    with endless(store_path, *options, "--resume", log_every=100) as process:
+        read_until(process, "epoch 0  validation: top-1")
+    lines = interrupt_training.read_lines(tmp_path / "log")
+    assert [line.get("step") for line in lines if line.get("epoch") == 0] == [12, None]
+    assert [line["val_records"] for line in lines if "val_records" in line][:1] == [24]
+
+
 def train(store, *options, folder, shell=""):
     command = [sys.executable, "-m", "dali_lmdb.train", "--train", store, "--val", store, *TINY.split(), *options]
     done = subprocess.run(

@@ -1,8 +1,9 @@
 """Faults and witnesses in a training process, by way of PYTHONPATH.
 
 ``PLANTED_CRASH``: the label of a record; the process crashes when DALI gets it.
-``PLANTED_RECORDS``: a file to which a line is added for each training batch that a loader hands out: its labels,
-the place after that step of all ranks, the number of records of such a step, and ``PLANTED_START``.
+``PLANTED_RECORDS``: a file to which a line is added for each batch that a loader hands out: its labels, the place
+after that step of all ranks, the number of records of such a step, and ``PLANTED_START``.
+``PLANTED_SIGTERM``: a rank that sends itself SIGTERM when it gets the first batch of an evaluation.
 """
 
 import importlib.abc
@@ -56,12 +57,13 @@ def _plant_records(module):
 
     def iterate(self):
         for images, labels in handed_out(self):
-            if self.settings.is_training:
-                place = self.state_dict()
-                line = {"start": start, "epoch": place["epoch"], "end": place["position"]}
-                line |= {"num_records": self.planner.steps.global_batch_size, "labels": labels.tolist()}
-                with open(os.environ["PLANTED_RECORDS"], "a") as file:
-                    file.write(json.dumps(line) + "\n")
+            place, training = self.state_dict(), self.settings.is_training
+            line = {"start": start, "training": training, "epoch": place["epoch"], "end": place["position"]}
+            line |= {"num_records": self.planner.steps.global_batch_size, "labels": labels.tolist()}
+            with open(os.environ["PLANTED_RECORDS"], "a") as file:
+                file.write(json.dumps(line) + "\n")
+            if not training and os.environ.get("RANK") == os.environ.pop("PLANTED_SIGTERM", "none"):
+                os.kill(os.getpid(), signal.SIGTERM)
             yield images, labels
             del images, labels  # the pipeline needs their memory for the next batch
 
