@@ -93,9 +93,13 @@ def test_settings_given_now_rule_over_the_checkpoints_and_are_said(data, tmp_pat
         ({"zero_init_residual": True}, "zero-init"),
         ({"seed": 1}, "seed"),
         ({"shuffle": "block"}, "order"),
+        ({"train": str(data.val), "batch_size": 5}, "fingerprint"),
+        ({"arch": "resnet34"}, "resnet34"),
     ):
         with pytest.raises(StateError, match=says):
             train(replace(changed, epochs=3, **other))
+        with pytest.raises(StateError, match=says):  # before the ranks start
+            preflight.check(replace(changed, epochs=3, **other), world_size=2, ranks_per_node=2)
 
 
 def test_auto_scales_the_learning_rate_with_the_records_of_a_step(data):  # noqa: F811

@@ -131,7 +131,7 @@ def check(settings: EvaluateSettings, *, ranks_per_node: int) -> None:
         raise StateError(f"{settings.checkpoint}: has no averaged weights; leave out --ema")
     training = settings_of(content, settings)
     find_device(training.device, local_rank=0, ranks_per_node=ranks_per_node)
-    num_records, classes = preflight.describe(training.val, backend=training.backend)
+    num_records, classes, _ = preflight.describe(training.val, backend=training.backend)
     if num_records == 0:
         raise ValueError(f"{training.val}: no records to evaluate on")
     label_map(content["classes"], classes, path=training.val, allow_subset=settings.allow_subset)

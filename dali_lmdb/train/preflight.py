@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 from dali_lmdb.errors import SourceError
 from dali_lmdb.loaders.backends import Backend
 from dali_lmdb.loaders.bad import check_quarantine
 from dali_lmdb.loaders.folder import is_image_folder, open_data
+from dali_lmdb.plan.sampling import AllRecords
+from dali_lmdb.plan.state import LoaderState
 from dali_lmdb.store import open_store
 from dali_lmdb.train import checkpoint, metrics, models, scalars
 from dali_lmdb.train.distributed import find_device
+from dali_lmdb.train.resuming import differences
 from dali_lmdb.train.settings import TrainSettings
 
 __all__ = ["check", "check_file", "describe", "some"]
@@ -31,20 +35,26 @@ def check(settings: TrainSettings, *, world_size: int, ranks_per_node: int) -> N
         raise ValueError(
             "--sync-bn: torch normalises over ranks on GPUs only, and training is on the CPU; leave it out"
         )
-    num_records, classes = describe(settings.train, backend=settings.backend)
-    num_val_records, val_classes = describe(settings.val, backend=settings.backend)
-    _check_classes(classes, val_classes, settings=settings)
-    _check_batch(num_records, settings=settings, world_size=world_size)
-    if num_val_records == 0:
+    data = describe(settings.train, backend=settings.backend)
+    val_data, classes = describe(settings.val, backend=settings.backend), data.classes
+    _check_classes(classes, val_data.classes, settings=settings)
+    _check_batch(data.num_records, settings=settings, world_size=world_size)
+    if val_data.num_records == 0:
         raise ValueError(f"{settings.val}: no records to evaluate on")
     for size in sorted({settings.size, settings.start_size or settings.size, settings.val_size or settings.size}):
         models.check_input(settings.arch, num_classes=len(classes), size=size, batch_size=settings.batch_size)
-    _check_checkpoint(settings, classes=classes)
+    _check_checkpoint(settings, data=data)
     _check_files(settings)
 
 
-def describe(path: str, *, backend: Backend) -> tuple[int, list[str]]:
-    """The number of records and the classes of a store or, with ``backend="torch"``, of an image folder."""
+class DataDescription(NamedTuple):
+    num_records: int
+    classes: list[str]
+    fingerprint: str
+
+
+def describe(path: str, *, backend: Backend) -> DataDescription:
+    """Describe a store or, with ``backend="torch"``, an image folder."""
     if backend == "dali" and is_image_folder(path):
         target = f"{path.rstrip(os.sep)}.lmdb"
         raise SourceError(
@@ -52,7 +62,7 @@ def describe(path: str, *, backend: Backend) -> tuple[int, list[str]]:
             f"dali-lmdb convert {path} {target} (or read it as it is with --backend torch)"
         )
     with open_data(path) if backend == "torch" else open_store(path) as store:
-        return len(store), list(store.classes)
+        return DataDescription(len(store), list(store.classes), store.fingerprint)
 
 
 def _check_classes(train: list[str], val: list[str], *, settings: TrainSettings) -> None:
@@ -90,14 +100,27 @@ def _check_batch(num_records: int, *, settings: TrainSettings, world_size: int) 
     )
 
 
-def _check_checkpoint(settings: TrainSettings, *, classes: list[str]) -> None:
+def _check_checkpoint(settings: TrainSettings, *, data: DataDescription) -> None:
+    """Check that the run can go on from its checkpoint, where this machine has it."""
     path = settings.checkpoint_path
     if path is None:
         return
     checkpoint.check_folder(path.parent, resume=settings.resume)
     if not os.path.exists(path):  # Path.exists raises where the name is too long
         return
-    checkpoint.check_fits(checkpoint.load(path), arch=settings.arch, classes=classes, path=path)
+    content = checkpoint.load(path)
+    checkpoint.check_fits(content, arch=settings.arch, classes=data.classes, path=path)
+    differences(content["settings"], settings, path=path)
+    order = AllRecords(data.num_records, seed=settings.seed, shuffle=settings.shuffle)
+    own = LoaderState(
+        seed=settings.seed,
+        epoch=0,
+        position=0,
+        order=order.identity,
+        fingerprint=data.fingerprint,
+        num_positions=order.num_positions,
+    )
+    LoaderState.from_dict(content["loader"]).check_against(own, where=settings.train)
 
 
 def _check_files(settings: TrainSettings) -> None:
