@@ -21,7 +21,7 @@ from dali_lmdb.convert import convert
 from dali_lmdb.errors import DeviceError, RecordError, StateError
 from dali_lmdb.train import TrainSettings, checkpoint, models, train
 from dali_lmdb.train.__main__ import main
-from dali_lmdb.train.distributed import LAUNCHER_PID, RankFailedError, find_device, launch
+from dali_lmdb.train.distributed import LAUNCHER_PID, RankFailedError, find_device, launch, memory_errors
 from dali_lmdb.train.evaluation import evaluate
 from dali_lmdb.train.metrics import EvaluationSums
 
@@ -481,6 +481,15 @@ def test_models_are_built_for_the_size_of_the_images(arch, size):
 def test_the_net_learns_on_a_gpu_in_mixed_precision(data):
     results = train(tiny(data, device="cuda", epochs=8))
     assert results[-1]["val_top1"] >= 80
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_lack_of_memory_is_one_line_that_names_the_batch_size(device):
+    says = r"^--batch-size 256: .* memory \(tried to allocate \d+\S* \w+\); use a smaller one, .*$"
+    with pytest.raises(DeviceError, match=says), memory_errors(batch_size=256):
+        torch.empty(1 << 50, dtype=torch.uint8, device=device)
+    with pytest.raises(RuntimeError, match="shape"), memory_errors(batch_size=256):
+        torch.ones(2) @ torch.ones(3, 2)
 
 
 @pytest.mark.gpu

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -36,7 +37,16 @@ from dali_lmdb.threads import threads_per_rank
 from dali_lmdb.torchrun import RankEnvironment, join, sees_own_gpus
 from dali_lmdb.train import interruption
 
-__all__ = ["LAUNCHER_PID", "TIMEOUT", "RankFailedError", "find_device", "launch", "process_group", "run_rank"]
+__all__ = [
+    "LAUNCHER_PID",
+    "TIMEOUT",
+    "RankFailedError",
+    "find_device",
+    "launch",
+    "memory_errors",
+    "process_group",
+    "run_rank",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -70,6 +80,27 @@ def find_device(name: str, *, local_rank: int, ranks_per_node: int) -> torch.dev
             f"use --world-size {num_gpus} (torchrun: --nproc-per-node {num_gpus}) or --device cpu"
         )
     return torch.device("cuda", local_rank)
+
+
+@contextmanager
+def memory_errors(*, batch_size: int) -> Iterator[None]:
+    """Turn torch's lack of memory, on a GPU or the CPU, into one line that names ``--batch-size``.
+
+    Raises:
+        DeviceError: there was too little memory.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        on_gpu = isinstance(error, torch.OutOfMemoryError)
+        if not on_gpu and "DefaultCPUAllocator" not in str(error):
+            raise
+        tried = re.search(r"tried to allocate [\d.]+ \w+", str(error), re.IGNORECASE)
+        cause = f" ({tried[0].lower()})" if tried else ""
+        raise DeviceError(
+            f"--batch-size {batch_size}: {'the GPU' if on_gpu else 'this machine'} has too little memory{cause}; "
+            "use a smaller one, and --accumulate for as many records in a step"
+        ) from error
 
 
 @contextmanager

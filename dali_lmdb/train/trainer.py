@@ -25,7 +25,7 @@ from dali_lmdb.train import checkpoint
 from dali_lmdb.train.averaging import average_of
 from dali_lmdb.train.crashes import refuse_crashing
 from dali_lmdb.train.data import open_data
-from dali_lmdb.train.distributed import TIMEOUT, find_device, process_group
+from dali_lmdb.train.distributed import TIMEOUT, find_device, memory_errors, process_group
 from dali_lmdb.train.evaluation import evaluate, top1_of
 from dali_lmdb.train.interruption import Interrupted, Interruption, end
 from dali_lmdb.train.metrics import EvaluationSums, JsonLog, StepMeter
@@ -71,6 +71,7 @@ def train(settings: TrainSettings, *, line: TerminalLine | None = None) -> list[
     with ExitStack() as stack:
         if line is not None:
             stack.enter_context(line)
+        stack.enter_context(memory_errors(batch_size=settings.batch_size))
         interruption = stack.enter_context(Interruption())
         if settings.output is not None and ranks.rank == 0:
             stack.enter_context(checkpoint.only_writer(Path(settings.output)))
