@@ -133,7 +133,8 @@ def _use_tuned(ctx: click.Context, param: click.Parameter, path: str | None) -> 
     callback=_use_tuned,
     help="Options for DALI from dali-lmdb tune --save; others rule.",
 )
-@_option("--arch", metavar="NAME", help="Any torchvision classification model.")
+@_option("--arch", metavar="NAME", help="Any torchvision classification model, or MODULE:FUNCTION.")
+@_option("--weights", help="Weights to begin with: DEFAULT or another of torchvision's names, or a file.")
 @_option("--backend", help="torch is the classic path: Pillow on the CPU.")
 @_option("--device", help="auto uses GPUs if there are any.")
 @_option("--precision", help="Precision on GPUs; CPUs use float32.")
@@ -197,7 +198,7 @@ def _use_tuned(ctx: click.Context, param: click.Parameter, path: str | None) -> 
 @_option("--tensorboard", metavar="DIR", help="Write them for TensorBoard, too; it must be installed.")
 @_option("--profile", metavar="STEPS", help="Write a trace of STEPS steps of each rank to --output.")
 def main(*, world_size: int, config: str | None, recipe: str | None, tuned: str | None, **values: Any) -> None:
-    """Train a torchvision model with DDP and evaluate it after each epoch.
+    """Train a model with DDP and evaluate it after each epoch.
 
     With --backend torch, STORE may also be a folder of class folders with images.
 

@@ -33,6 +33,7 @@ __all__ = [
     "check_fits",
     "check_folder",
     "epoch_name",
+    "is_one",
     "load",
     "only_writer",
     "remove_epochs",
@@ -201,6 +202,17 @@ def load(path: Path, *, then: str = "choose another --output") -> dict[str, Any]
         version = content.get("format") if isinstance(content, dict) else None
         raise StateError(f"{path}: format {version}, this version reads {FORMAT_VERSION}; {then}")
     return content
+
+
+def is_one(path: Path) -> bool:
+    """Whether a file ends like a checkpoint, damaged or not.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with open(path, "rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - _COMMENT_BYTES))
+        return file.read(_COMMENT_BYTES).startswith(_COMMENT[:-4])
 
 
 def _check_checksum(file: BinaryIO, path: Path, then: str) -> None:

@@ -1,8 +1,13 @@
-"""torchvision's classification models: their names, how they are built, and their training loss."""
+"""The model: one of torchvision's classification models by name, or what a function of the user's returns."""
 
 from __future__ import annotations
 
 import difflib
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +15,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["build_model", "check_arch", "check_input", "check_zero_init", "training_loss"]
+__all__ = ["build_model", "check_arch", "check_input", "check_zero_init", "state_shapes", "training_loss"]
 
 # Weights of the auxiliary classifiers' losses, from the papers and torchvision
 # (Szegedy et al. 2014, section 5; Szegedy et al. 2015, section 4, as in PyTorch's fine-tuning tutorial).
@@ -18,7 +23,14 @@ _AUXILIARY_LOSS_WEIGHTS = {"googlenet": 0.3, "inception_v3": 0.4}
 
 
 def check_arch(arch: str) -> None:
-    """Raise ValueError, with the nearest names, if torchvision has no such classification model."""
+    """Raise ValueError if there is no such model.
+
+    Args:
+        arch: name of a classification model of torchvision, or ``"MODULE:FUNCTION"``.
+    """
+    if ":" in arch:
+        _function(arch)
+        return
     names = torchvision.models.list_models(module=torchvision.models)
     if arch in names:
         return
@@ -29,17 +41,27 @@ def check_arch(arch: str) -> None:
 
 def check_zero_init(arch: str) -> None:
     """Raise ValueError if torchvision cannot zero the last normalisation of the model's residual blocks."""
-    if torchvision.models.get_model_builder(arch).__module__ != torchvision.models.resnet.__name__:
+    if ":" in arch or torchvision.models.get_model_builder(arch).__module__ != torchvision.models.resnet.__name__:
         raise ValueError(f"zero_init_residual: {arch} is not one of torchvision's ResNets")
 
 
 def build_model(arch: str, *, num_classes: int, size: int, zero_init_residual: bool = False) -> nn.Module:
-    """Make a model with random weights, in float32 on the CPU (or on the current default ``torch.device``).
+    """Make a model, in float32 on the CPU (or on the current default ``torch.device``).
 
     Args:
+        arch: name of a model of torchvision, which gets random weights; or ``"MODULE:FUNCTION"``, which is called
+            with ``num_classes`` and returns a module.
         size: height and width of the images, in pixels; vision transformers are built for one size.
         zero_init_residual: start with residual blocks that pass their input through.
+
+    Raises:
+        ValueError: the function does not return a module.
     """
+    if ":" in arch:
+        made = _function(arch)(num_classes=num_classes)
+        if not isinstance(made, nn.Module):
+            raise ValueError(f"arch: {arch} returned a {type(made).__name__}, expected a torch.nn.Module")
+        return made
     options: dict[str, Any] = {}
     if zero_init_residual:
         options["zero_init_residual"] = True
@@ -53,6 +75,32 @@ def build_model(arch: str, *, num_classes: int, size: int, zero_init_residual: b
     return model
 
 
+def _function(arch: str) -> Callable[..., Any]:
+    """Import a user's function; the current folder comes first, as for ``python -m``."""
+    module_name, _, name = arch.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module_name), name)
+    except (ImportError, ValueError, AttributeError) as error:
+        raise ValueError(f"arch: {arch} cannot be imported: {error}") from error
+    try:
+        inspect.signature(function).bind(num_classes=1)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"arch: {arch} cannot be called with num_classes=N: {error}") from error
+    return function  # type: ignore[no-any-return]
+
+
+def state_shapes(arch: str, *, num_classes: int, size: int) -> dict[str, tuple[int, ...]]:
+    """The shape of each entry of the model's state dict."""
+    try:
+        with torch.device("meta"):  # needs no memory
+            model = build_model(arch, num_classes=num_classes, size=size)
+    except (NotImplementedError, RuntimeError):  # what computes with tensors while it is made
+        model = build_model(arch, num_classes=num_classes, size=size)
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+
+
 def check_input(arch: str, *, num_classes: int, size: int, batch_size: int) -> None:
     """Raise ValueError if the model cannot be trained on images of this size.
 
@@ -61,7 +109,7 @@ def check_input(arch: str, *, num_classes: int, size: int, batch_size: int) -> N
     try:
         with torch.device("meta"):
             model = build_model(arch, num_classes=num_classes, size=size)
-            model.train()(torch.empty(batch_size, 3, size, size))
+            output = model.train()(torch.empty(batch_size, 3, size, size))
     except NotImplementedError:
         return  # RegNet computes its layers' widths with tensors, which need values; it accepts any size
     except (RuntimeError, ValueError, AssertionError) as cause:
@@ -70,6 +118,9 @@ def check_input(arch: str, *, num_classes: int, size: int, batch_size: int) -> N
             f"arch: {arch} cannot be trained on {batch_size} images of {size}x{size} pixels a step: "
             f"{reason}; choose another --size or --batch-size"
         ) from cause
+    if ":" in arch and (not isinstance(output, Tensor) or output.shape != (batch_size, num_classes)):
+        found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(f"arch: {arch} gives {found}, expected logits of shape {(batch_size, num_classes)}")
 
 
 def training_loss(output: Any, labels: Tensor, *, arch: str, label_smoothing: float = 0.0) -> Tensor:

@@ -13,10 +13,12 @@ from dali_lmdb.loaders.folder import is_image_folder, open_data
 from dali_lmdb.plan.sampling import AllRecords
 from dali_lmdb.plan.state import LoaderState
 from dali_lmdb.store import open_store
+from dali_lmdb.torchrun import RankEnvironment
 from dali_lmdb.train import checkpoint, metrics, models, scalars
 from dali_lmdb.train.distributed import find_device
 from dali_lmdb.train.resuming import differences
 from dali_lmdb.train.settings import TrainSettings
+from dali_lmdb.train.weights import check_weights, find_weights
 
 __all__ = ["check", "check_file", "describe", "some"]
 
@@ -44,6 +46,7 @@ def check(settings: TrainSettings, *, world_size: int, ranks_per_node: int) -> N
     for size in sorted({settings.size, settings.start_size or settings.size, settings.val_size or settings.size}):
         models.check_input(settings.arch, num_classes=len(classes), size=size, batch_size=settings.batch_size)
     _check_checkpoint(settings, data=data)
+    _check_weights(settings, classes=classes)
     _check_files(settings)
 
 
@@ -121,6 +124,17 @@ def _check_checkpoint(settings: TrainSettings, *, data: DataDescription) -> None
         num_positions=order.num_positions,
     )
     LoaderState.from_dict(content["loader"]).check_against(own, where=settings.train)
+
+
+def _check_weights(settings: TrainSettings, *, classes: list[str]) -> None:
+    """Check that the model can begin with the weights, where rank 0 reads them."""
+    ranks, path = RankEnvironment.from_environment(), settings.checkpoint_path
+    if settings.weights is None or (ranks is not None and ranks.rank != 0):
+        return
+    if settings.resume and path is not None and os.path.exists(path):  # which comes instead
+        return
+    found = find_weights(settings.weights, arch=settings.arch)
+    check_weights(found, arch=settings.arch, size=settings.size, classes=classes)
 
 
 def _check_files(settings: TrainSettings) -> None:

@@ -72,4 +72,20 @@ RECIPES = {
             "val_resize": 232,
         },
     ),
+    "finetune": Recipe(
+        "ImageNet's weights, for your classes; pytorch.org's transfer learning tutorial (1 rank)",
+        {
+            "arch": "resnet18",
+            "weights": "DEFAULT",
+            "epochs": 25,
+            "batch_size": 32,
+            "opt": "sgd",
+            "lr": "auto",
+            "lr_base": 0.064,  # 0.001 for 4
+            "lr_scheduler": "step",
+            "lr_warmup_epochs": 0,
+            "lr_step_size": 7,
+            "weight_decay": 0,
+        },
+    ),
 }

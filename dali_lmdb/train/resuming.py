@@ -14,7 +14,7 @@ __all__ = ["differences"]
 
 # Without the same values of these, a checkpoint means nothing. The loader's state refuses other data or seeds.
 _MUST_AGREE = ("opt", "zero_init_residual")
-_NOT_SAID = ("resume", *_MUST_AGREE)
+_NOT_SAID = ("resume", "weights", *_MUST_AGREE)
 
 
 def differences(saved: Mapping[str, Any], settings: TrainSettings, *, path: Path) -> list[str]:

@@ -11,7 +11,7 @@ from dali_lmdb.loaders.backends import Backend
 from dali_lmdb.loaders.bad import OnBad
 from dali_lmdb.loaders.settings import DaliSettings, Decode, DecodeDevice
 from dali_lmdb.plan.augment import EvalTransform, Interpolation, TrainTransform
-from dali_lmdb.train import checkpoint, models, schedule
+from dali_lmdb.train import checkpoint, models, schedule, weights
 from dali_lmdb.train.schedule import Scheduler
 
 __all__ = [
@@ -112,7 +112,9 @@ class TrainSettings:
     val: str
     """Store or folder to evaluate on after each epoch, with the same classes as ``train``."""
     arch: str = "resnet50"
-    """Any torchvision classification model; trained from random weights."""
+    """Any torchvision classification model, or ``"MODULE:FUNCTION"``, which is called with ``num_classes``."""
+    weights: str | None = None
+    """Weights to begin with, see ``find_weights``; None: random ones, or those that ``MODULE:FUNCTION`` sets."""
     backend: Backend = "dali"
     """``"dali"`` decodes with DALI, ``"torch"`` with Pillow in DataLoader workers (the classic CPU path)."""
     device: DeviceChoice = "auto"
@@ -253,6 +255,8 @@ class TrainSettings:
                 continue
             raise ValueError(f"{option}: there is no output folder for a checkpoint; set output")
         models.check_arch(self.arch)
+        if self.weights is not None:
+            weights.check_name(self.weights, arch=self.arch)
         if self.zero_init_residual:
             models.check_zero_init(self.arch)
 

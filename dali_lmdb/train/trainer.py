@@ -39,6 +39,7 @@ from dali_lmdb.train.resuming import differences
 from dali_lmdb.train.schedule import learning_rate
 from dali_lmdb.train.settings import TrainSettings
 from dali_lmdb.train.summary import summarise
+from dali_lmdb.train.weights import find_weights, load_weights
 
 __all__ = ["fits_beside", "train"]
 
@@ -156,6 +157,7 @@ class _Training:
             size=settings.size,
             zero_init_residual=settings.zero_init_residual,
         )
+        self._load_weights(model)
         if settings.sync_bn and ranks.world_size > 1:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
         self.model = model.to(device)
@@ -194,6 +196,17 @@ class _Training:
         self.profiler = stack.enter_context(
             Profiler(settings.profile, folder=settings.output, rank=ranks.rank, device=device)
         )
+
+    def _load_weights(self, model: nn.Module) -> None:
+        """Load ``--weights`` on rank 0, whose model DDP sends to all, unless a checkpoint is resumed from."""
+        settings, path = self.settings, self.settings.checkpoint_path
+        if settings.weights is None or self.ranks.rank != 0:
+            return
+        if path is None or not (settings.resume and path.exists()):
+            found = find_weights(settings.weights, arch=settings.arch)
+            classes = self.train_loader.classes
+            done = load_weights(found, model, arch=settings.arch, size=settings.size, classes=classes)
+            _log.info("%s", done)
 
     def _loader(self, *, training: bool) -> Loader:
         return open_data(
