@@ -1,10 +1,13 @@
 """What the options of the recipe do to a training run."""
 
 import json
+import shutil
 from dataclasses import asdict, replace
 
 import pytest
 import torch
+import torch._inductor.config
+import torchvision
 from click.testing import CliRunner
 from test_train import data, one_thread, tiny  # noqa: F401  # fixtures
 
@@ -66,7 +69,17 @@ def _train_until_epoch_1_step_2(settings, tmp_path):
     "options",
     [
         {"opt": "adamw", "lr": 1e-3, "zero_init_residual": True, "lr_scheduler": "linear"},
-        {"opt": "sgd", "size": 64, "start_size": 32, "val_size": 48, "epochs": 4, "batch_size": 24},
+        {
+            "opt": "sgd",
+            "size": 64,
+            "start_size": 32,
+            "val_size": 48,
+            "val_resize": 50,
+            "epochs": 4,
+            "batch_size": 24,
+        }
+        | {"lr_scheduler": "step", "lr_step_size": 1.0, "lr_gamma": 0.5, "lr_warmup_epochs": 0.5}
+        | {"norm_weight_decay": 1e-4, "precision": "bfloat16"},
         {"interpolation": "cubic", "crop_scale": 0.5, "hflip": 0.0, "color_jitter": 0.4, "hue": 0.1},
         {"grayscale": 0.5, "random_erase": 0.5, "mixup_alpha": 0.2, "backend": "torch", "model_ema_decay": 0.5},
     ],
@@ -76,6 +89,36 @@ def test_a_run_with_the_options_counts_every_record(data, options):  # noqa: F81
     results = train(tiny(data, **{"batch_size": 16} | options))
     assert [result["val_records"] for result in results] == [11] * options.get("epochs", 1)
     assert ("ema_val_top1" in results[0]) == ("model_ema_decay" in options)
+
+
+@pytest.fixture
+def smallest_net():
+    """The name of a model that compiles in seconds, registered with torchvision."""
+
+    def smallest_net(*, num_classes, weights=None):
+        assert weights is None
+        pooled = [torch.nn.Conv2d(3, 4, 3, stride=4), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1)]
+        return torch.nn.Sequential(*pooled, torch.nn.Flatten(), torch.nn.Linear(4, num_classes))
+
+    smallest_net.__module__ = f"{torchvision.models.__name__}.smallest"
+    torchvision.models._api.register_model()(smallest_net)
+    yield "smallest_net"
+    del torchvision.models._api.BUILTIN_MODELS["smallest_net"]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+def test_a_compiled_model_trains_as_it_does_uncompiled(data, smallest_net, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)  # starts no processes
+    compiled, plain = (train(tiny(data, arch=smallest_net, compile=choice))[0] for choice in (True, False))
+    assert compiled["val_loss"] == pytest.approx(plain["val_loss"], rel=1e-4)
+
+
+def test_compiling_without_a_compiler_is_refused(data, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("CXX", "no-compiler")
+    with pytest.raises(
+        ValueError, match=r"^--compile: .* there is no no-compiler; install g\+\+, .* leave it out$"
+    ):
+        preflight.check(tiny(data, compile=True), world_size=1, ranks_per_node=1)
 
 
 def test_settings_given_now_rule_over_the_checkpoints_and_are_said(data, tmp_path, caplog):  # noqa: F811

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,6 +38,8 @@ def check(settings: TrainSettings, *, world_size: int, ranks_per_node: int) -> N
         raise ValueError(
             "--sync-bn: torch normalises over ranks on GPUs only, and training is on the CPU; leave it out"
         )
+    if settings.compile and device.type == "cpu":
+        _check_compiler()
     data = describe(settings.train, backend=settings.backend)
     val_data, classes = describe(settings.val, backend=settings.backend), data.classes
     _check_classes(classes, val_data.classes, settings=settings)
@@ -48,6 +51,15 @@ def check(settings: TrainSettings, *, world_size: int, ranks_per_node: int) -> N
     _check_checkpoint(settings, data=data)
     _check_weights(settings, classes=classes)
     _check_files(settings)
+
+
+def _check_compiler() -> None:
+    compiler = os.environ.get("CXX", "g++")  # what torch.compile takes on the CPU
+    if shutil.which(compiler) is None:
+        raise ValueError(
+            f"--compile: torch.compile needs a C++ compiler on the CPU, and there is no {compiler}; install g++, "
+            "set CXX, or leave it out"
+        )
 
 
 class DataDescription(NamedTuple):
