@@ -17,7 +17,7 @@ from dali_lmdb.errors import RecordError
 from dali_lmdb.loaders.bad import BadRecord, BadRecords
 from dali_lmdb.loaders.settings import LoaderSettings
 from dali_lmdb.plan.batches import Planner
-from dali_lmdb.plan.order import StepPlan
+from dali_lmdb.plan.order import LastBatch, StepPlan
 from dali_lmdb.plan.sampling import sampling_of
 from dali_lmdb.plan.state import LoaderState
 from dali_lmdb.store import Store
@@ -98,6 +98,7 @@ class Loader(ABC):
         rank, world_size = settings.rank, settings.world_size
         if rank is None or world_size is None:
             rank, world_size = _rank_and_world_size()
+        default_last_batch: LastBatch = "drop" if settings.is_training else "short"
         sampling = sampling_of(
             len(store),
             sampler=settings.sampler,
@@ -111,7 +112,7 @@ class Loader(ABC):
             batch_size=settings.batch_size,
             rank=rank,
             world_size=world_size,
-            last_batch=settings.last_batch or ("drop" if settings.is_training else "short"),
+            last_batch=default_last_batch if settings.last_batch is None else settings.last_batch,
         )
         if steps.last_batch == "drop" and steps.num_positions < steps.global_batch_size:
             raise ValueError(

@@ -68,7 +68,8 @@ class DaliLoader(Loader):
         device: ``"cuda"``: torch's current CUDA device; ``"cpu"``: no GPU needed.
         rank, world_size: by default those of the process group, if there is one, else 0 and 1.
         seed: seed of order and augmentation, the same on every rank.
-        shuffle: ``"full"`` (default with TrainTransform), ``"block"`` or ``"none"`` (default otherwise).
+        shuffle: ``"full"`` or True (default with TrainTransform), ``"block"``, or ``"none"`` or False (default
+            otherwise).
         sampler: the records of an epoch, by default every record once. Either record indices in the order to show
             them (a sequence, array or tensor; shuffled in every epoch if ``shuffle`` says so), or a PyTorch
             ``Sampler`` that gives the records of all ranks, the same on every rank (so not a
@@ -137,7 +138,7 @@ class DaliLoader(Loader):
         rank: int | None = None,
         world_size: int | None = None,
         seed: int = 0,
-        shuffle: Shuffle | None = None,
+        shuffle: Shuffle | bool | None = None,
         sampler: Iterable[int] | None = None,
         weights: Sequence[float] | npt.NDArray[np.float64] | None = None,
         last_batch: LastBatch | None = None,

@@ -53,7 +53,7 @@ class LoaderSettings:
     rank: int | None
     world_size: int | None
     seed: int
-    shuffle: Shuffle | None
+    shuffle: Shuffle | bool | None
     sampler: Iterable[int] | None
     weights: Sequence[float] | npt.NDArray[np.float64] | None
     last_batch: LastBatch | None

@@ -131,7 +131,7 @@ class TorchLoader(Loader):
         rank: int | None = None,
         world_size: int | None = None,
         seed: int = 0,
-        shuffle: Shuffle | None = None,
+        shuffle: Shuffle | bool | None = None,
         sampler: Iterable[int] | None = None,
         weights: Sequence[float] | npt.NDArray[np.float64] | None = None,
         last_batch: LastBatch | None = None,
@@ -163,6 +163,8 @@ class TorchLoader(Loader):
         super().__init__(store, settings)
         self.device = torch.device(device)
         self._num_workers = threads_per_rank() if num_workers is None else num_workers
+        if self._num_workers < 0:
+            raise ValueError(f"num_workers is {num_workers}, expected at least 0")
         if self._num_workers:
             _check_temporary_folder()
         # A quarter of the bytes to move to a GPU, which then normalises them.

@@ -117,7 +117,7 @@ def sampling_of(
     sampler: Iterable[int] | None,
     weights: Sequence[float] | npt.NDArray[np.float64] | None,
     seed: int,
-    shuffle: Shuffle | None,
+    shuffle: Shuffle | bool | None,
     default_shuffle: Shuffle,
 ) -> Sampling:
     """Make the sampling for a loader's arguments.
@@ -127,7 +127,8 @@ def sampling_of(
         sampler: a PyTorch ``Sampler`` (see ``Sampled``), or a sequence, array or tensor of record indices.
         weights: one for each record.
         shuffle: for all records or a sequence; None means ``default_shuffle`` for the first, ``"none"`` for the
-            second.
+            second. True is ``"full"`` and False ``"none"``, which any ``sampler`` or ``weights`` may have beside
+            it, as in a ``DataLoader``.
 
     Raises:
         ValueError: an index or weight is out of range, two of the arguments exclude each other, or the sampler
@@ -135,13 +136,19 @@ def sampling_of(
     """
     if sampler is not None and weights is not None:
         raise ValueError("sampler and weights are both given; choose one")
+    if shuffle is True:
+        shuffle = "full"
     if sampler is None and weights is None:
-        return AllRecords(num_records, seed=seed, shuffle=shuffle or default_shuffle)
+        if shuffle is False:
+            shuffle = "none"
+        return AllRecords(num_records, seed=seed, shuffle=default_shuffle if shuffle is None else shuffle)
+    if shuffle is False:
+        shuffle = None
     if sampler is not None and _is_listed(sampler):
         indices = _checked_indices(sampler, num_records)
         if len(indices) == 0:
             raise ValueError("sampler is empty, expected at least one record index")
-        return Listed(indices, seed=seed, shuffle=shuffle or "none")
+        return Listed(indices, seed=seed, shuffle="none" if shuffle is None else shuffle)
     if shuffle is not None:
         given = "sampler" if weights is None else "weights"
         raise ValueError(f"shuffle is {shuffle!r}, but {given} decides the order; leave shuffle out")
