@@ -58,7 +58,7 @@ def planned(loaders):
         return [records.tolist() for _ in range(NUM_EPOCHS) for _, _, records in loader]
 
 
-def lightning_run(loaders, folder, *, checkpoint=None, save_every=None):
+def lightning_run(loaders, folder, *, checkpoint=None, save_every=None, **options):
     """Fit a Lightning module; the records it was trained on, a list a step, and those of each validation."""
     lightning = pytest.importorskip("lightning", reason="Lightning is not installed: pip install lightning")
 
@@ -101,6 +101,7 @@ def lightning_run(loaders, folder, *, checkpoint=None, save_every=None):
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        **options,
     )
     module = Module()
     trainer.fit(module, ckpt_path=checkpoint)
@@ -125,6 +126,12 @@ def test_lightning_goes_on_from_any_checkpoint_with_the_records_not_yet_seen(
     for step, path in checkpoints.items():
         trained, _ = lightning_run(loaders, tmp_path / "again", checkpoint=path)
         assert trained == planned[step:], step
+
+
+def test_lightning_overfits_a_few_batches(loaders, planned, tmp_path):
+    trained, validated = lightning_run(loaders, tmp_path, overfit_batches=2)
+    assert trained == [step for epoch in range(NUM_EPOCHS) for step in planned[STEPS * epoch :][:2]]
+    assert set(map(tuple, validated)) == {tuple(range(2 * BATCH_SIZE))}
 
 
 TWO_RANKS = """

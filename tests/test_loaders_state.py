@@ -251,7 +251,7 @@ def interrupted(function, *, at_line):
 @pytest.mark.parametrize("steps_before", [0, 2])
 def test_an_iterator_goes_on_with_the_state_wherever_it_was_interrupted(make, steps_before):
     loader = make()
-    stride = 20 if isinstance(loader, TorchLoader) and loader._num_workers else 7
+    stride = 20 if isinstance(loader, TorchLoader) and loader.num_workers else 7
     for line in itertools.count(0, stride):
         loader.set_epoch(3 * line)  # not the epoch of which batches are under way
         iterator = iter(loader)

@@ -171,7 +171,7 @@ def test_by_default_they_are_opened_as_a_loader_is(folder):
 def test_by_default_the_ranks_of_a_node_share_its_cores(folder, backend, ranks_per_node):
     ranks = RankEnvironment(ranks_per_node=ranks_per_node)
     for loader in opened(settings(folder, backend=backend, workers=None), ranks=ranks):
-        found = loader.graph.num_threads if backend == "dali" else loader._num_workers
+        found = loader.graph.num_threads if backend == "dali" else loader.num_workers
         assert found == threads_per_rank(ranks_per_node)
 
 

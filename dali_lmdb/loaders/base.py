@@ -15,6 +15,7 @@ import torch.distributed
 
 from dali_lmdb.errors import RecordError
 from dali_lmdb.loaders.bad import BadRecord, BadRecords
+from dali_lmdb.loaders.data_loader import DataLoaderInterface
 from dali_lmdb.loaders.settings import LoaderSettings
 from dali_lmdb.plan.batches import Planner
 from dali_lmdb.plan.order import LastBatch, StepPlan
@@ -82,7 +83,7 @@ class Batch(NamedTuple):
     """Total size of the image files."""
 
 
-class Loader(ABC):
+class Loader(DataLoaderInterface, ABC):
     """Base of ``DaliLoader`` and ``TorchLoader``; they document the arguments.
 
     Attributes:
@@ -153,22 +154,6 @@ class Loader(ABC):
     def bad_records(self) -> list[BadRecord]:
         """Every record that could not be decoded, in the order they were met."""
         return list(self.bad.met.values())
-
-    @property
-    def batch_size(self) -> int:
-        """Images in one rank's step."""
-        return self.planner.steps.batch_size
-
-    @property
-    def sampler(self) -> Loader:
-        """This loader: Lightning and many training scripts call ``loader.sampler.set_epoch(epoch)`` before each
-        epoch."""
-        return self
-
-    @property
-    def batch_sampler(self) -> Loader:
-        """This loader: Lightning also looks for ``sampler`` and ``batch_size`` here."""
-        return self
 
     def __len__(self) -> int:
         """Number of this rank's steps in a whole epoch."""
@@ -341,7 +326,7 @@ class Loader(ABC):
             RecordError: with ``end``, if records of the step cannot be decoded.
         """
 
-    def release_memory(self) -> None:  # noqa: B027  # nothing to release unless a loader says so
+    def release_memory(self) -> None:  # nothing to release unless a loader says so
         """Release the GPU memory that ``gpu_memory_bytes`` estimates, until the next batch needs it again.
 
         Nothing else changes: the same batches follow.

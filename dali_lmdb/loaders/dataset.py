@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from dali_lmdb.errors import RecordError
 from dali_lmdb.images.opening import BadImageError, open_image, to_rgb
 from dali_lmdb.loaders.pillow import pixel_limits
-from dali_lmdb.store import open_store
+from dali_lmdb.store import Store, open_store
 
 __all__ = ["ImageFolderLMDB"]
 
@@ -25,7 +25,7 @@ class ImageFolderLMDB(Dataset[tuple[Any, Any]]):
     after its parent has; it pickles as a path.
 
     Args:
-        path: a store.
+        path: a store or its path.
         transform: called with the Pillow image.
         target_transform: called with the label.
 
@@ -41,11 +41,11 @@ class ImageFolderLMDB(Dataset[tuple[Any, Any]]):
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: Store | str | os.PathLike[str],
         transform: Callable[[Any], Any] | None = None,
         target_transform: Callable[[Any], Any] | None = None,
     ) -> None:
-        self.store = open_store(path)
+        self.store = path if isinstance(path, Store) else open_store(path)
         self.transform = transform
         self.target_transform = target_transform
         self.classes = list(self.store.classes)

@@ -162,10 +162,10 @@ class TorchLoader(Loader):
         )
         super().__init__(store, settings)
         self.device = torch.device(device)
-        self._num_workers = threads_per_rank() if num_workers is None else num_workers
-        if self._num_workers < 0:
+        self.num_workers = threads_per_rank() if num_workers is None else num_workers
+        if self.num_workers < 0:
             raise ValueError(f"num_workers is {num_workers}, expected at least 0")
-        if self._num_workers:
+        if self.num_workers:
             _check_temporary_folder()
         # A quarter of the bytes to move to a GPU, which then normalises them.
         moved: Dtype = "uint8" if device == "cuda" else dtype
@@ -180,7 +180,7 @@ class TorchLoader(Loader):
         # place is unknown.
         run, self._run = self._run, None
         if run is None:
-            run = _Run(self._planned_batches, num_workers=self._num_workers, pin_memory=self.device.type == "cuda")
+            run = _Run(self._planned_batches, num_workers=self.num_workers, pin_memory=self.device.type == "cuda")
         try:
             run.seek(self.planner, epoch, position)
             plan, decoded = run.next()

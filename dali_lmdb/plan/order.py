@@ -187,6 +187,12 @@ class StepPlan:
                 return None
         return np.arange(first, first + count, dtype=np.int64) % self.num_positions
 
+    def num_records(self) -> int:
+        """Positions of a rank in an epoch; with ``"short"``, where ranks may differ by one, the largest number."""
+        if self.last_batch == "short":
+            return -(-self.num_positions // self.world_size)
+        return self.num_steps() * self.batch_size
+
     def num_steps(self, start: int = 0) -> int:
         """Steps of this rank from ``start`` to the end of the epoch."""
         whole, left = divmod(max(self.num_positions - start, 0), self.global_batch_size)
