@@ -152,9 +152,6 @@ class Module(lightning.LightningModule):
     def train_dataloader(self):
         return self.loader(TrainTransform(size=8))
 
-    def val_dataloader(self):
-        return self.loader(EvalTransform(size=8, resize=8))
-
     def training_step(self, batch, _):
         return torch.nn.functional.cross_entropy(self.layer(batch[0].flatten(1)), batch[1])
 
@@ -168,7 +165,9 @@ class Module(lightning.LightningModule):
 trainer = lightning.Trainer(
     accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, logger=False, enable_checkpointing=False
 )
-trainer.fit(Module())
+module = Module()
+val = module.loader(EvalTransform(size=8, resize=8))  # before Lightning makes the process group
+trainer.fit(module, val_dataloaders=val)
 if trainer.is_global_zero:
     print("validated", int(trainer.callback_metrics["records"]))
 """
@@ -235,3 +234,35 @@ def test_accelerate_trains_on_the_planned_records_and_goes_on_with_the_others(lo
         folder = tmp_path / str(steps)
         assert accelerate_run(loaders, folder, stop_after=steps)[0] == planned[:steps]
         assert accelerate_run(loaders, folder)[0] == planned[steps:]
+
+
+def test_accelerate_accumulates_no_gradients_over_the_end_of_an_epoch(loaders):
+    accelerate = pytest.importorskip("accelerate", reason="Accelerate is not installed: pip install accelerate")
+    train, val = loaders()
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=3)
+    try:
+        synced = []
+        for _ in range(2):
+            for step, _ in enumerate(train):
+                with accelerator.accumulate():
+                    synced.append(accelerator.sync_gradients)
+                if step == 1:  # evaluation inside an epoch, cut short or not, changes nothing
+                    list(val)
+                    next(iter(val))
+        assert synced == [False, False, True, True] * 2
+        val.close()
+        assert not accelerator.gradient_state.in_dataloader
+    finally:
+        accelerator.gradient_state._reset_state()
+
+
+def test_accelerate_drops_what_was_repeated_to_fill_the_last_batch(request, loaders):
+    accelerate = pytest.importorskip("accelerate", reason="Accelerate is not installed: pip install accelerate")
+    path = request.getfixturevalue("store_path")
+    kind = type(loaders()[1])
+    make = dali if kind is DaliLoader else pillow
+    loader = make(path, transform=EvalTransform(size=8, resize=8), last_batch="pad")
+    accelerator = accelerate.Accelerator(cpu=True)
+    gathered = [accelerator.gather_for_metrics(records) for _, _, records in loader]
+    assert [len(records) for records in gathered] == [BATCH_SIZE] * STEPS + [NUM_RECORDS % BATCH_SIZE]
+    assert torch.cat(gathered).tolist() == list(range(NUM_RECORDS))

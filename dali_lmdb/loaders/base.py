@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 import operator
 import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed
 
 from dali_lmdb.errors import RecordError
+from dali_lmdb.loaders.accelerate import add_loader, remove_loader
 from dali_lmdb.loaders.bad import BadRecord, BadRecords
 from dali_lmdb.loaders.data_loader import DataLoaderInterface
+from dali_lmdb.loaders.group import process_group, warn_without_group
 from dali_lmdb.loaders.settings import LoaderSettings
 from dali_lmdb.plan.batches import Planner
 from dali_lmdb.plan.order import LastBatch, StepPlan
@@ -24,8 +25,6 @@ from dali_lmdb.plan.state import LoaderState
 from dali_lmdb.store import Store
 
 __all__ = ["Batch", "Loader"]
-
-_log = logging.getLogger("dali_lmdb")
 
 
 class _Pass:
@@ -91,14 +90,15 @@ class Loader(DataLoaderInterface, ABC):
         settings: the arguments that all loaders share.
         planner: which records each step reads and how they are augmented.
         gpu_memory_bytes: estimate of the GPU memory that DALI holds while batches are made; 0 where it holds none.
+        end_of_dataloader: whether the last batch was its epoch's last one; Accelerate's name.
+        remainder: number of different records in that one over all ranks, if some are repeated to fill it; else 0.
     """
 
     gpu_memory_bytes: int = 0
+    end_of_dataloader: bool = False
+    remainder: int = 0
 
     def __init__(self, store: Store, settings: LoaderSettings) -> None:
-        rank, world_size = settings.rank, settings.world_size
-        if rank is None or world_size is None:
-            rank, world_size = _rank_and_world_size()
         default_last_batch: LastBatch = "drop" if settings.is_training else "short"
         sampling = sampling_of(
             len(store),
@@ -111,21 +111,17 @@ class Loader(DataLoaderInterface, ABC):
         steps = StepPlan(
             num_positions=sampling.num_positions,
             batch_size=settings.batch_size,
-            rank=rank,
-            world_size=world_size,
+            rank=0 if settings.rank is None else settings.rank,
+            world_size=1 if settings.world_size is None else settings.world_size,
             last_batch=default_last_batch if settings.last_batch is None else settings.last_batch,
         )
-        if steps.last_batch == "drop" and steps.num_positions < steps.global_batch_size:
-            raise ValueError(
-                f"{store.path}: {steps.num_positions} records, fewer than batch_size {steps.batch_size} x "
-                f"world_size {world_size} = {steps.global_batch_size}; use a smaller batch_size or "
-                "last_batch='short'"
-            )
         self.store, self.settings = store, settings
         self.bad = BadRecords(store, on_bad=settings.on_bad, quarantine=settings.quarantine)
         self.planner = Planner(
             store, transform=settings.transform, steps=steps, sampling=sampling, seed=settings.seed
         )
+        self._is_divided = False
+        _check_num_records(store, self.steps)
         self._place = _Place(epoch=0, position=0, running=None)
         self._closed = False
         self._images = 0
@@ -139,6 +135,18 @@ class Loader(DataLoaderInterface, ABC):
     def epoch(self) -> int:
         """Number of the current epoch, or of the next one between epochs."""
         return self._place.epoch
+
+    @property
+    def steps(self) -> StepPlan:
+        """How the records of an epoch are divided among steps and ranks.
+
+        If rank and world size were not given, they are those of the process group now, which may be younger than
+        the loader, until the first batch divides the records for good.
+        """
+        steps, group = self.planner.steps, process_group()
+        if self.settings.rank is None and group is not None and not self._is_divided:
+            self.planner.steps = steps = replace(steps, rank=group[0], world_size=group[1])
+        return steps
 
     @property
     def num_records(self) -> int:
@@ -157,7 +165,7 @@ class Loader(DataLoaderInterface, ABC):
 
     def __len__(self) -> int:
         """Number of this rank's steps in a whole epoch."""
-        return self.planner.steps.num_steps()
+        return self.steps.num_steps()
 
     def set_epoch(self, epoch: int) -> None:
         """Begin epoch ``epoch`` next, from its first record.
@@ -260,10 +268,13 @@ class Loader(DataLoaderInterface, ABC):
             self._busy_s += begin - self._handed_out_at
         self._handed_out_at = None
         if is_first:
+            self._divide()
             self._begin_pass(requester)
         epoch, position, _ = self._place
         if self.planner.steps.positions(position) is None:
             self._place = _Place(epoch + 1, 0, None)
+            self.end_of_dataloader = False
+            remove_loader(self)
             return None
         try:
             batch = self._batch_at(epoch, position)
@@ -277,8 +288,35 @@ class Loader(DataLoaderInterface, ABC):
         self._wait_s += self._handed_out_at - begin
         self._busy_s += self._handed_out_at - begin
         tensors = (batch.images, batch.labels) + ((batch.records,) if self.settings.return_index else ())
+        self._note_end(position, batch.end)
         self._set_position(batch.end)
         return tensors
+
+    def _divide(self) -> None:
+        """Divide the records among ranks for good, before the first batch of a pass.
+
+        Raises:
+            RuntimeError: they were divided before the process group existed.
+        """
+        steps, group = self.steps, process_group()
+        if self.settings.rank is None:
+            if group is None and not self._is_divided:
+                warn_without_group()
+            if group is not None and group != (steps.rank, steps.world_size):
+                raise RuntimeError(
+                    f"this {type(self).__name__} has given batches as rank {steps.rank} of {steps.world_size}, "
+                    f"but this process is now rank {group[0]} of {group[1]}; make a new loader"
+                )
+        _check_num_records(self.store, steps)
+        self._is_divided = True
+
+    def _note_end(self, start: int, end: int) -> None:
+        """Tell Accelerate whether the step between two positions is this rank's last one of the epoch."""
+        steps = self.planner.steps
+        self.end_of_dataloader = steps.positions(end) is None
+        padded = self.end_of_dataloader and steps.last_batch == "pad"
+        self.remainder = (steps.num_positions - start) % steps.global_batch_size if padded else 0
+        add_loader(self)  # for each batch, since another loader's pass may have been abandoned
 
     def _begin_pass(self, new: _Pass) -> None:
         epoch, position, running = self._place
@@ -335,6 +373,7 @@ class Loader(DataLoaderInterface, ABC):
     def close(self) -> None:
         """Release threads, processes and device memory; the loader cannot be used again."""
         self._closed = True
+        remove_loader(self)
         self._go_to(self._place._replace(running=None), because="the loader was closed")
 
     def __enter__(self) -> Any:
@@ -344,14 +383,10 @@ class Loader(DataLoaderInterface, ABC):
         self.close()
 
 
-def _rank_and_world_size() -> tuple[int, int]:
-    """(rank, world size) of the process group; (0, 1) without one."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        _log.warning(
-            "WORLD_SIZE is %s, but torch.distributed is not initialised: this loader reads the records of all "
-            "ranks; make it after init_process_group, or give rank and world_size",
-            os.environ["WORLD_SIZE"],
+def _check_num_records(store: Store, steps: StepPlan) -> None:
+    if steps.last_batch == "drop" and steps.num_positions < steps.global_batch_size:
+        raise ValueError(
+            f"{store.path}: {steps.num_positions} records, fewer than batch_size {steps.batch_size} x "
+            f"world_size {steps.world_size} = {steps.global_batch_size}; use a smaller batch_size or "
+            "last_batch='short'"
         )
-    return 0, 1

@@ -66,7 +66,8 @@ class DaliLoader(Loader):
         transform: ``TrainTransform`` or ``EvalTransform``.
         batch_size: images of one rank's step.
         device: ``"cuda"``: torch's current CUDA device; ``"cpu"``: no GPU needed.
-        rank, world_size: by default those of the process group, if there is one, else 0 and 1.
+        rank, world_size: by default those of the process group, if there is one when the first batch is made,
+            else 0 and 1.
         seed: seed of order and augmentation, the same on every rank.
         shuffle: ``"full"`` or True (default with TrainTransform), ``"block"``, or ``"none"`` or False (default
             otherwise).
