@@ -16,7 +16,7 @@ from dali_lmdb.errors import RecordError
 from dali_lmdb.loaders.accelerate import add_loader, remove_loader
 from dali_lmdb.loaders.bad import BadRecord, BadRecords
 from dali_lmdb.loaders.data_loader import DataLoaderInterface
-from dali_lmdb.loaders.group import process_group, warn_without_group
+from dali_lmdb.loaders.group import check_device, process_group, warn_without_group
 from dali_lmdb.loaders.settings import LoaderSettings
 from dali_lmdb.plan.batches import Planner
 from dali_lmdb.plan.order import LastBatch, StepPlan
@@ -120,7 +120,7 @@ class Loader(DataLoaderInterface, ABC):
         self.planner = Planner(
             store, transform=settings.transform, steps=steps, sampling=sampling, seed=settings.seed
         )
-        self._is_divided = False
+        self._is_divided, self._is_older_than_group = False, process_group() is None
         _check_num_records(store, self.steps)
         self._place = _Place(epoch=0, position=0, running=None)
         self._closed = False
@@ -307,6 +307,8 @@ class Loader(DataLoaderInterface, ABC):
                     f"this {type(self).__name__} has given batches as rank {steps.rank} of {steps.world_size}, "
                     f"but this process is now rank {group[0]} of {group[1]}; make a new loader"
                 )
+            if group is not None and self._is_older_than_group and not self._is_divided:
+                check_device(self.settings)
         _check_num_records(self.store, steps)
         self._is_divided = True
 

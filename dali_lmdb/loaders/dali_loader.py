@@ -16,6 +16,7 @@ import torch
 from dali_lmdb.errors import RecordError
 from dali_lmdb.loaders.bad import OnBad, nothing_decodes, substituted
 from dali_lmdb.loaders.base import Batch, Loader
+from dali_lmdb.loaders.dataset import ImageFolderLMDB, store_of
 from dali_lmdb.loaders.external_source import InFlight, decoded_fields
 from dali_lmdb.loaders.finishing import Finisher, UndecodableError
 from dali_lmdb.loaders.gpu_memory import held_bytes
@@ -62,10 +63,11 @@ class DaliLoader(Loader):
     for long.
 
     Args:
-        store: a store or its path.
+        store: a store or its path, or an ``ImageFolderLMDB``, whose transform is not used.
         transform: ``TrainTransform`` or ``EvalTransform``.
         batch_size: images of one rank's step.
-        device: ``"cuda"``: torch's current CUDA device; ``"cpu"``: no GPU needed.
+        device: ``"cuda"``: torch's current CUDA device; ``"cuda:1"``: that GPU; ``"cpu"``: no GPU needed; or a
+            ``torch.device``.
         rank, world_size: by default those of the process group, if there is one when the first batch is made,
             else 0 and 1.
         seed: seed of order and augmentation, the same on every rank.
@@ -131,11 +133,11 @@ class DaliLoader(Loader):
 
     def __init__(
         self,
-        store: Store | str | os.PathLike[str],
+        store: Store | ImageFolderLMDB | str | os.PathLike[str],
         *,
         transform: Transform,
         batch_size: int,
-        device: Device = "cuda",
+        device: Device | str | torch.device = "cuda",
         rank: int | None = None,
         world_size: int | None = None,
         seed: int = 0,
@@ -190,14 +192,14 @@ class DaliLoader(Loader):
         )
         if tuned is not None:
             dali = with_tuned(dali, tuned)
-        if device == "cpu" and dali.decode_device == "gpu":
+        if settings.device == "cpu" and dali.decode_device == "gpu":
             raise ValueError("decode_device is 'gpu' with device 'cpu', expected 'cpu' or None")
-        store = store if isinstance(store, Store) else open_store(store)
+        store = store_of(store, open_path=open_store)
         super().__init__(store, settings)
         usual = usual_size(store)
         self.graph = graph_settings(settings, dali, usual)
         self.gpu_memory_bytes = held_bytes(self.graph, pixels=usual.pixels)
-        if device == "cuda" and self.planner.steps.rank == 0:
+        if settings.device == "cuda" and self.planner.steps.rank == 0:
             log_decoding(store, dali, self.graph)
         self._verdicts = Verdicts(store, self.graph)
         # The prefetcher's thread must not keep the loader alive, so that one dropped without close() is freed.

@@ -18,7 +18,7 @@ from dali_lmdb.images.opening import BadImageError, open_image, pixel_limit, to_
 from dali_lmdb.loaders.pillow import pixel_limits
 from dali_lmdb.store import Store, open_store
 
-__all__ = ["ImageFolderLMDB"]
+__all__ = ["ImageFolderLMDB", "store_of"]
 
 _Sample = tuple[str, int]
 
@@ -233,6 +233,24 @@ class ImageFolderLMDB(Dataset[tuple[Any, Any]]):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.root!r}, {len(self)} records)"
+
+
+def store_of(
+    data: Store | ImageFolderLMDB | str | os.PathLike[str], *, open_path: Callable[[Any], Store]
+) -> Store:
+    """The store that a loader's data are: as it is, of a data set, or opened with ``open_path``.
+
+    Raises:
+        ValueError: the data set has other records or labels than its store.
+    """
+    if not isinstance(data, ImageFolderLMDB):
+        return data if isinstance(data, Store) else open_path(data)
+    if not data.is_whole or data.target_transform is not None:
+        raise ValueError(
+            f"{data!r} has not all records of its store, or other labels, and a loader takes those of the store; "
+            "give dataset.store, and which records to show as sampler="
+        )
+    return data.store
 
 
 def _load(file: Any) -> Any:

@@ -12,7 +12,7 @@ from dali_lmdb.errors import StoreFormatError
 from dali_lmdb.loaders.finishing import TORCH_INTERPOLATIONS
 from dali_lmdb.loaders.gpu_memory import choose_decoding, preallocation
 from dali_lmdb.loaders.pipeline import GraphSettings
-from dali_lmdb.loaders.settings import DaliSettings, LoaderSettings
+from dali_lmdb.loaders.settings import DaliSettings, Device, LoaderSettings
 from dali_lmdb.loaders.versions import has_fancy_windows, nvjpeg_version
 from dali_lmdb.store import Store
 from dali_lmdb.store.classic import ClassicStore
@@ -53,13 +53,14 @@ def usual_size(store: Store) -> UsualSize:
 
 def graph_settings(settings: LoaderSettings, dali: DaliSettings, usual: UsualSize) -> GraphSettings:
     """The settings of a loader's graph, with every default resolved; queries the size of the GPU's memory."""
-    on_gpu = settings.device == "cuda"
+    on_gpu = settings.device_id is not None
+    device: Device = "cuda" if on_gpu else "cpu"
     num_threads = threads_per_rank() if dali.num_threads is None else dali.num_threads
     decoding = choose_decoding(
         dali,
-        device=settings.device,
+        device=device,
         image_bytes=3 * usual.pixels * settings.batch_size * dali.prefetch_queue_depth,
-        gpu_bytes=torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory if on_gpu else 0,
+        gpu_bytes=torch.cuda.get_device_properties(settings.device_id).total_memory if on_gpu else 0,
     )
     preallocated = preallocation(
         height=usual.height,
@@ -72,8 +73,8 @@ def graph_settings(settings: LoaderSettings, dali: DaliSettings, usual: UsualSiz
     return GraphSettings(
         transform=settings.transform,
         batch_size=settings.batch_size,
-        device=settings.device,
-        device_id=torch.cuda.current_device() if on_gpu else None,
+        device=device,
+        device_id=settings.device_id,
         num_threads=num_threads,
         prefetch_queue_depth=dali.prefetch_queue_depth,
         dtype=settings.dtype,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,9 @@ from dali_lmdb.loaders.bad import OnBad
 from dali_lmdb.loaders.prefetch import READAHEAD_BYTES
 from dali_lmdb.plan.augment import EvalTransform, TrainTransform, Transform
 from dali_lmdb.plan.order import LastBatch, Shuffle
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "DaliSettings",
@@ -49,7 +52,7 @@ class LoaderSettings:
 
     transform: Transform
     batch_size: int
-    device: Device
+    device: Device | str | torch.device
     rank: int | None
     world_size: int | None
     seed: int
@@ -62,9 +65,12 @@ class LoaderSettings:
     on_bad: OnBad
     quarantine: str | os.PathLike[str] | None
     return_index: bool
+    device_id: int | None = field(init=False, default=None)
+    """Number of the GPU; None on the CPU."""
+    is_current_device: bool = field(init=False, default=False)
+    """Whether it was chosen as torch's current one, not named."""
 
     def __post_init__(self) -> None:
-        import torch  # not above: the process of a probe would take 2 s to import it
 
         if not isinstance(self.transform, (TrainTransform, EvalTransform)):
             raise ValueError(f"transform is {self.transform!r}, expected a TrainTransform or an EvalTransform")
@@ -72,16 +78,34 @@ class LoaderSettings:
             raise ValueError(f"dtype is {self.dtype!r}, expected 'float32', 'float16' or 'uint8'")
         if self.layout not in ("NCHW", "NHWC"):
             raise ValueError(f"layout is {self.layout!r}, expected 'NCHW' or 'NHWC'")
-        if self.device not in ("cuda", "cpu"):
-            raise ValueError(f"device is {self.device!r}, expected 'cuda' or 'cpu'")
         if self.on_bad not in ("raise", "substitute"):
             raise ValueError(f"on_bad is {self.on_bad!r}, expected 'raise' or 'substitute'")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise DeviceError("device 'cuda': no usable GPU found; install its driver or use device 'cpu'")
+        self._resolve_device()
         for name in ("seed", "batch_size"):  # accepts numpy's integers; TypeError for anything else
             object.__setattr__(self, name, operator.index(getattr(self, name)))
         if (self.rank is None) != (self.world_size is None):
             raise ValueError(f"rank is {self.rank} and world_size {self.world_size}; give both or neither")
+
+    def _resolve_device(self) -> None:
+        """Split ``device``, a name or torch's object, into kind and number."""
+        import torch
+
+        try:
+            device = None if isinstance(self.device, bool) else torch.device(self.device)
+        except (RuntimeError, TypeError):
+            device = None
+        if device is None or device.type not in ("cuda", "cpu"):
+            raise ValueError(f"device is {self.device!r}, expected 'cuda', 'cuda:N' or 'cpu'")
+        object.__setattr__(self, "device", device.type)
+        if device.type == "cpu":
+            return
+        if not torch.cuda.is_available():
+            raise DeviceError(f"device '{device}': no usable GPU found; install its driver or use device 'cpu'")
+        number = torch.cuda.current_device() if device.index is None else device.index
+        if number >= torch.cuda.device_count():
+            raise DeviceError(f"device '{device}': only GPUs 0 to {torch.cuda.device_count() - 1} found")
+        object.__setattr__(self, "device_id", number)
+        object.__setattr__(self, "is_current_device", device.index is None)
 
     @property
     def is_training(self) -> bool:

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from dali_lmdb.errors import RecordError
 from dali_lmdb.loaders.bad import OnBad, nothing_decodes
 from dali_lmdb.loaders.base import Batch, Loader
+from dali_lmdb.loaders.dataset import ImageFolderLMDB, store_of
 from dali_lmdb.loaders.folder import open_data
 from dali_lmdb.loaders.normalize import Normalize
 from dali_lmdb.loaders.pillow_batches import DecodedBatch, PlannedBatches
@@ -107,10 +108,11 @@ class TorchLoader(Loader):
     """The interface, order, crops and flips of ``DaliLoader``, decoded by Pillow in ``DataLoader`` workers.
 
     Args:
-        data: a store, its path, or an image folder with one folder for each class.
+        data: a store or its path, an ``ImageFolderLMDB``, whose transform is not used, or the path of an image
+            folder with one folder for each class.
         num_workers: worker processes; 0 decodes in the calling process; by default the cores shared by the
             node's ranks.
-        device: where images and labels are moved to, ``"cpu"`` or ``"cuda"``, which normalises the images.
+        device: where images and labels are moved to, as in ``DaliLoader``; a GPU normalises the images.
         transform, batch_size, rank, world_size, seed, shuffle, sampler, weights, last_batch, dtype, layout,
             on_bad, quarantine, return_index: as ``DaliLoader``.
 
@@ -123,11 +125,11 @@ class TorchLoader(Loader):
 
     def __init__(
         self,
-        data: Store | str | os.PathLike[str],
+        data: Store | ImageFolderLMDB | str | os.PathLike[str],
         *,
         transform: Transform,
         batch_size: int,
-        device: Device = "cpu",
+        device: Device | str | torch.device = "cpu",
         rank: int | None = None,
         world_size: int | None = None,
         seed: int = 0,
@@ -142,7 +144,7 @@ class TorchLoader(Loader):
         num_workers: int | None = None,
         return_index: bool = False,
     ) -> None:
-        store = data if isinstance(data, Store) else open_data(data)
+        store = store_of(data, open_path=open_data)
         settings = LoaderSettings(
             transform=transform,
             batch_size=batch_size,
@@ -161,17 +163,19 @@ class TorchLoader(Loader):
             return_index=return_index,
         )
         super().__init__(store, settings)
-        self.device = torch.device(device)
+        self.device = torch.device("cpu" if settings.device_id is None else f"cuda:{settings.device_id}")
         self.num_workers = threads_per_rank() if num_workers is None else num_workers
         if self.num_workers < 0:
             raise ValueError(f"num_workers is {num_workers}, expected at least 0")
         if self.num_workers:
             _check_temporary_folder()
         # A quarter of the bytes to move to a GPU, which then normalises them.
-        moved: Dtype = "uint8" if device == "cuda" else dtype
+        moved: Dtype = "uint8" if settings.device == "cuda" else dtype
         self._normalize = None
         if moved != dtype:
-            self._normalize = Normalize(transform.mean, transform.std, dtype=getattr(torch, dtype), device=device)
+            self._normalize = Normalize(
+                transform.mean, transform.std, dtype=getattr(torch, dtype), device=self.device
+            )
         self._planned_batches = PlannedBatches(self.planner, moved, layout, on_bad)
         self._run: _Run | None = None
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -41,6 +42,7 @@ _FILTER_RADIUS = {"nearest": 1, "linear": 1, "cubic": 2, "lanczos": 3}
 _FILTER_MARGIN = 2
 
 Interpolation = Literal["nearest", "linear", "cubic", "lanczos"]
+_TORCHVISION_NAMES = {"bilinear": "linear", "bicubic": "cubic"}
 Ints = npt.NDArray[np.int32]
 Reals = npt.NDArray[np.float32]
 
@@ -111,10 +113,13 @@ class _Output:
     """Subtracted from each channel, RGB in [0, 1]."""
     std: tuple[float, float, float] = IMAGENET_STD
     """Then divides each channel, RGB in [0, 1]."""
-    interpolation: Interpolation = "linear"
-    """Resizing filter, always antialiased; ``"linear"`` is torchvision's bilinear."""
+    interpolation: Interpolation | Literal["bilinear", "bicubic"] = "linear"
+    """Resizing filter, always antialiased. torchvision's names and its ``InterpolationMode`` stand for these:
+    bilinear for ``"linear"``, bicubic for ``"cubic"``."""
 
     def __post_init__(self) -> None:
+        name = self.interpolation.name.lower() if isinstance(self.interpolation, Enum) else self.interpolation
+        object.__setattr__(self, "interpolation", _TORCHVISION_NAMES.get(name, name))
         if self.size < 1:
             raise ValueError(f"size is {self.size}, expected at least 1 pixel")
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
