@@ -2,7 +2,8 @@
 
 ``python interrupt_training.py FOLDER [--count 20] [--seed 0] [--elastic] [-- OPTION ...]`` prints what it did to
 the run. The final weights must be equal bit for bit, the log must have each step and each evaluation once, in
-order, and every epoch each record once. With ``--elastic`` each start has 1 or 2 ranks, which changes the weights.
+order, and every epoch each record once; so too where torchrun restarts the ranks after one was killed. With
+``--elastic`` each start has 1 or 2 ranks, which changes the weights.
 Options after ``--`` are added to the training command.
 """
 
@@ -29,7 +30,10 @@ ROOT = Path(__file__).resolve().parents[1]
 NUM_IMAGES, EPOCHS, BATCH_SIZE = 24, 15, 4
 # A model with BatchNorm and dropout.
 TINY = f"--arch mobilenet_v3_small --size 32 --batch-size {BATCH_SIZE} --workers 1 --device cpu --lr 0.001"
-RECIPE = "--model-ema-decay 0.9 --mixup-alpha 0.2 --cutmix-alpha 1 --accumulate 2 --label-smoothing 0.1"
+RECIPE = (
+    "--model-ema-decay 0.9 --mixup-alpha 0.2 --cutmix-alpha 1 --accumulate 2 --label-smoothing 0.1 "
+    "--clip-grad-norm 1"
+)
 KINDS = (
     # (signal, to whom, exit codes of the command; a signal that comes while a rank starts may kill it)
     (signal.SIGTERM, "launcher", {EXIT_CODE}),
@@ -59,17 +63,17 @@ class Runs:
     def __init__(self, folder, options):
         self.folder, store = folder, make_store(folder)
         self.num_starts = 0
-        self.command = [sys.executable, "-m", "dali_lmdb.train", "--train", store, "--val", store]
+        self.command = ["-m", "dali_lmdb.train", "--train", store, "--val", store]
         self.command += TINY.split()
         self.command += f"--epochs {EPOCHS} --log-every 1 --checkpoint-every 2 --resume".split()
         self.command += options
 
-    def start(self, name, *, world_size=2):
+    def start(self, name, *, world_size=2, by=()):
         files = ("--output", self.folder / name, "--log-json", self.folder / f"{name}.jsonl")
         self.num_starts += 1
         planted = {"PLANTED_RECORDS": str(self.folder / f"{name}.records"), "PLANTED_START": str(self.num_starts)}
         return subprocess.Popen(
-            [*map(str, self.command), "--world-size", str(world_size), *files],
+            [sys.executable, *by, *map(str, self.command), "--world-size", str(world_size), *files],
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'tests' / 'planted_crash'}:{ROOT}"}
             | planted,
@@ -136,18 +140,22 @@ def ranks_of(process):
     return ranks
 
 
+def read_lines_of(process, count):
+    """Read this many lines of progress; returns whether there were so many before the end."""
+    for line in process.stdout:
+        count -= line.startswith("epoch")
+        if not count:
+            return True
+    return False
+
+
 def interrupt(runs, name, kind, rng, *, world_size):
     """Start the run, send a signal once it has written some lines; returns whether it came before the end."""
     number, whom, codes = kind
     if number == signal.SIGKILL and world_size == 1:
         codes = {-number}
     with runs.start(name, world_size=world_size) as process:
-        lines = rng.randint(1, 8)
-        for line in process.stdout:
-            lines -= line.startswith("epoch")
-            if not lines:
-                break
-        else:
+        if not read_lines_of(process, rng.randint(1, 8)):
             errors = process.stderr.read()
             assert process.wait(timeout=60) == 0, errors
             return False
@@ -157,6 +165,17 @@ def interrupt(runs, name, kind, rng, *, world_size):
     if process.returncode in (EXIT_CODE, 130):
         assert "interrupted by " in rest, rest
     return process.returncode != 0
+
+
+TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 1"
+
+
+def kill_a_rank_of_torchrun(runs, name, rng):
+    with runs.start(name, by=TORCHRUN.split()) as process:
+        assert read_lines_of(process, rng.randint(6, 12)), process.stderr.read()
+        os.kill(rng.choice(ranks_of(process)), signal.SIGKILL)
+        _, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
 
 
 def check(folder, *, count, seed, options=(), elastic=False, say=print):
@@ -189,6 +208,12 @@ def check(folder, *, count, seed, options=(), elastic=False, say=print):
             for key, value in weights.items():
                 assert torch.equal(resumed[key], value), key
         number += 1
+    if not elastic:
+        kill_a_rank_of_torchrun(runs, "restarted", rng)
+        runs.check_complete("restarted")
+        restarted, restarted_log = runs.outcome("restarted")
+        assert restarted_log == log
+        assert all(torch.equal(restarted[key], value) for key, value in weights.items())
     says = "every record and step once" if elastic else "equal weights, equal logs, every record once"
     say(f"{done} interruptions of {number} runs: {says}")
 

@@ -53,7 +53,8 @@ def _plant_crash(module):
 
 
 def _plant_records(module):
-    handed_out, start = module.Loader.__iter__, int(os.environ["PLANTED_START"])
+    handed_out = module.Loader.__iter__
+    start = f"{os.environ['PLANTED_START']}.{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
     def iterate(self):
         for images, labels in handed_out(self):
