@@ -1,8 +1,7 @@
 """What the options of the recipe do to a training run."""
 
-import json
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,55 +13,10 @@ from test_train import data, one_thread, tiny  # noqa: F401  # fixtures
 from dali_lmdb.errors import StateError
 from dali_lmdb.train import checkpoint, preflight, train
 from dali_lmdb.train.__main__ import main
-from dali_lmdb.train.distributed import launch
 from dali_lmdb.train.optimizer import build_optimizer
 from dali_lmdb.train.recipes import RECIPES
 from dali_lmdb.train.schedule import learning_rate, sizes
 from dali_lmdb.train.settings import RANGES, TrainSettings
-
-EVERYTHING = {
-    "model_ema_decay": 0.9,
-    "mixup_alpha": 0.2,
-    "cutmix_alpha": 1.0,
-    "accumulate": 2,
-    "clip_grad_norm": 1.0,
-    "label_smoothing": 0.1,
-    "batch_size": 4,
-    "log_every": 1,
-}
-
-
-def on_two_ranks(settings):
-    launch(["-m", "dali_lmdb.train.rank", json.dumps(asdict(settings))], world_size=2)
-
-
-def test_a_resumed_run_with_everything_on_ends_with_the_same_weights_bit_for_bit(data, tmp_path):  # noqa: F811
-    on_two_ranks(tiny(data, **EVERYTHING, epochs=2, output=str(tmp_path / "whole")))
-    half = tiny(data, **EVERYTHING, epochs=2, output=str(tmp_path / "run"), checkpoint_every=2)
-    with pytest.raises(StateError):
-        _train_until_epoch_1_step_2(half, tmp_path)
-    stopped = checkpoint.load(half.checkpoint_path)
-    assert (stopped["epoch"], stopped["step"]) == (1, 2)
-    on_two_ranks(replace(half, resume=True, log_json=None))
-    resumed, whole = (checkpoint.load(tmp_path / name / "last.pt") for name in ("run", "whole"))
-    for part in ("model", "ema"):
-        for name, value in whole[part].items():
-            assert torch.equal(resumed[part][name], value), (part, name)
-
-
-def _train_until_epoch_1_step_2(settings, tmp_path):
-    script = (
-        "import json, sys\nfrom dali_lmdb.errors import StateError\n"
-        "from dali_lmdb.train import TrainSettings, trainer\n"
-        "from dali_lmdb.train.distributed import run_rank; plain = trainer._Training.save\n"
-        "def save(self, **options):\n"
-        "    plain(self, **options)\n"
-        "    if (self.ranks.rank, self.epoch, self.step) == (0, 1, 2):\n"
-        "        raise StateError('stop')\n"
-        "trainer._Training.save = save\n"
-        "run_rank(lambda: trainer.train(TrainSettings(**json.loads(sys.argv[1]))), show_errors=False)\n"
-    )
-    launch(["-c", script, json.dumps(asdict(settings))], world_size=2)
 
 
 @pytest.mark.parametrize(
