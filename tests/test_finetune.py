@@ -209,8 +209,65 @@ def test_without_a_network_it_says_where_to_put_the_file(tmp_path, monkeypatch):
             find_weights("ResNet18_Weights.IMAGENET1K_V1", arch=ARCH)
         proxy.shutdown()
     url = torchvision.models.ResNet18_Weights.DEFAULT.url
-    assert str(error.value).startswith(f"--weights ResNet18_Weights.IMAGENET1K_V1: {url} cannot be downloaded: ")
-    assert str(error.value).endswith(f"put it into {tmp_path}/hub/checkpoints, or give the file as --weights FILE")
+    assert str(error.value).startswith(f"--weights IMAGENET1K_V1: {url} cannot be downloaded: ")
+    assert str(error.value).endswith(f"put it into {tmp_path}/hub/checkpoints")
+
+
+@pytest.mark.parametrize("arch", ["densenet121", "mnasnet0_5"])
+def test_files_of_torchvision_with_names_of_earlier_versions_are_read(tmp_path, monkeypatch, arch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    torch.manual_seed(5)
+    state = build_model(arch, num_classes=1000, size=224).state_dict()
+    if arch == "densenet121":  # as published, see torchvision.models.densenet._load_state_dict
+        old = {
+            re.sub(r"(denselayer\d+\.(?:norm|relu|conv))([12])\.", r"\1.\2.", name): value
+            for name, value in state.items()
+            if "num_batches" not in name
+        }
+        assert old.keys() != state.keys()
+    else:
+        old = state
+    url = torchvision.models.get_model_weights(arch).DEFAULT.url
+    torch.save(old, folder / url.rpartition("/")[2])
+    model = build_model(arch, num_classes=3, size=224)
+    done = load_weights(find_weights("DEFAULT", arch=arch), model, arch=arch, size=224, classes=CLASSES)
+    assert "since they are for 1000 classes and the store has 3" in done
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name]) or value.shape != state[name].shape, name
+
+
+class Planted:
+    def __reduce__(self):
+        return open, (os.environ["PLANTED"], "w")
+
+
+def test_torchvisions_file_is_read_without_executing_it_and_named_if_it_is_damaged(hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("PLANTED", str(tmp_path / "executed"))
+    (file,) = hub.iterdir()
+    for content in (Planted(), [1], b"", b"<html>404</html>", file.read_bytes()[:1000]):
+        if isinstance(content, bytes):
+            file.write_bytes(content)
+        else:
+            torch.save(content, file)
+        with pytest.raises(StateError, match=re.escape(str(file))) as error:
+            check_weights(find_weights("DEFAULT", arch=ARCH), arch=ARCH, size=32, classes=CLASSES)
+        assert "remove it" in str(error.value)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_weights_that_expect_images_normalised_in_another_way_are_refused(data):  # noqa: F811
+    with pytest.raises(
+        ValueError, match="torchvision's for googlenet were trained on images normalised in another way"
+    ):
+        tiny(data, arch="googlenet", weights="DEFAULT")
+
+
+def test_a_name_of_torchvision_is_not_taken_for_a_folder(tmp_path, monkeypatch, hub):
+    (tmp_path / "DEFAULT").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert find_weights("DEFAULT", arch=ARCH).source == "ResNet18_Weights.IMAGENET1K_V1"
 
 
 MODELS = """
@@ -219,6 +276,13 @@ from torch import nn
 
 def tiny(num_classes):
     return nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, num_classes))
+
+def with_values(num_classes):
+    drop = [x.item() for x in torch.linspace(0, 0.1, 3)]  # as timm's
+    return nn.Sequential(nn.Dropout(drop[2]), tiny(num_classes))
+
+def raises(num_classes):
+    raise KeyError("head")
 
 def no_module(num_classes):
     return 3
@@ -236,6 +300,7 @@ constant = 3
 @pytest.fixture
 def models_module(tmp_path, monkeypatch):
     (tmp_path / "finetune_models.py").write_text(MODELS)
+    (tmp_path / "finetune_broken.py").write_text("def f(:")
     monkeypatch.chdir(tmp_path)
     return "finetune_models"
 
@@ -247,6 +312,8 @@ def test_a_function_of_the_users_builds_the_model_on_every_rank(data, tmp_path, 
     content = checkpoint.load(tmp_path / "run" / "best.pt")
     assert content["model"]["2.weight"].shape == (3, 12)
     assert content["settings"]["arch"] == f"{models_module}:tiny"
+    for name in ("with_values", "tiny"):
+        preflight.check(tiny(data, arch=f"{models_module}:{name}"), world_size=1, ranks_per_node=1)
     # And it is fine-tuned like any other.
     found = find_weights(str(tmp_path / "run" / "best.pt"), arch=settings.arch)
     check_weights(found, arch=settings.arch, size=32, classes=(*CLASSES, "white"))
@@ -255,17 +322,23 @@ def test_a_function_of_the_users_builds_the_model_on_every_rank(data, tmp_path, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--arch", "no_such_module:f"], "cannot be imported: No module named 'no_such_module'"),
+        (
+            ["--arch", "no_such_module:f"],
+            "cannot be imported: ModuleNotFoundError: No module named 'no_such_module'",
+        ),
         (
             ["--arch", "finetune_models:none"],
-            "cannot be imported: module 'finetune_models' has no attribute 'none'",
+            "cannot be imported: AttributeError: module 'finetune_models' has no attribute 'none'",
         ),
         (["--arch", "finetune_models:"], "cannot be imported"),
         (["--arch", ":tiny"], "cannot be imported"),
         (["--arch", "finetune_models:constant"], "cannot be called with num_classes=N"),
         (["--arch", "finetune_models:no_classes"], "cannot be called with num_classes=N"),
+        (["--arch", "..x:f"], "cannot be imported"),
+        (["--arch", "finetune_broken:f"], "cannot be imported: SyntaxError"),
+        (["--arch", "finetune_models:raises"], "raised KeyError: 'head', when called with num_classes=3"),
         (["--arch", "finetune_models:no_module"], "returned a int, expected a torch.nn.Module"),
-        (["--arch", "finetune_models:wrong_shape"], "gives (4, 3072), expected logits of shape (4, 3)"),
+        (["--arch", "finetune_models:wrong_shape"], "gives (2, 3072), expected logits of shape (2, 3)"),
         (
             ["--arch", "finetune_models:tiny", "--weights", "DEFAULT"],
             "torchvision has no weights for finetune_models",

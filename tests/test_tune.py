@@ -52,7 +52,9 @@ def test_candidates_are_halved_and_the_best_takes_turns_with_the_defaults(found)
     figures = result.to_dict()["figures"]
     for row in figures.values():
         assert 0 < row["batch_ms_mean"] < row["batch_ms_p99"]
-        assert row["images_per_s"] == pytest.approx(4000 / row["batch_ms_mean"], rel=0.5)
+        assert row["images_per_s"] > 0
+    for window in result.best_windows:
+        assert 4 * len(window.batch_s) / sum(window.batch_s) == pytest.approx(window.images_per_s, rel=0.1)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -58,7 +58,12 @@ def build_model(arch: str, *, num_classes: int, size: int, zero_init_residual: b
         ValueError: the function does not return a module.
     """
     if ":" in arch:
-        made = _function(arch)(num_classes=num_classes)
+        function = _function(arch)
+        try:
+            made = function(num_classes=num_classes)
+        except Exception as error:
+            found = f"{type(error).__name__}: {error}"
+            raise ValueError(f"arch: {arch} raised {found}, when called with num_classes={num_classes}") from error
         if not isinstance(made, nn.Module):
             raise ValueError(f"arch: {arch} returned a {type(made).__name__}, expected a torch.nn.Module")
         return made
@@ -82,8 +87,8 @@ def _function(arch: str) -> Callable[..., Any]:
         sys.path.insert(0, os.getcwd())
     try:
         function = getattr(importlib.import_module(module_name), name)
-    except (ImportError, ValueError, AttributeError) as error:
-        raise ValueError(f"arch: {arch} cannot be imported: {error}") from error
+    except Exception as error:  # whatever the module does
+        raise ValueError(f"arch: {arch} cannot be imported: {type(error).__name__}: {error}") from error
     try:
         inspect.signature(function).bind(num_classes=1)
     except (TypeError, ValueError) as error:
@@ -96,7 +101,7 @@ def state_shapes(arch: str, *, num_classes: int, size: int) -> dict[str, tuple[i
     try:
         with torch.device("meta"):  # needs no memory
             model = build_model(arch, num_classes=num_classes, size=size)
-    except (NotImplementedError, RuntimeError):  # what computes with tensors while it is made
+    except (NotImplementedError, RuntimeError, ValueError):  # what computes with tensors while it is made
         model = build_model(arch, num_classes=num_classes, size=size)
     return {name: tuple(value.shape) for name, value in model.state_dict().items()}
 
@@ -104,23 +109,38 @@ def state_shapes(arch: str, *, num_classes: int, size: int) -> dict[str, tuple[i
 def check_input(arch: str, *, num_classes: int, size: int, batch_size: int) -> None:
     """Raise ValueError if the model cannot be trained on images of this size.
 
-    Runs the model on the meta device, where tensors have shapes but no values, so it needs no memory.
+    Runs a model of torchvision on the meta device, where tensors have shapes but no values, so it needs no memory;
+    any other on the CPU, on at most two images.
     """
+    if ":" in arch:
+        _check_function_input(arch, num_classes=num_classes, size=size, batch_size=min(batch_size, 2))
+        return
     try:
         with torch.device("meta"):
             model = build_model(arch, num_classes=num_classes, size=size)
-            output = model.train()(torch.empty(batch_size, 3, size, size))
+            model.train()(torch.empty(batch_size, 3, size, size))
     except NotImplementedError:
         return  # RegNet computes its layers' widths with tensors, which need values; it accepts any size
     except (RuntimeError, ValueError, AssertionError) as cause:
-        reason = " ".join(str(cause).split())
-        raise ValueError(
-            f"arch: {arch} cannot be trained on {batch_size} images of {size}x{size} pixels a step: "
-            f"{reason}; choose another --size or --batch-size"
-        ) from cause
-    if ":" in arch and (not isinstance(output, Tensor) or output.shape != (batch_size, num_classes)):
-        found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise _unfit(arch, size=size, batch_size=batch_size, cause=cause) from cause
+
+
+def _check_function_input(arch: str, *, num_classes: int, size: int, batch_size: int) -> None:
+    model = build_model(arch, num_classes=num_classes, size=size)
+    try:
+        output = model.train()(torch.zeros(batch_size, 3, size, size))
+    except Exception as cause:
+        raise _unfit(arch, size=size, batch_size=batch_size, cause=cause) from cause
+    if not isinstance(output, Tensor) or output.shape != (batch_size, num_classes):
+        found = tuple(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
         raise ValueError(f"arch: {arch} gives {found}, expected logits of shape {(batch_size, num_classes)}")
+
+
+def _unfit(arch: str, *, size: int, batch_size: int, cause: Exception) -> ValueError:
+    return ValueError(
+        f"arch: {arch} cannot be trained on {batch_size} images of {size}x{size} pixels a step: "
+        f"{' '.join(str(cause).split())}; choose another --size or --batch-size"
+    )
 
 
 def training_loss(output: Any, labels: Tensor, *, arch: str, label_smoothing: float = 0.0) -> Tensor:

@@ -24,6 +24,7 @@ __all__ = ["Weights", "check_name", "check_weights", "find_weights", "load_weigh
 _THEN = "give other --weights"
 _WRAPPED_AS = ("state_dict", "model")  # by Lightning and timm; by torchvision's references
 _PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
+_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth")
 _MOST_NAMED = 3
 
 
@@ -39,8 +40,14 @@ class Weights:
 
 def check_name(weights: str, *, arch: str) -> None:
     """Raise ValueError, with the known names, if ``weights`` is neither a file nor one of torchvision's names."""
-    if not _is_file(weights):
-        _named(weights, arch=arch)
+    if _named(weights, arch=arch) is not None or os.sep in weights or os.path.lexists(weights):
+        return
+    if Path(weights).suffix in _SUFFIXES:  # a file that is missing, which is said when it is read
+        return
+    if ":" in arch:
+        raise ValueError(f"weights: {weights!r} is no file, and torchvision has no weights for {arch}")
+    names = ", ".join(torchvision.models.get_model_weights(arch).__members__) or "none"
+    raise ValueError(f"weights: {weights!r} is neither a file nor one of torchvision's for {arch}: {names}")
 
 
 def find_weights(weights: str, *, arch: str) -> Weights:
@@ -55,19 +62,8 @@ def find_weights(weights: str, *, arch: str) -> Weights:
         ValueError: no such file or name.
         StateError: the file cannot be read or holds no state dict, or the download failed.
     """
-    if _is_file(weights):
-        return _of_file(Path(weights))
     found = _named(weights, arch=arch)
-    try:
-        state = found.get_state_dict(progress=False, check_hash=True)
-    except (OSError, RuntimeError) as error:  # no network; another checksum
-        folder = Path(torch.hub.get_dir()) / "checkpoints"
-        reason = " ".join(str(error).split())
-        raise StateError(
-            f"--weights {weights}: {found.url} cannot be downloaded: {reason}; download it elsewhere and put it "
-            f"into {folder}, or give the file as --weights FILE"
-        ) from error
-    return Weights(str(found), state)
+    return _of_file(Path(weights)) if found is None else _of_torchvision(found, arch=arch)
 
 
 def load_weights(weights: Weights, model: nn.Module, *, arch: str, size: int, classes: Sequence[str]) -> str:
@@ -80,8 +76,10 @@ def load_weights(weights: Weights, model: nn.Module, *, arch: str, size: int, cl
         StateError: they are not those of such a model.
     """
     head = _head_to_replace(weights, arch=arch, size=size, classes=classes)
-    state = {name: value for name, value in weights.state.items() if name not in head}
-    model.load_state_dict(state, strict=False)
+    # On top of the model's own state, which says of which version it is.
+    state = model.state_dict()
+    state.update((name, value) for name, value in weights.state.items() if name not in head)
+    model.load_state_dict(state)
     if not head:
         return f"weights: {weights.source}"
     layers = sorted({name.rpartition(".")[0] or name for name in head})
@@ -97,21 +95,44 @@ def check_weights(weights: Weights, *, arch: str, size: int, classes: Sequence[s
     _head_to_replace(weights, arch=arch, size=size, classes=classes)
 
 
-def _is_file(weights: str) -> bool:
-    return (
-        os.path.lexists(weights) or os.sep in weights or Path(weights).suffix in (".pt", ".pth", ".bin", ".ckpt")
-    )
-
-
 def _named(weights: str, *, arch: str) -> Any:
+    """The member of torchvision's enumeration with this name, None if there is none.
+
+    Raises:
+        ValueError: they expect other images than ours.
+    """
     if ":" in arch:
-        raise ValueError(f"weights: {weights!r} is no file, and torchvision has no weights for {arch}")
+        return None
     known = torchvision.models.get_model_weights(arch)
     name = weights.rpartition(".")[2]
     if weights not in (name, f"{known.__name__}.{name}") or name not in known.__members__:
-        names = ", ".join(known.__members__) or "none"
-        raise ValueError(f"weights: {weights!r} is neither a file nor one of torchvision's for {arch}: {names}")
+        return None
+    if arch in ("googlenet", "inception_v3"):
+        raise ValueError(
+            f"weights: torchvision's for {arch} were trained on images normalised in another way, which this "
+            "trainer cannot do; choose another --arch"
+        )
     return known[name]
+
+
+def _of_torchvision(found: Any, *, arch: str) -> Weights:
+    file = Path(torch.hub.get_dir()) / "checkpoints" / found.url.rpartition("/")[2]
+    was_there = file.exists()
+    try:
+        # Nothing in the file is executed; after that, torchvision reads the same one without this precaution.
+        found.get_state_dict(progress=False, check_hash=True, weights_only=True)
+        # Some of the files have names of earlier versions, which only the model's own function translates.
+        return Weights(str(found), torchvision.models.get_model(arch, weights=found, progress=False).state_dict())
+    except Exception as error:  # torch raises almost anything on what it cannot read
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        if was_there:
+            raise StateError(
+                f"{file}: not readable weights: {reason}; remove it, it is downloaded again"
+            ) from error
+        raise StateError(
+            f"--weights {found.name}: {found.url} cannot be downloaded: {reason}; download it elsewhere and put "
+            f"it into {file.parent}"
+        ) from error
 
 
 def _of_file(path: Path) -> Weights:
@@ -119,7 +140,7 @@ def _of_file(path: Path) -> Weights:
         check_regular(path, error=StateError)
         if checkpoint.is_one(path):
             content = checkpoint.load(path, then=_THEN)
-            if content["ema"] is None:
+            if content.get("ema") is None:
                 return Weights(str(path), content["model"], content["classes"])
             averaged = {
                 name.removeprefix("module."): value
