@@ -113,6 +113,12 @@ class Runs:
             assert 0 <= NUM_IMAGES - len(labels) < batches[-1]["num_records"], (epoch, batches)
 
 
+def heed_ctrl_c():
+    """Let SIGINT reach processes started from here, also where a shell runs this in the background."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def read_lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -179,6 +185,7 @@ def kill_a_rank_of_torchrun(runs, name, rng):
 
 
 def check(folder, *, count, seed, options=(), elastic=False, say=print):
+    heed_ctrl_c()
     rng, runs = random.Random(seed), Runs(folder, list(options))
 
     def world_size():

@@ -32,6 +32,7 @@ def test_a_run_that_changes_its_number_of_ranks_trains_on_each_record_once_an_ep
 @contextlib.contextmanager
 def endless(store, *options, log_every=1, **environment):
     """A run without an end, in a process group of its own; killed on leaving."""
+    interrupt_training.heed_ctrl_c()
     command = [sys.executable, "-m", "dali_lmdb.train", "--train", store, "--val", store, *TINY.split()]
     command += ["--epochs", "100000", "--log-every", str(log_every), *options]
     with subprocess.Popen(
