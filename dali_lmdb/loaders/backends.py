@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import Literal
 
 from dali_lmdb.loaders.bad import OnBad
@@ -33,6 +34,7 @@ def open_loader(
     world_size: int,
     seed: int = 0,
     shuffle: Shuffle | None = None,
+    sampler: Iterable[int] | None = None,
     last_batch: LastBatch | None = None,
     dtype: Dtype = "float32",
     layout: Layout = "NCHW",
@@ -69,6 +71,7 @@ def open_loader(
             world_size=world_size,
             seed=seed,
             shuffle=shuffle,
+            sampler=sampler,
             last_batch=last_batch,
             dtype=dtype,
             layout=layout,
@@ -87,6 +90,7 @@ def open_loader(
         world_size=world_size,
         seed=seed,
         shuffle=shuffle,
+        sampler=sampler,
         last_batch=last_batch,
         dtype=dtype,
         layout=layout,
