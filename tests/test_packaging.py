@@ -26,8 +26,8 @@ TOP_LEVEL = {
     ".ruff.toml",
 }
 
-# Which layers each layer may import from: errors <- images <- store <- plan <- loaders <- train <- evaluate;
-# and compare, beside train.
+# Which layers each layer may import from: errors <- images <- store <- plan <- loaders <- train <- evaluate
+# <- view; and compare, beside evaluate.
 MAY_IMPORT = {
     "errors": set(),
     "disk": {"errors"},
@@ -43,6 +43,7 @@ MAY_IMPORT = {
     "loaders": {"errors", "disk", "images", "decoding", "isolated", "store", "plan", "threads"},
     "train": {"errors", "disk", "store", "plan", "loaders", "torchrun", "threads"},
     "evaluate": {"errors", "disk", "images", "store", "plan", "loaders", "torchrun", "train"},
+    "view": {"errors", "disk", "images", "store", "plan", "loaders", "threads", "train", "evaluate"},
     "compare": {"errors", "disk", "store", "plan", "loaders", "threads", "train"},
 }
 
