@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -21,7 +22,7 @@ from dali_lmdb.cli import (
     print_result,
     ranks_from_environment,
 )
-from dali_lmdb.convert import ConvertProgress, ConvertSettings, Summary, convert
+from dali_lmdb.convert import ConvertProgress, ConvertSettings, Split, Summary, convert, convert_split
 from dali_lmdb.convert.ranks import RankLostError, Ranks, torchrun_ranks
 from dali_lmdb.convert.settings import Check, OnBadImage
 from dali_lmdb.convert.sources import KINDS, open_source
@@ -95,6 +96,15 @@ _option = option_of(ConvertSettings)
     metavar="K",
     help="Write K files, NAME-00000-of-0000K.lmdb and so on. Under torchrun the ranks share them.",
 )
+@click.option(
+    "--split",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    metavar="FRACTION",
+    help="Make two stores, NAME-train.lmdb and NAME-val.lmdb, with this share of each class in the second.",
+)
+@click.option(
+    "--seed", type=click.IntRange(min=0), help="With --split: another seed is another split.  [default: 0]"
+)
 @click.option("--restart", is_flag=True, help="Start over instead of resuming an interrupted conversion.")
 @click.option(
     "--threads",
@@ -119,6 +129,8 @@ def main(
     resize: int | None,
     quality: int,
     shards: int | None,
+    split: float | None,
+    seed: int | None,
     restart: bool,
     threads: int | None,
     as_json: bool,
@@ -131,6 +143,8 @@ def main(
 
     After an interrupt, a kill or a full disk, the same command resumes where it stopped.
     """
+    if seed is not None and split is None:
+        raise click.UsageError("--seed needs --split")
     interrupt_on_sigterm()
     settings = ConvertSettings(
         check=check,
@@ -157,16 +171,20 @@ def main(
                 # Classes are guessed from the tars' names alone, so show them.
                 line = f"{source}: a tar for each class; classes: {listed(opened.classes)}"
                 click.echo(one_line(line), err=True)
-            summary = convert(
-                opened,
-                store,
-                settings=settings,
-                shards=shards,
-                ranks=ranks,
-                restart=restart,
-                num_threads=threads,
-                progress=_progress_callback(bar),
-            )
+            options: dict[str, Any] = {
+                "settings": settings,
+                "shards": shards,
+                "ranks": ranks,
+                "restart": restart,
+                "num_threads": threads,
+                "progress": _progress_callback(bar),
+            }
+            summaries: Sequence[Summary]
+            if split is None:
+                summaries = [convert(opened, store, **options)]
+            else:
+                how = Split(fraction=split, seed=seed or 0)
+                summaries = convert_split(opened, store, split=how, **options)
         except DaliLmdbError as error:
             if ranks.rank != 0 and not isinstance(error, RankLostError):  # rank 0 speaks for all
                 sys.exit(1)
@@ -174,7 +192,8 @@ def main(
         except KeyboardInterrupt:
             raise KeyboardInterrupt("Stopped. Run the same command again to resume where it stopped.") from None
     if ranks.rank == 0:
-        print_result(json.dumps(asdict(summary)) if as_json else _sentence(summary), done=summary.store)
+        done = " and ".join(summary.store for summary in summaries)
+        print_result(_json(summaries) if as_json else "\n".join(map(_sentence, summaries)), done=done)
 
 
 def _class_names(names: tuple[str, ...], file: str | None) -> list[str] | None:
@@ -182,6 +201,13 @@ def _class_names(names: tuple[str, ...], file: str | None) -> list[str] | None:
     if file is None:
         return list(names) or None
     return [*names, *lines_of(Path(file), what="class names")]
+
+
+def _json(summaries: Sequence[Summary]) -> str:
+    if len(summaries) == 1:
+        return json.dumps(asdict(summaries[0]))
+    train, val = summaries
+    return json.dumps({"train": asdict(train), "val": asdict(val)})
 
 
 def _sentence(summary: Summary) -> str:

@@ -1,4 +1,4 @@
-"""Convert a source to a store of one or several files, published only once all of them are complete.
+"""Convert a source to one store or two, of one or several files, published only once all of them are complete.
 
 If the process is killed at any instant, the same call resumes from the last commit; ``_files.py`` lists the files.
 """
@@ -14,13 +14,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from dali_lmdb.convert._files import Files, check_name, check_target
 from dali_lmdb.convert._job import Job, Share, Task, Written
 from dali_lmdb.convert._journal import RESUME, Journal, read_header
+from dali_lmdb.convert._split import Split, SplitSource
 from dali_lmdb.convert.ranks import Ranks
 from dali_lmdb.convert.settings import ConvertProgress, ConvertSettings, Summary
 from dali_lmdb.convert.sources import open_source
@@ -35,7 +36,7 @@ from dali_lmdb.store.reader import FileStore
 from dali_lmdb.store.shards import shard_path
 from dali_lmdb.threads import threads_to_convert
 
-__all__ = ["convert"]
+__all__ = ["convert", "convert_split"]
 
 T = TypeVar("T")
 
@@ -78,8 +79,55 @@ def convert(
             ``on_bad="fail"`` and there are bad images.
         ValueError: ``shards`` is below 1, or there are several ranks and no shards.
     """
+    (summary,) = _convert(
+        source,
+        Path(target),
+        split=None,
+        settings=settings,
+        shards=shards,
+        ranks=ranks,
+        restart=restart,
+        num_threads=num_threads,
+        commit_records=commit_records,
+        progress=progress,
+    )
+    return summary
+
+
+def convert_split(
+    source: str | os.PathLike[str] | Source, target: str | os.PathLike[str], *, split: Split, **options: Any
+) -> tuple[Summary, Summary]:
+    """Convert a source of images to two stores, ``NAME-train.lmdb`` and ``NAME-val.lmdb``, or resume doing so.
+
+    Both have all classes of the source, and are published together once both are complete.
+
+    Args:
+        target: gives the stores' names, ``NAME.lmdb``; nothing has that name itself.
+        split: which images are for validation.
+        options: those of ``convert``; ``shards`` is the number of files of each store.
+
+    Raises:
+        SourceError, ConversionError, ValueError: as ``convert``; ConversionError also if no class has two images.
+    """
+    train, val = _convert(source, Path(target), split=split, **options)
+    return train, val
+
+
+def _convert(
+    source: str | os.PathLike[str] | Source,
+    target: Path,
+    *,
+    split: Split | None,
+    settings: ConvertSettings | None = None,
+    shards: int | None = None,
+    ranks: Ranks | None = None,
+    restart: bool = False,
+    num_threads: int | None = None,
+    commit_records: int = 20_000,
+    progress: Callable[[ConvertProgress], None] | None = None,
+) -> list[Summary]:
     begin = time.perf_counter()
-    settings, ranks, target = settings or ConvertSettings(), ranks or Ranks(), Path(target)
+    settings, ranks = settings or ConvertSettings(), ranks or Ranks()
     if shards is not None and not 1 <= shards <= MAX_SHARDS:
         raise ValueError(f"shards is {shards}, expected 1 to {MAX_SHARDS}")
     if shards is None and ranks.world_size > 1:
@@ -89,13 +137,19 @@ def convert(
     source = source if isinstance(source, Source) else open_source(source)
     if not target.name:
         raise ConversionError(f"{os.fspath(target)!r}: expected the name of the file to make, such as train.lmdb")
-    paths = [target] if shards is None else [shard_path(target, index, shards) for index in range(shards)]
+    parts = [_Part.of(target, shards)]
+    if split is not None:
+        source = SplitSource(source, split)
+        parts = [
+            _Part.of(target.with_name(f"{target.stem}-{name}{target.suffix}"), shards, split=split.identity(name))
+            for name in ("train", "val")
+        ]
     task = _Conversion(
         source=source,
         target=target,
         settings=settings,
         ranks=ranks,
-        all_files=[Files(path) for path in paths],
+        parts=parts,
         is_set=shards is not None,
         restart=restart,
         num_threads=num_threads or threads_to_convert(),
@@ -103,7 +157,8 @@ def convert(
         progress=progress,
     )
     with os_errors(target, _CANNOT_ACCESS, ConversionError):
-        check_target(target, task.all_files)
+        for part in parts:
+            check_target(part.target, part.files)
         with contextlib.ExitStack() as journals:
             jobs: list[Job] = []
             task.on_all_ranks(lambda: jobs.extend(_jobs(task, journals)))
@@ -113,18 +168,40 @@ def convert(
             task.on_all_ranks(lambda: _publish(task))
             for job in jobs:
                 job.files.journal.unlink(missing_ok=True)
-            return _summarise(task, time.perf_counter() - begin)
+            seconds = time.perf_counter() - begin
+            return [_summarise(part, seconds) for part in parts]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """One of the stores that a conversion makes: the only one, or one of two that a source is split into."""
+
+    target: Path
+    files: list[Files]
+    """One per shard; without shards, only the target's."""
+    split: dict[str, Any] | None
+    """``Split.identity``; None if it is the only one."""
+
+    @classmethod
+    def of(cls, target: Path, shards: int | None, *, split: dict[str, Any] | None = None) -> _Part:
+        """The part with this number of shards, or one file if that is None."""
+        paths = [target] if shards is None else [shard_path(target, index, shards) for index in range(shards)]
+        return cls(target=target, files=[Files(path) for path in paths], split=split)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Conversion(Task):
-    """A ``Task`` with what its phases need beyond one file: the target, the ranks and the files of all shards."""
+    """A ``Task`` with what its phases need beyond one file: the target, the ranks and the files of all parts."""
 
     target: Path
     ranks: Ranks
-    all_files: list[Files]
-    """One per shard; without shards, only the target's."""
+    parts: list[_Part]
     is_set: bool
+
+    @property
+    def all_files(self) -> list[Files]:
+        """The files of all parts."""
+        return [files for part in self.parts for files in part.files]
 
     @property
     def mine(self) -> range:
@@ -169,21 +246,32 @@ def _jobs(task: _Conversion, journals: contextlib.ExitStack) -> list[Job]:
 
 
 def _shares(task: _Conversion) -> list[Share]:
-    """Split the source's items into one run for each file; the lengths differ by at most one."""
-    total, count = task.source.count(), len(task.all_files)
+    """Split each part's items into one run for each of its files; the lengths differ by at most one."""
+    total = task.source.count()
     if total == 0:
         raise ConversionError(f"{task.target}: nothing to convert: the source has no images")
-    if count > total:
-        raise ConversionError(f"{task.target}: {count} shards for {total} images; use fewer shards")
-    return [
-        Share(
-            first=total * index // count,
-            num_items=total * (index + 1) // count - total * index // count,
-            is_last=index == count - 1,
-            shard={"index": index, "count": count} if task.is_set else None,
-        )
-        for index in range(count)
-    ]
+    counts = task.source.part_counts() if isinstance(task.source, SplitSource) else (total,)
+    shares: list[Share] = []
+    first = 0
+    for part, num_items in zip(task.parts, counts, strict=True):
+        count = len(part.files)
+        if num_items == 0:
+            raise ConversionError(f"{part.target}: nothing to split off: no class has two images")
+        if count > num_items:
+            raise ConversionError(f"{part.target}: {count} shards for {num_items} images; use fewer shards")
+        bounds = [num_items * index // count for index in range(count + 1)]
+        shares += [
+            Share(
+                first=first + bounds[index],
+                num_items=bounds[index + 1] - bounds[index],
+                is_last=first + bounds[index + 1] == total,
+                shard={"index": index, "count": count} if task.is_set else None,
+                split=part.split,
+            )
+            for index in range(count)
+        ]
+        first += num_items
+    return shares
 
 
 def _check_published(task: _Conversion, job: Job, shares: Sequence[Share]) -> None:
@@ -220,7 +308,7 @@ def _write(task: _Conversion, jobs: Sequence[Job]) -> list[Written]:
 
 
 def _check_bad(task: _Conversion, written: Sequence[Written]) -> None:
-    """Stop on every rank if bad images must not be skipped, or if no image is good."""
+    """Stop on every rank if bad images must not be skipped, or if no image of a part is good."""
     bad, records = sum(file.num_bad for file in written), sum(file.num_records for file in written)
     reports = ", ".join(file.report for file in written if file.report)
     if bad and task.settings.on_bad == "fail":
@@ -228,24 +316,34 @@ def _check_bad(task: _Conversion, written: Sequence[Written]) -> None:
             f"{task.target}: {bad} of {bad + records} images are bad, see {reports}; nothing was published; fix "
             "them and use --restart, or leave them out with --on-bad skip"
         )
-    if records == 0:
-        raise ConversionError(f"{task.target}: all {bad} images are bad, see {reports}")
+    for part, files in zip(task.parts, _by_part(task, written), strict=True):
+        if sum(file.num_records for file in files) == 0:
+            bad = sum(file.num_bad for file in files)
+            raise ConversionError(f"{part.target}: all {bad} images are bad, see {reports}")
+
+
+def _by_part(task: _Conversion, per_file: Sequence[T]) -> list[Sequence[T]]:
+    """Divide what there is for each file of the conversion among its parts."""
+    count = len(task.parts[0].files)  # the same for all
+    return [per_file[start : start + count] for start in range(0, len(per_file), count)]
 
 
 # Phase 2: verify and index each file.
 
 
 def _finish(task: _Conversion, jobs: Sequence[Job], written: Sequence[Written]) -> None:
-    """Complete this rank's partial files; the shards of one conversion share an identifier."""
-    identity = [
-        task.source.kind,
-        task.source.identity(),
-        task.settings.identity(),
-        [file.fingerprint for file in written],
-    ]
-    set_id = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
-    for job in jobs:
-        job.finish(set_id)
+    """Complete this rank's partial files; the shards of one store share an identifier."""
+    set_ids = []
+    for files in _by_part(task, written):
+        identity = [
+            task.source.kind,
+            task.source.identity(),
+            task.settings.identity(),
+            [file.fingerprint for file in files],
+        ]
+        set_ids += [hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]] * len(files)
+    for index, job in zip(task.mine, jobs, strict=True):
+        job.finish(set_ids[index])
 
 
 # Phase 3: publish all files at once.
@@ -254,7 +352,8 @@ def _finish(task: _Conversion, jobs: Sequence[Job], written: Sequence[Written]) 
 def _publish(task: _Conversion) -> None:
     if task.ranks.rank != 0:
         return
-    check_name(task.target, task.all_files)  # another conversion may have published meanwhile
+    for part in task.parts:
+        check_name(part.target, part.files)  # another conversion may have published meanwhile
     with os_errors(task.all_files[0].target, "cannot be published", ConversionError, then=RESUME):
         for files in task.all_files:
             if files.partial.exists():
@@ -262,9 +361,9 @@ def _publish(task: _Conversion) -> None:
         sync_folder(task.target.parent)
 
 
-def _summarise(task: _Conversion, seconds: float) -> Summary:
+def _summarise(part: _Part, seconds: float) -> Summary:
     num_records = num_bytes = skipped = left_out = gpu = cpu = none = transcoded = resized = 0
-    for files in task.all_files:
+    for files in part.files:
         store = FileStore(files.target)
         num_records += len(store)
         skipped += store.meta.made.get("skipped", 0)
@@ -277,14 +376,14 @@ def _summarise(task: _Conversion, seconds: float) -> Summary:
             transcoded += int(((changes & Change.TRANSCODED) != 0).sum())
             resized += int(((changes & Change.RESIZED) != 0).sum())
     return Summary(
-        store=str(task.target),
+        store=str(part.target),
         records=num_records,
         classes=len(store.classes),
         bytes=num_bytes,
         seconds=seconds,
         skipped=skipped,
         left_out=left_out,
-        reports=[str(files.report) for files in task.all_files if files.report.exists()],
+        reports=[str(files.report) for files in part.files if files.report.exists()],
         gpu=gpu,
         cpu=cpu,
         none=none,

@@ -50,9 +50,14 @@ class Task:
         return {
             "kind": self.source.kind,
             "settings": self.settings.identity(),
-            "source": self.source.identity(),
+            "source": self.source_identity(share),
             "shard": share.shard,
         }
+
+    def source_identity(self, share: Share) -> dict[str, Any]:
+        """What identifies the source, and which part of it the store is made of."""
+        split = {} if share.split is None else {"split": share.split}
+        return {**self.source.identity(), **split}
 
 
 class Share(NamedTuple):
@@ -65,6 +70,8 @@ class Share(NamedTuple):
     """Whether the source ends with it."""
     shard: dict[str, Any] | None
     """``Meta.shard`` without its ``set``; None for a store of one file."""
+    split: dict[str, Any] | None = None
+    """``Split.identity`` of the store's part of the source; None if it holds all of it."""
 
 
 class Written(NamedTuple):
@@ -285,7 +292,7 @@ class Job:
         made = {
             "by": f"dali_lmdb {version('dali-lmdb')}",
             "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "source": {"kind": self.task.source.kind, **self.task.source.identity()},
+            "source": {"kind": self.task.source.kind, **self.task.source_identity(self.share)},
             "settings": self.task.settings.identity(),
             "skipped": self._num_bad,
             "left_out": self._num_left_out,
