@@ -86,7 +86,7 @@ def os_errors(
     """
     try:
         yield
-    except BrokenPipeError:
+    except (BrokenPipeError, DaliLmdbError):  # StoreNotFoundError is an OSError, too
         raise
     except OSError as error:
         named = error.filename if isinstance(error.filename, str | bytes) else path

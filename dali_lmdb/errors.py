@@ -4,7 +4,7 @@
 
     DaliLmdbError
     ├── StoreError               a store cannot be used
-    │   ├── StoreNotFoundError   nothing at that path
+    │   ├── StoreNotFoundError   nothing at that path; a FileNotFoundError, too
     │   ├── StoreFormatError     not an LMDB file, not one of ours, or another format version
     │   └── StoreDamagedError    truncated or altered bytes
     ├── RecordError              one record cannot be read or decoded
@@ -63,7 +63,7 @@ class StoreError(DaliLmdbError):
     """A store cannot be used."""
 
 
-class StoreNotFoundError(StoreError):
+class StoreNotFoundError(StoreError, FileNotFoundError):
     """There is no store at the path."""
 
 
