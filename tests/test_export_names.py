@@ -8,7 +8,7 @@ import pytest
 from packing import items_of, records_of, write_parquet
 from PIL import Image
 
-from dali_lmdb.convert import convert
+from dali_lmdb.convert import ConvertSettings, convert
 from dali_lmdb.convert.sources import open_source
 
 
@@ -58,16 +58,20 @@ def encoded(kind, value):
         return file.getvalue()
 
 
+@pytest.mark.parametrize("check", ["header", "none"])
 @pytest.mark.parametrize("options", [[], ["--tar"]], ids=["folder", "tar"])
 @pytest.mark.parametrize(
     "paths",
     [[None] * 4, ["x.jpg"] * 4, ["/d/x.jpg", "../y", "", "z"], ["a.v1", "b.v2", "c.1", "d.JPG"]],
     ids=["no paths", "repeated", "unsafe", "other endings"],
 )
-def test_images_whose_names_have_no_extension_are_exported_so_that_they_convert_again(paths, options, tmp_path):
-    images = [encoded(kind, value) for value, kind in enumerate(["JPEG", "PNG", "WEBP", "JPEG"])]
+def test_images_whose_names_have_no_extension_are_exported_so_that_they_convert_again(
+    paths, options, check, tmp_path
+):
+    images = [encoded(kind, value) for value, kind in enumerate(["JPEG", "PNG", "AVIF", "JPEG"])]
     rows = [(path, data, label // 2) for label, (path, data) in enumerate(zip(paths, images, strict=True))]
-    convert(write_parquet(tmp_path / "d.parquet", rows), tmp_path / "d.lmdb")
+    source = write_parquet(tmp_path / "d.parquet", rows)
+    convert(source, tmp_path / "d.lmdb", settings=ConvertSettings(check=check))
     done = command("export", "d.lmdb", "out", *options, cwd=tmp_path, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     convert(tmp_path / "out", tmp_path / "again.lmdb")

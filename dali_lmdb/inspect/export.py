@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
-import re
 import tarfile
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from dali_lmdb.errors import ConversionError, RecordError
+from dali_lmdb.images.kinds import Kind
 from dali_lmdb.images.names import is_image_name
 from dali_lmdb.inspect.paths import extension_of, is_case_sensitive, record_paths
 from dali_lmdb.inspect.publishing import publishing
@@ -26,7 +27,7 @@ __all__ = ["SHARD_SIZE_BYTES", "ExportSummary", "export"]
 SHARD_SIZE_BYTES = 1_000_000_000
 """Default size of a tar shard: WebDataset's documentation recommends 1 GB or more."""
 
-_EXTENSION = re.compile(r"\.[a-z0-9]{1,8}")
+_JPEG = frozenset(kind for kind in Kind if kind.is_jpeg)
 _TAR_END_BYTES = 2 * tarfile.BLOCKSIZE  # two empty blocks
 _CLASSES_FILE = "classes.txt"
 
@@ -66,8 +67,9 @@ def export(
     Args:
         path: a store.
         folder: where to; it must be empty or not exist yet.
-        tar: write WebDataset shards instead, ``FOLDER/FOLDER-000000.tar`` and so on, with ``000000041.jpg`` and
-            ``000000041.cls`` (the label) for record 41, and ``classes.txt``. Equal stores give identical shards.
+        tar: write WebDataset shards instead, ``FOLDER/FOLDER-000000.tar`` and so on, with ``000000041.jpg``,
+            ``000000041.cls`` (the label) and ``000000041.json`` (``{"name": …}``) for record 41, and
+            ``classes.txt``. Every JPEG is a ``.jpg``. Equal stores give identical shards.
         shard_size_bytes: start a new shard before the current one exceeds this; by default ``SHARD_SIZE_BYTES``.
         per_shard: start a new shard after this many records; by default there is no such limit.
         num_threads: number of threads that write files; by default the cores this process may use, at least 4.
@@ -149,7 +151,9 @@ def _write_tars(
             num_bytes = 0
             for record, data in zip(run, store.checked_copies(run), strict=True):
                 key, extension = f"{record:09d}", _extension(names[record].as_py(), int(kinds[record]))
-                members = [(key + extension, data), (key + ".cls", str(labels[record]).encode())]
+                about = json.dumps({"name": names[record].as_py()}).encode()
+                label = str(labels[record]).encode()
+                members = [(key + extension, data), (key + ".cls", label), (key + ".json", about)]
                 need = sum(tarfile.BLOCKSIZE + _padded(len(value), tarfile.BLOCKSIZE) for _, value in members)
                 if (
                     tar is None
@@ -195,6 +199,8 @@ def _check_class_lines(store: Store) -> None:
 def _extension(name: str, kind: int) -> str:
     """Extension of a tar member: the name's, in lower case, or the kind's if tar readers could not use that."""
     extension, usual = PurePosixPath(name).suffix.lower(), extension_of(kind)
-    if is_image_name(extension) or (not usual and _EXTENSION.fullmatch(extension) and extension != ".cls"):
+    if kind in _JPEG or extension == ".jpeg":
+        return ".jpg"  # what readers ask for, as in to_tuple("jpg", "cls")
+    if is_image_name(extension) or (not usual and extension == extension_of(Kind.GIF)):
         return extension
     return usual or ".jpg"

@@ -10,8 +10,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dali_lmdb.errors import ConversionError, RecordError
+from dali_lmdb.images.header import read_header
 from dali_lmdb.images.kinds import Kind
 from dali_lmdb.images.names import is_image_name
+from dali_lmdb.images.opening import BadImageError
 from dali_lmdb.inspect.records import duplicates
 from dali_lmdb.store import Store
 
@@ -34,6 +36,18 @@ _EXTENSIONS: dict[int, str] = {
 def extension_of(kind: int) -> str:
     """The usual extension of a kind of image, with its dot; "" if the kind is unknown."""
     return _EXTENSIONS.get(kind, "")
+
+
+def _missing_extension(store: Store, record: int, name: str, kind: int) -> str:
+    """The extension of a record's kind, if its name has neither that nor another that would do."""
+    if kind == Kind.UNKNOWN:
+        try:
+            kind = read_header(store.copy(record), max_pixels=None).kind
+        except BadImageError:
+            return ""
+    if kind == Kind.OTHER:  # converters only find the usual extensions; readers look at the contents
+        return ".jpg"
+    return "" if name.lower().endswith(extension_of(kind)) else extension_of(kind)
 
 
 def record_paths(store: Store, *, fold_case: bool, max_name_bytes: int = 255) -> pa.ChunkedArray:
@@ -66,8 +80,8 @@ def record_paths(store: Store, *, fold_case: bool, max_name_bytes: int = 255) ->
         labels, kinds = (store.gather(of, np.arange(run.start, run.stop)).tolist() for of in ("label", "kind"))
         rows = zip(run, labels, kinds, names[run.start : run.stop].to_pylist(), strict=True)
         for record, label, kind, name in rows:
-            if not is_image_name(name) and not name.lower().endswith(extension_of(kind)):
-                name += extension_of(kind)
+            if not is_image_name(name):
+                name += _missing_extension(store, record, name, kind)
             problem = _path_problem(name, max_name_bytes)
             if problem:
                 raise RecordError(
