@@ -53,6 +53,12 @@ _option = option_of(ConvertSettings)
     help="Labels of a flat folder or tar: one per line in the order of the images, or lines of path and label.",
 )
 @click.option("--follow-links", is_flag=True, help="Follow symbolic links that lead out of an image folder.")
+@click.option("--allow-empty", is_flag=True, help="Accept class folders without images.")
+@click.option(
+    "--class-names",
+    metavar="FILE",
+    help="Names for classes that only have numbers, as in a classic database: one per line, label 0 first.",
+)
 @click.option(
     "--classes",
     multiple=True,
@@ -119,6 +125,8 @@ def main(
     kind: str | None,
     val_labels: str | None,
     follow_links: bool,
+    allow_empty: bool,
+    class_names: str | None,
     classes: tuple[str, ...],
     classes_file: str | None,
     per_class: int | None,
@@ -166,6 +174,8 @@ def main(
                 follow_links=follow_links,
                 classes=_class_names(classes, classes_file),
                 per_class=per_class,
+                allow_empty=allow_empty,
+                class_names=None if class_names is None else lines_of(Path(class_names), what="class names"),
             )
             if kind is None and opened.kind == "imagenet-tar" and ranks.rank == 0:
                 # Classes are guessed from the tars' names alone, so show them.
@@ -214,7 +224,7 @@ def _sentence(summary: Summary) -> str:
     text = (
         f"{one_line(summary.store)}: {summary.records:,} records, {summary.classes:,} classes, "
         f"{summary.bytes:,} bytes, {summary.seconds:.1f} s, {summary.images_per_s:,.0f} images/s, "
-        f"{summary.megabytes_per_s:,.0f} MB/s"
+        f"{summary.megabytes_per_s:,.0f} MB/s\nread as {summary.source}"
     )
     text += (
         f"\nwith --decode-device gpu, {gpu_decoder()} decodes {summary.gpu:,}, "

@@ -81,7 +81,7 @@ def convert(
     """
     (summary,) = _convert(
         source,
-        Path(target),
+        _file_of(target),
         split=None,
         settings=settings,
         shards=shards,
@@ -109,8 +109,18 @@ def convert_split(
     Raises:
         SourceError, ConversionError, ValueError: as ``convert``; ConversionError also if no class has two images.
     """
-    train, val = _convert(source, Path(target), split=split, **options)
+    train, val = _convert(source, _file_of(target), split=split, **options)
     return train, val
+
+
+def _file_of(target: str | os.PathLike[str]) -> Path:
+    """The path of the file to make; ``Path`` would drop the slash that says folder."""
+    name = os.fspath(target)
+    if name.endswith("/"):
+        raise ConversionError(f"{name}: a folder, expected the name of the file to make, as in {name}train.lmdb")
+    if not Path(name).name:
+        raise ConversionError(f"{name!r}: expected the name of the file to make, such as train.lmdb")
+    return Path(name)
 
 
 def _convert(
@@ -135,8 +145,6 @@ def _convert(
             f"{ranks.world_size} ranks share shards, but shards is not given; give at least one per rank"
         )
     source = source if isinstance(source, Source) else open_source(source)
-    if not target.name:
-        raise ConversionError(f"{os.fspath(target)!r}: expected the name of the file to make, such as train.lmdb")
     parts = [_Part.of(target, shards)]
     if split is not None:
         source = SplitSource(source, split)
@@ -377,6 +385,7 @@ def _summarise(part: _Part, seconds: float) -> Summary:
             resized += int(((changes & Change.RESIZED) != 0).sum())
     return Summary(
         store=str(part.target),
+        source=task.source.kind,
         records=num_records,
         classes=len(store.classes),
         bytes=num_bytes,

@@ -73,6 +73,8 @@ class Summary:
     """The result of a conversion."""
 
     store: str
+    source: str
+    """Kind of the source, as ``--source`` takes it."""
     records: int
     classes: int
     bytes: int

@@ -58,6 +58,7 @@ _EXTENSIONS = (
     (rb"P[25]\s", ".pgm"),
     (rb"P[36]\s", ".ppm"),
 )
+_TENSORPACK_KEY = b"00000000"  # of its first record; tensorpack/dataflow/serialize.py
 
 
 def database_file(path: str | os.PathLike[str]) -> Path:
@@ -109,8 +110,21 @@ class ClassicStore(Store):
         self._columns: sidecar.Columns | None = None
         self._is_saved = False
         self._num_records = self._length()
+        self._check_tensorpack()
         status = os.stat(self.file)
         self._stamp = sidecar.Stamp(status.st_size, status.st_mtime_ns, self._num_records)
+
+    def _check_tensorpack(self) -> None:
+        """Refuse what tensorpack wrote, in the layout that this one comes from, unless its values are the same."""
+        if self._num_records == 0 or self._pages.find(_TENSORPACK_KEY) is None:
+            return
+        try:
+            self.peek(0)
+        except RecordError as error:
+            raise StoreFormatError(
+                f"{self.path}: a tensorpack database (LMDBSerializer), whose values are not (image, label) as "
+                "in a classic one; write its images into class folders with tensorpack, and convert those"
+            ) from error
 
     def __len__(self) -> int:
         return self._num_records

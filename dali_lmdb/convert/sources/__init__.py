@@ -14,6 +14,7 @@ from dali_lmdb.convert.sources.classic import ClassicSource
 from dali_lmdb.convert.sources.flat import FlatSource
 from dali_lmdb.convert.sources.folder import FolderSource
 from dali_lmdb.convert.sources.manifest import ManifestSource
+from dali_lmdb.convert.sources.named import NamedSource
 from dali_lmdb.convert.sources.store import StoreSource, class_names
 from dali_lmdb.convert.sources.tar import ImageNetTarSource, TarSource
 from dali_lmdb.convert.sources.webdataset import WebDatasetSource
@@ -46,6 +47,8 @@ def open_source(
     follow_links: bool = False,
     classes: Sequence[str] | None = None,
     per_class: int | None = None,
+    allow_empty: bool = False,
+    class_names: Sequence[str] | None = None,
 ) -> Source:
     """Open a source of images.
 
@@ -57,11 +60,37 @@ def open_source(
         follow_links: follow symbolic links that lead out of a folder of images.
         classes: names of the classes to take from a store, see ``store.class_names``.
         per_class: number of records to take of each class of a store, see ``StoreSource``.
+        allow_empty: accept class folders without images, as ``ImageFolder`` does.
+        class_names: names for the classes of a source that has only numbers, such as a classic database.
 
     Raises:
-        ValueError: an unknown kind, or one that does not take ``val_labels``, ``classes`` or ``per_class``.
+        ValueError: an unknown kind, or one that does not take an argument.
         SourceError: there is nothing that can be converted, or its kind is ambiguous.
     """
+    opened = _open(
+        path,
+        kind=kind,
+        val_labels=val_labels,
+        follow_links=follow_links,
+        classes=classes,
+        per_class=per_class,
+        allow_empty=allow_empty,
+    )
+    if allow_empty and opened.kind != "folder":
+        raise ValueError(f"allow_empty with kind {opened.kind!r}, expected it with kind 'folder' only")
+    return opened if class_names is None else NamedSource(opened, class_names, where=path)
+
+
+def _open(
+    path: str | os.PathLike[str],
+    *,
+    kind: str | None,
+    val_labels: str | os.PathLike[str] | None,
+    follow_links: bool,
+    classes: Sequence[str] | None,
+    per_class: int | None,
+    allow_empty: bool,
+) -> Source:
     path = os.fspath(path)
     if not path:
         raise SourceError("the source's path is empty; expected a file or folder")
@@ -90,7 +119,7 @@ def open_source(
     if val_labels is not None:
         return FlatSource(path, val_labels=val_labels, follow_links=follow_links)
     if kind == "folder":
-        return FolderSource(path, follow_links=follow_links)
+        return FolderSource(path, follow_links=follow_links, allow_empty=allow_empty)
     if kind == "webdataset":
         return WebDatasetSource(path)
     if kind == "tar":

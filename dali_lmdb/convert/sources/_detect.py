@@ -75,6 +75,7 @@ def kind_of_several(pattern: str, files: list[str]) -> str:
 def _kind_of_folder(folder: str) -> str:
     by_format: dict[str, list[str]] = defaultdict(list)
     entries = list_folder(folder)
+    _refuse_saved_to_disk(folder, {entry.name for entry in entries})
     shards = {file.name for file in shard_files(folder) or ()}
     for entry in entries:
         if not entry.name.startswith("."):
@@ -109,6 +110,16 @@ def _kind_of_folder(folder: str) -> str:
             f"{folder}: LMDB databases ({listed(names)}), expected the shards of one store; name one"
         )
     return found
+
+
+def _refuse_saved_to_disk(folder: str, names: set[str]) -> None:
+    """Refuse what Hugging Face's ``save_to_disk`` writes: Arrow files, not Parquet."""
+    splits = "['train']" if "dataset_dict.json" in names else ""
+    if splits or {"dataset_info.json", "state.json"} <= names:
+        raise SourceError(
+            f"{folder}: a data set that save_to_disk wrote, in Arrow files, expected Parquet; write that with: "
+            f"datasets.load_from_disk({folder!r}){splits}.to_parquet('train.parquet')"
+        )
 
 
 def _format_of(entry: os.DirEntry[str]) -> str:
@@ -193,11 +204,16 @@ def _check_class_folders(where: str, classes: Mapping[str, _ClassFolder], *, bes
     for name in names:
         folders = sorted(classes[name].folders)
         if len(folders) > 1 and not classes[name].has_image:
+            splits = [split for split in names if split.lower() in SPLITS]
+            if kind == "folder" and len(splits) > 1:
+                _refuse_splits(where, splits, instead)
             raise SourceError(
                 f"{where}: folder {listed([name])} holds folders ({listed(folders)}) but no images, expected "
                 f"class folders of images; {one}, {instead}"
             )
     splits = [name for name in names if name.lower() in SPLITS]
+    if len(splits) > 1 and kind == "folder":
+        _refuse_splits(where, splits, instead)
     if len(splits) > 1:
         raise SourceError(f"{where}: folders of several splits ({listed(splits)}); {one}, {instead}")
     if len(names) == 1 and (beside or names[0].lower() in _UNLIKELY_CLASSES):
@@ -206,6 +222,11 @@ def _check_class_folders(where: str, classes: Mapping[str, _ClassFolder], *, bes
             f"{where}: {found}, expected a folder for each class; give the images' labels with --val-labels FILE, "
             f"or a CSV with path and label in place of the folder, {instead}"
         )
+
+
+def _refuse_splits(where: str, splits: list[str], instead: str) -> NoReturn:
+    each = " and ".join(f"{os.path.join(where, split)} to {split}.lmdb" for split in splits[:3])
+    raise SourceError(f"{where}: folders of several splits ({listed(splits)}); convert {each}, {instead}")
 
 
 # Files.
@@ -225,6 +246,8 @@ def _kind_of_file(path: str) -> str:
         return "tar"
     if path.lower().endswith((".csv", ".tsv", ".txt")):
         return "manifest"
+    if path.lower().endswith(".arrow"):
+        _refuse_saved_to_disk(os.path.dirname(path) or ".", {"dataset_info.json", "state.json"})
     raise SourceError(f"{path}: not a source of images; {_EXPECTED}")
 
 

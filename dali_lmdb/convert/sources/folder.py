@@ -44,6 +44,7 @@ class FolderSource(Source):
     Args:
         path: the folder.
         follow_links: follow symbolic links that lead out of the folder, as ``ImageFolder`` does.
+        allow_empty: accept classes without images.
 
     Raises:
         SourceError: no such folder, no class folder in it, a class without images, or a link that leads out.
@@ -51,13 +52,15 @@ class FolderSource(Source):
 
     kind = "folder"
 
-    def __init__(self, path: str | os.PathLike[str], *, follow_links: bool = False) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], *, follow_links: bool = False, allow_empty: bool = False
+    ) -> None:
         self.path = Path(path)
         if not os.path.isdir(path):
             found = "not a folder" if os.path.exists(path) else "no such folder"
             raise SourceError(f"{path}: {found}; expected a folder with one folder of images for each class")
         self._root = os.path.realpath(path)
-        self._follow_links = follow_links
+        self._follow_links, self._allow_empty = follow_links, allow_empty
         self._folders: list[str] = []
         beside: list[str] = []
         for entry in list_folder(str(path)):
@@ -121,10 +124,11 @@ class FolderSource(Source):
     def _list(self, folder: str) -> FolderListing:
         top = os.path.join(self.path, folder)
         found = list_images(top, below=str(self.path), root=self._root, follow_links=self._follow_links)
-        if not found.images:
+        if not found.images and not self._allow_empty:
+            advice = advice_below(self.path) or "remove the folder, add images or give --allow-empty"
+            extensions = " ".join(IMAGE_EXTENSIONS)
             raise SourceError(
-                f"{top}: no image in this class folder (expected files ending in "
-                f"{' '.join(IMAGE_EXTENSIONS)}); {advice_below(self.path) or 'remove the folder or add images'}"
+                f"{top}: no image in this class folder (expected files ending in {extensions}); {advice}"
             )
         self._check_distinct(found.images)
         return found

@@ -178,6 +178,11 @@ def _columns(schema: pa.Schema, path: Path) -> _Columns:
     parts: dict[str, pa.DataType] = {}
     if image_type is not None and pa.types.is_struct(image_type):
         parts = {field.name: field.type for field in image_type}
+    if _is_type(image_type, "string") or parts.keys() == {"path"}:
+        raise SourceError(
+            f"{path}: column {image!r} is {image_type}: paths without the images' bytes; embed them with "
+            "datasets.table.embed_table_storage before to_parquet, or give a CSV with path and label"
+        )
     if not _is_type(parts.get("bytes"), "binary"):
         raise SourceError(
             f"{path}: column {image!r} is {image_type or 'missing'}, expected struct<bytes: binary, path: string>"
