@@ -177,7 +177,7 @@ def _convert(
             for job in jobs:
                 job.files.journal.unlink(missing_ok=True)
             seconds = time.perf_counter() - begin
-            return [_summarise(part, seconds) for part in parts]
+            return [_summarise(part, kind=source.kind, seconds=seconds) for part in parts]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -369,7 +369,7 @@ def _publish(task: _Conversion) -> None:
         sync_folder(task.target.parent)
 
 
-def _summarise(part: _Part, seconds: float) -> Summary:
+def _summarise(part: _Part, *, kind: str, seconds: float) -> Summary:
     num_records = num_bytes = skipped = left_out = gpu = cpu = none = transcoded = resized = 0
     for files in part.files:
         store = FileStore(files.target)
@@ -385,7 +385,7 @@ def _summarise(part: _Part, seconds: float) -> Summary:
             resized += int(((changes & Change.RESIZED) != 0).sum())
     return Summary(
         store=str(part.target),
-        source=task.source.kind,
+        source=kind,
         records=num_records,
         classes=len(store.classes),
         bytes=num_bytes,
