@@ -1,4 +1,5 @@
 import math
+import re
 import threading
 
 import numpy as np
@@ -183,7 +184,7 @@ def test_different_samplings_have_different_identities():
         {"shuffle": "random"},
         {"sampler": [1], "shuffle": "random"},
     ],
-    ids=str,
+    ids=lambda value: re.sub(" at 0x[0-9a-f]+", "", str(value)),  # the same in each process
 )
 def test_wrong_samplings_are_value_errors(arguments):
     with pytest.raises(ValueError, match=r"sampler|weights|shuffle"):
