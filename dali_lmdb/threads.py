@@ -18,14 +18,28 @@ def threads_per_rank(ranks_per_node: int | None = None) -> int:
     return max(1, _num_cores() // max(1, ranks_per_node))
 
 
-def threads_to_convert() -> int:
-    """All cores, at least 2, so that one thread reads while another validates."""
-    return max(2, _num_cores())
+def threads_to_convert(given: int | None = None) -> int:
+    """``given``, or all cores, at least 2, so that one thread reads while another validates.
+
+    Raises:
+        ValueError: ``given`` is below 1.
+    """
+    return _at_least_one(given, default=max(2, _num_cores()))
 
 
-def threads_to_read() -> int:
-    """All cores, at least 4, since threads that read a whole store or database often wait for the disk."""
-    return max(4, _num_cores())
+def threads_to_read(given: int | None = None) -> int:
+    """``given``, or all cores, at least 4, since threads that read a whole store often wait for the disk.
+
+    Raises:
+        ValueError: ``given`` is below 1.
+    """
+    return _at_least_one(given, default=max(4, _num_cores()))
+
+
+def _at_least_one(given: int | None, *, default: int) -> int:
+    if given is not None and given < 1:
+        raise ValueError(f"num_threads is {given}, expected at least 1")
+    return default if given is None else given
 
 
 def _num_cores() -> int:

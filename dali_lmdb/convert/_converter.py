@@ -77,7 +77,7 @@ def convert(
         ConversionError: the target exists, its folder cannot be written, the disk is full, another converter
             is writing it, the source or settings differ from those of the interrupted conversion, or
             ``on_bad="fail"`` and there are bad images.
-        ValueError: ``shards`` is below 1, or there are several ranks and no shards.
+        ValueError: ``shards`` or ``num_threads`` is below 1, or there are several ranks and no shards.
     """
     (summary,) = _convert(
         source,
@@ -160,7 +160,7 @@ def _convert(
         parts=parts,
         is_set=shards is not None,
         restart=restart,
-        num_threads=num_threads or threads_to_convert(),
+        num_threads=threads_to_convert(num_threads),
         commit_records=commit_records,
         progress=progress,
     )

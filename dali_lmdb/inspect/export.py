@@ -79,14 +79,14 @@ def export(
         StoreError: the store cannot be used.
         RecordError: a record's checksum is wrong, or its name cannot be a file's name inside ``folder``.
         ConversionError: ``folder`` cannot be written.
-        ValueError: limits of tar shards without ``tar``, or below 1.
+        ValueError: limits of tar shards without ``tar``, or a number below 1.
     """
     if not tar and (shard_size_bytes is not None or per_shard is not None):
         raise ValueError("limits of tar shards were given without tar")
     for name, limit in (("shard_size_bytes", shard_size_bytes), ("per_shard", per_shard)):
         if limit is not None and limit < 1:
             raise ValueError(f"{name} is {limit}, expected at least 1")
-    target = Path(os.path.realpath(folder))
+    num_threads, target = threads_to_read(num_threads), Path(os.path.realpath(folder))
     with open_store(path) as store:
         _check_labels(store)
         if tar:
@@ -101,7 +101,7 @@ def export(
                     per_shard=per_shard,
                 )
             else:
-                runs_written = _write_files(store, partial, num_threads=num_threads or threads_to_read())
+                runs_written = _write_files(store, partial, num_threads=num_threads)
             done = num_bytes = 0
             with contextlib.closing(runs_written):  # threads end before an error removes the folder
                 for run_records, run_bytes in runs_written:

@@ -70,10 +70,11 @@ def verify(
 
     Raises:
         StoreNotFoundError, StoreFormatError: there is no store to check.
+        ValueError: ``num_threads`` is below 1.
     """
     begin = time.perf_counter()
     findings = Findings()
-    threads = num_threads or (threads_to_convert() if decode else threads_to_read())
+    threads = threads_to_convert(num_threads) if decode else threads_to_read(num_threads)
     with warnings.catch_warnings(), Examiner(Examination()) as examiner:
         # Pillow warns about damaged metadata in images, which is not damage to the store.
         warnings.simplefilter("ignore", UserWarning)
