@@ -55,9 +55,7 @@ def test_the_kind_of_source_is_printed(image_folder, tmp_path):
 def test_a_parent_of_splits_says_how_to_convert_each(tmp_path):
     for split in ("train", "val"):
         make_image_folder(tmp_path / split, num_records=3)
-    expected = (
-        rf"several splits \(train, val\); convert {tmp_path}/train to train.lmdb and {tmp_path}/val to val.lm"
-    )
+    expected = f"; convert {tmp_path}/train to train.lmdb and {tmp_path}/val to val.lmdb, or give --source folder"
     with pytest.raises(SourceError, match=expected):
         open_source(tmp_path)
 

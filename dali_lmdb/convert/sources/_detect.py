@@ -199,21 +199,18 @@ def _check_class_folders(where: str, classes: Mapping[str, _ClassFolder], *, bes
         kind: the ``--source`` that converts them anyway.
     """
     names = sorted(classes)
+    splits = [name for name in names if name.lower() in SPLITS]
     one = "convert one of them" if kind == "folder" else "pack one of them by itself"
+    if kind == "folder" and len(splits) > 1:
+        one = "convert " + " and ".join(f"{os.path.join(where, split)} to {split}.lmdb" for split in splits[:3])
     instead = f"or give --source {kind} to make each folder a class: {listed(names)}"
     for name in names:
         folders = sorted(classes[name].folders)
         if len(folders) > 1 and not classes[name].has_image:
-            splits = [split for split in names if split.lower() in SPLITS]
-            if kind == "folder" and len(splits) > 1:
-                _refuse_splits(where, splits, instead)
             raise SourceError(
                 f"{where}: folder {listed([name])} holds folders ({listed(folders)}) but no images, expected "
                 f"class folders of images; {one}, {instead}"
             )
-    splits = [name for name in names if name.lower() in SPLITS]
-    if len(splits) > 1 and kind == "folder":
-        _refuse_splits(where, splits, instead)
     if len(splits) > 1:
         raise SourceError(f"{where}: folders of several splits ({listed(splits)}); {one}, {instead}")
     if len(names) == 1 and (beside or names[0].lower() in _UNLIKELY_CLASSES):
@@ -222,11 +219,6 @@ def _check_class_folders(where: str, classes: Mapping[str, _ClassFolder], *, bes
             f"{where}: {found}, expected a folder for each class; give the images' labels with --val-labels FILE, "
             f"or a CSV with path and label in place of the folder, {instead}"
         )
-
-
-def _refuse_splits(where: str, splits: list[str], instead: str) -> NoReturn:
-    each = " and ".join(f"{os.path.join(where, split)} to {split}.lmdb" for split in splits[:3])
-    raise SourceError(f"{where}: folders of several splits ({listed(splits)}); convert {each}, {instead}")
 
 
 # Files.
