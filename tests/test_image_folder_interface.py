@@ -25,7 +25,7 @@ def test_the_store_may_be_named_as_elsewhere(store_path):
         ImageFolderLMDB(store_path, None, None, pil_loader, None),
         ImageFolderLMDB(ImageFolderLMDB(store_path).store),
     ):
-        assert (len(data), data.root) == (24, str(store_path))
+        assert (len(data), data.root, data.db_path) == (24, str(store_path), str(store_path))
     for wrong in ({}, {"db_path": store_path, "root": store_path}):
         with pytest.raises(TypeError, match="of path, db_path and root are given, expected one"):
             ImageFolderLMDB(**wrong)

@@ -40,7 +40,7 @@ class ImageFolderLMDB(Dataset[tuple[Any, Any]]):
         allow_empty: let ``is_valid_file`` leave classes without records.
 
     Attributes:
-        root: the path.
+        root, db_path: the path.
         classes: class names, sorted.
         class_to_idx: class name to label.
         extensions: the usual extensions of names; None with ``is_valid_file``.
@@ -66,7 +66,7 @@ class ImageFolderLMDB(Dataset[tuple[Any, Any]]):
         if len(given) != 1:
             raise TypeError(f"{len(given)} of path, db_path and root are given, expected one: the store's path")
         self.store = given[0] if isinstance(given[0], Store) else open_store(given[0])
-        self.root = str(self.store.path)
+        self.root = self.db_path = str(self.store.path)
         self.transform = transform
         self.target_transform = target_transform
         is_default = loader is None or getattr(loader, "__module__", "") == "torchvision.datasets.folder"
