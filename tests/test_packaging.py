@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "disk": {"errors"},
     "torchrun": {"errors"},
     "threads": set(),
+    "figures": {"errors", "disk"},
     "isolated": {"errors"},
     "images": set(),
     "decoding": {"errors", "images", "isolated"},
@@ -44,7 +45,7 @@ MAY_IMPORT = {
     "train": {"errors", "disk", "store", "plan", "loaders", "torchrun", "threads"},
     "evaluate": {"errors", "disk", "images", "store", "plan", "loaders", "torchrun", "train"},
     "view": {"errors", "disk", "images", "store", "plan", "loaders", "threads", "train", "evaluate"},
-    "compare": {"errors", "disk", "store", "plan", "loaders", "threads", "train"},
+    "compare": {"errors", "disk", "figures", "store", "plan", "loaders", "threads", "train"},
 }
 
 # The top of the package: what users see and the commands; these may import from every layer.
@@ -99,7 +100,7 @@ def may_use(library, path):
         or path in (f"loaders/{name}.py" for name in ("pipeline", "run", "probe", "versions")),
         "PIL": path.startswith("images/") or path == "loaders/pillow_batches.py",
         "simplejpeg": path == "images/checking.py",
-        "matplotlib": path in ("train/curves.py", "compare/plot.py"),
+        "matplotlib": path in ("figures.py", "train/curves.py", "compare/plot.py"),
         "torch.utils.tensorboard": path == "train/scalars.py",
         "click": path == "cli.py" or Path(path).name in COMMAND_MODULES,
     }[library]

@@ -9,10 +9,11 @@ from typing import Literal
 import click
 
 from dali_lmdb.cli import Command, option_of, print_progress, print_result
-from dali_lmdb.compare.plot import check_plot, plot
+from dali_lmdb.compare.plot import plot
 from dali_lmdb.compare.settings import CompareSettings
 from dali_lmdb.compare.table import markdown, table
 from dali_lmdb.compare.throughput import BACKENDS, Round, compare_throughput
+from dali_lmdb.figures import check_figure
 from dali_lmdb.loaders.settings import Decode, DecodeDevice
 
 __all__ = ["main"]
@@ -80,7 +81,7 @@ def main(
     if as_json and as_markdown:
         raise click.UsageError("--json and --markdown exclude each other")
     if plot_file is not None:
-        check_plot(Path(plot_file))
+        check_figure(Path(plot_file))
     settings = CompareSettings(
         task=task,
         batch_size=batch_size,

@@ -2,34 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 from dali_lmdb.compare.throughput import Comparison, Measurement
-from dali_lmdb.disk import os_errors
-from dali_lmdb.errors import StateError
+from dali_lmdb.figures import GREY, save_figure
 
-__all__ = ["check_plot", "plot"]
+__all__ = ["plot"]
 
 _COLORS = ("#3b76af", "#c8641f")  # readable on white and on black
-_GREY = "#808080"
-
-
-def check_plot(path: Path) -> None:
-    """Find what would stop ``plot``, before anything is measured.
-
-    Raises:
-        ValueError: matplotlib is missing, or the file has an unknown suffix or no folder.
-    """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ValueError("--plot needs matplotlib: pip install 'dali-lmdb[plot]'") from error
-    if path.suffix not in (".png", ".svg"):
-        raise ValueError(f"{path}: expected a name that ends in .png or .svg")
-    if not path.parent.is_dir():
-        raise ValueError(f"{path}: its folder does not exist; create it first")
 
 
 def plot(result: Comparison, path: Path) -> None:
@@ -52,14 +33,8 @@ def plot(result: Comparison, path: Path) -> None:
     axes = figure.subplots(len(groups), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
     for axis, group, color in zip(axes, groups, _COLORS, strict=False):
         _bars(axis, group, color=color, arch=result.settings.arch)
-    figure.supxlabel(_caption(result), fontsize=7.5, color=_GREY)
-    partial = path.with_name(path.name + ".partial")
-    with os_errors(path, "cannot be written", StateError):
-        try:
-            figure.savefig(partial, format=path.suffix[1:], dpi=150, transparent=True)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+    figure.supxlabel(_caption(result), fontsize=7.5, color=GREY)
+    save_figure(figure, path)
 
 
 def _bars(axis: Any, group: list[Measurement], *, color: str, arch: str | None) -> None:
@@ -67,24 +42,22 @@ def _bars(axis: Any, group: list[Measurement], *, color: str, arch: str | None) 
     below = [median - min(found.rounds) for median, found in zip(medians, group, strict=True)]
     above = [max(found.rounds) - median for median, found in zip(medians, group, strict=True)]
     places = range(len(group))
-    axis.barh(places, medians, xerr=[below, above], color=color, ecolor=_GREY, capsize=3, height=0.65)
+    axis.barh(places, medians, xerr=[below, above], color=color, ecolor=GREY, capsize=3, height=0.65)
     furthest = max(median + more for median, more in zip(medians, above, strict=True))
     for place, found, more in zip(places, group, above, strict=True):
         text = f"{found.images_per_s:,.0f}" + ("" if found.backend == found.base else f"  ({found.ratio:.2f} x)")
-        axis.text(
-            found.images_per_s + more + 0.015 * furthest, place, text, va="center", fontsize=8.5, color=_GREY
-        )
+        axis.text(found.images_per_s + more + 0.015 * furthest, place, text, va="center", fontsize=8.5, color=GREY)
     base = next((found for found in group if found.backend == found.base), None)
     if base is not None:
-        axis.axvline(base.images_per_s, color=_GREY, linestyle="--", linewidth=1)
+        axis.axvline(base.images_per_s, color=GREY, linestyle="--", linewidth=1)
     axis.set_yticks(places, [found.backend for found in group])
     axis.invert_yaxis()
     axis.set_xlim(0, 1.25 * furthest)
     is_training = "model" in group[0].backend
-    axis.set_xlabel(f"images/s, training {arch}" if is_training else "images/s, loading", color=_GREY)
-    axis.tick_params(colors=_GREY)
+    axis.set_xlabel(f"images/s, training {arch}" if is_training else "images/s, loading", color=GREY)
+    axis.tick_params(colors=GREY)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.spines[["left", "bottom"]].set_color(_GREY)
+    axis.spines[["left", "bottom"]].set_color(GREY)
 
 
 def _caption(result: Comparison) -> str:
