@@ -474,7 +474,16 @@ def test_settings_refuse_bad_values_when_made(data):
 
 @pytest.mark.parametrize(("arch", "size"), [("vit_b_16", 64), ("regnet_y_400mf", 32), ("inception_v3", 299)])
 def test_models_are_built_for_the_size_of_the_images(arch, size):
-    models.check_input(arch, num_classes=3, size=size, batch_size=2)
+    models.check_input(arch, num_classes=3, size=size, image_size=size, batch_size=2)
+
+
+def test_images_of_another_size_than_a_vision_transformer_is_built_for_are_refused_before_training(data, tmp_path):
+    for option, size in (("--val-size", "48"), ("--start-size", "16")):
+        options = ("--arch", "vit_b_16", option, size, "--log-json", tmp_path / "none" / "log")
+        result = invoke("--train", data.train, "--val", data.val, *TINY, *options)
+        assert result.exit_code == 1, result.output
+        assert f"vit_b_16 cannot be trained on 8 images of {size}x{size} pixels a step" in result.output
+        assert result.output.count("\n") == 1
 
 
 @pytest.mark.gpu

@@ -106,27 +106,31 @@ def state_shapes(arch: str, *, num_classes: int, size: int) -> dict[str, tuple[i
     return {name: tuple(value.shape) for name, value in model.state_dict().items()}
 
 
-def check_input(arch: str, *, num_classes: int, size: int, batch_size: int) -> None:
-    """Raise ValueError if the model cannot be trained on images of this size.
+def check_input(arch: str, *, num_classes: int, size: int, image_size: int, batch_size: int) -> None:
+    """Raise ValueError if the model cannot be trained or evaluated on images of a size.
+
+    Args:
+        size: that the model is built for.
+        image_size: of the images.
 
     Runs a model of torchvision on the meta device, where tensors have shapes but no values, so it needs no memory;
     any other on the CPU, on at most two images.
     """
     if ":" in arch:
-        _check_function_input(arch, num_classes=num_classes, size=size, batch_size=min(batch_size, 2))
+        model = build_model(arch, num_classes=num_classes, size=size)
+        _check_function_input(arch, model, num_classes=num_classes, size=image_size, batch_size=min(batch_size, 2))
         return
     try:
         with torch.device("meta"):
             model = build_model(arch, num_classes=num_classes, size=size)
-            model.train()(torch.empty(batch_size, 3, size, size))
+            model.train()(torch.empty(batch_size, 3, image_size, image_size))
     except NotImplementedError:
         return  # RegNet computes its layers' widths with tensors, which need values; it accepts any size
     except (RuntimeError, ValueError, AssertionError) as cause:
-        raise _unfit(arch, size=size, batch_size=batch_size, cause=cause) from cause
+        raise _unfit(arch, size=image_size, batch_size=batch_size, cause=cause) from cause
 
 
-def _check_function_input(arch: str, *, num_classes: int, size: int, batch_size: int) -> None:
-    model = build_model(arch, num_classes=num_classes, size=size)
+def _check_function_input(arch: str, model: nn.Module, *, num_classes: int, size: int, batch_size: int) -> None:
     try:
         output = model.train()(torch.zeros(batch_size, 3, size, size))
     except Exception as cause:

@@ -46,8 +46,7 @@ def check(settings: TrainSettings, *, world_size: int, ranks_per_node: int) -> N
     _check_batch(data.num_records, settings=settings, world_size=world_size)
     if val_data.num_records == 0:
         raise ValueError(f"{settings.val}: no records to evaluate on")
-    for size in sorted({settings.size, settings.start_size or settings.size, settings.val_size or settings.size}):
-        models.check_input(settings.arch, num_classes=len(classes), size=size, batch_size=settings.batch_size)
+    _check_sizes(settings, num_classes=len(classes))
     _check_checkpoint(settings, data=data)
     _check_weights(settings, classes=classes)
     _check_files(settings)
@@ -59,6 +58,20 @@ def _check_compiler() -> None:
         raise ValueError(
             f"--compile: torch.compile needs a C++ compiler on the CPU, and there is no {compiler}; install g++, "
             "set CXX, or leave it out"
+        )
+
+
+def _check_sizes(settings: TrainSettings, *, num_classes: int) -> None:
+    """Check that the model takes images of all sizes that the run has."""
+    for image_size in sorted(
+        {settings.size, *(size for size in (settings.start_size, settings.val_size) if size)}
+    ):
+        models.check_input(
+            settings.arch,
+            num_classes=num_classes,
+            size=settings.size,
+            image_size=image_size,
+            batch_size=settings.batch_size,
         )
 
 
