@@ -268,3 +268,18 @@ def test_the_best_checkpoint_is_that_of_the_best_averaged_weights_where_there_ar
     assert best == [0, 1, 1]
     model = torchvision.models.resnet18(num_classes=2)
     torch.optim.swa_utils.AveragedModel(model).load_state_dict(torch.load(tmp_path / "best.pt")["ema"])
+
+
+def test_an_evaluation_whose_checkpoint_could_not_be_written_is_not_the_best_one(folder, tmp_path):
+    asked = settings(folder, on_bad="substitute", epochs=4, output=str(tmp_path))
+    best = []
+    with ExitStack() as stack:
+        run = _Training(asked, ranks=RankEnvironment(), device=torch.device("cpu"), stack=stack)
+        for epoch, top1 in enumerate([40.0, 60.0, 50.0, 45.0]):
+            if epoch == 1:
+                (tmp_path / "last.pt.partial").mkdir()  # where it would be written
+            run.end_epoch({"epoch": epoch, "val_top1": top1})
+            if epoch == 1:
+                (tmp_path / "last.pt.partial").rmdir()
+            best.append((run.best["epoch"], checkpoint.load(tmp_path / "best.pt")["result"]["epoch"]))
+    assert best == [(0, 0), (0, 0), (2, 2), (2, 2)]

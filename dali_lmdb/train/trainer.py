@@ -380,7 +380,8 @@ class _Training:
     def end_epoch(self, result: dict[str, float]) -> None:
         """Go on to the next epoch, and save; the last checkpoint of a run must succeed."""
         self.result = result
-        is_best = not self.best or top1_of(result) > top1_of(self.best)
+        best = self.best
+        is_best = not best or top1_of(result) > top1_of(best)
         if is_best:
             self.best = result
         also = [checkpoint.BEST_NAME] if is_best else []
@@ -389,7 +390,8 @@ class _Training:
         self.epoch += 1
         self.step = self.records_done = 0
         self.is_trained = False
-        self.save(also=also, is_last=self.epoch >= self.settings.epochs)
+        if not self.save(also=also, is_last=self.epoch >= self.settings.epochs):
+            self.best = best  # which is still what best.pt holds
 
     def summarise(self) -> None:
         """Log what came of the run, on rank 0."""
@@ -413,16 +415,19 @@ class _Training:
             dist.all_reduce(values)
         return values
 
-    def save(self, *, also: Sequence[str] = (), is_last: bool = False) -> None:
+    def save(self, *, also: Sequence[str] = (), is_last: bool = False) -> bool:
         """Write the checkpoint, on rank 0; its content does not depend on the number of ranks.
 
         Args:
             also: its further names.
             is_last: raise StateError if it cannot be written; otherwise say so, and go on.
+
+        Returns:
+            False if it could not be written.
         """
         path = self.settings.checkpoint_path
         if path is None or self.ranks.rank != 0:
-            return
+            return True
         content = {
             "model": self.model.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
@@ -449,9 +454,10 @@ class _Training:
             if is_last:
                 raise
             _log.warning("%s; meanwhile training goes on", error)
-            return
+            return False
         if self.settings.keep:
             checkpoint.remove_epochs(path.parent, keep=self.settings.keep)
+        return True
 
     def restore(self) -> None:
         """Resume from the checkpoint, if requested and there is one."""
