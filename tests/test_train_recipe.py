@@ -160,7 +160,19 @@ def test_options_rule_over_the_file_and_the_file_over_the_recipe(data, tmp_path)
     assert found == wanted
 
 
-@pytest.mark.parametrize(("text", "says"), [("epohcs = 3", "epohcs"), ("x", "TOML"), ("epochs = 0", "--epochs")])
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("epohcs = 3", "epohcs"),
+        ("x", "TOML"),
+        ("epochs = 0", "--epochs"),
+        ("epochs = 1.5", "'1.5' is not an integer"),
+        ("world-size = 2.5", "--world-size"),
+        ("epochs = true", "epochs is True, expected text or a number"),
+        ("lr = [1]", "lr is [1], expected text or a number"),
+        ("compile = 3", "compile is 3, expected true or false"),
+    ],
+)
 def test_a_wrong_config_file_is_wrong_usage(tmp_path, text, says):
     (tmp_path / "run.toml").write_text(text)
     result = CliRunner().invoke(main, ["--config", str(tmp_path / "run.toml"), "--train", "x", "--val", "x"])

@@ -72,9 +72,15 @@ def _use_config(ctx: click.Context, param: click.Parameter, path: str | None) ->
             values = {key.replace("-", "_"): value for key, value in tomllib.load(file).items()}
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise click.BadParameter(f"{path}: not a readable TOML file: {error}", ctx=ctx, param=param) from error
-    known = {option.name for option in ctx.command.params} - {"config", "tuned"}
-    if unknown := sorted(values.keys() - known):
+    known = {option.name: option for option in ctx.command.params if option.name not in ("config", "tuned")}
+    if unknown := sorted(values.keys() - known.keys()):
         raise click.BadParameter(f"{path}: no such option: {', '.join(unknown)}", ctx=ctx, param=param)
+    for name, value in values.items():
+        is_flag = isinstance(known[name].type, click.types.BoolParamType)
+        if not isinstance(value, bool if is_flag else str | int | float) or isinstance(value, bool) != is_flag:
+            expected = "true or false" if is_flag else "text or a number"
+            raise click.BadParameter(f"{path}: {name} is {value!r}, expected {expected}", ctx=ctx, param=param)
+        values[name] = value if is_flag else str(value)  # as on the command line, where 1.5 is no integer
     ctx.default_map = {**(ctx.default_map or {}), **values}
     return path
 
