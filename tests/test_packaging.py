@@ -39,7 +39,9 @@ MAY_IMPORT = {
     "decoding": {"errors", "images", "isolated"},
     "store": {"errors", "disk", "images", "threads"},
     "convert": {"errors", "disk", "images", "decoding", "store", "torchrun", "threads"},
-    "inspect": {"errors", "disk", "images", "decoding", "store", "threads"},
+    "inspect": {
+        *("errors", "disk", "images", "decoding", "isolated", "store", "plan", "threads", "figures"),
+    },
     "plan": {"errors", "disk", "store"},
     "loaders": {"errors", "disk", "images", "decoding", "isolated", "store", "plan", "threads"},
     "train": {"errors", "disk", "store", "plan", "loaders", "torchrun", "threads"},
@@ -100,7 +102,7 @@ def may_use(library, path):
         or path in (f"loaders/{name}.py" for name in ("pipeline", "run", "probe", "versions")),
         "PIL": path.startswith("images/") or path == "loaders/pillow_batches.py",
         "simplejpeg": path == "images/checking.py",
-        "matplotlib": path in ("figures.py", "train/curves.py", "compare/plot.py"),
+        "matplotlib": path in ("figures.py", "train/curves.py", "compare/plot.py", "inspect/plot.py"),
         "torch.utils.tensorboard": path == "train/scalars.py",
         "click": path == "cli.py" or Path(path).name in COMMAND_MODULES,
     }[library]

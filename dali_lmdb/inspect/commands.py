@@ -6,30 +6,73 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import click
 
 from dali_lmdb.cli import Command, ProgressBar, interrupt_on_sigterm, print_result
 from dali_lmdb.errors import one_line
+from dali_lmdb.figures import check_figure
 from dali_lmdb.images.gpu_decoder import gpu_decoder
 from dali_lmdb.inspect import Progress, Spread, StoreInfo, Verification, export, info, verify
 from dali_lmdb.inspect.export import SHARD_SIZE_BYTES
+from dali_lmdb.inspect.pixels import RESIZE, SAMPLE_RECORDS, SIZE, PixelStatistics, pixel_statistics
+from dali_lmdb.inspect.plot import plot_store
+from dali_lmdb.inspect.shared import SharedImages, shared_images
 
 __all__ = ["export_command", "info_command", "verify_command"]
+
+_LISTED = 1_000  # lines about shared images
 
 
 @click.command("info", cls=Command)
 @click.argument("store", metavar="STORE")
 @click.option(
+    "--stats",
+    is_flag=True,
+    help=f"Also mean and standard deviation of the pixels, for Normalize: of {SAMPLE_RECORDS:,} records, decoded, "
+    f"resized to {RESIZE} and cropped to {SIZE}.",
+)
+@click.option(
+    "--plot",
+    "plot_file",
+    metavar="FILE",
+    help="Draw images per class and sizes (.png or .svg); needs matplotlib.",
+)
+@click.option(
+    "--against",
+    metavar="OTHER",
+    help="Also list the images of STORE whose bytes are in the store OTHER too; exit code 1 if there are any.",
+)
+@click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object, with the record count of each class."
 )
-def info_command(store: str, *, as_json: bool) -> None:
+def info_command(store: str, *, stats: bool, plot_file: str | None, against: str | None, as_json: bool) -> None:
     """Describe STORE: records, classes, sizes, kinds, how many the GPU decodes, how it was made.
 
-    Reads only the index, and the headers of images other than JPEG and WebP.
+    Reads only the index, and the headers of images other than JPEG and WebP; --stats decodes a sample.
     """
+    if plot_file is not None:
+        check_figure(Path(plot_file))
     found = info(store)
-    print_result(json.dumps(asdict(found)) if as_json else _table(found))
+    shared = None if against is None else shared_images(store, against)
+    pixels = None
+    if stats:
+        interrupt_on_sigterm()
+        with ProgressBar(quiet=as_json, unit="records") as bar:
+            pixels = pixel_statistics(store, progress=_report_to(bar))
+    if plot_file is not None:
+        plot_store(store, Path(plot_file))
+    if as_json:
+        extra: dict[str, Any] = {} if pixels is None else {"pixels": asdict(pixels)}
+        if shared is not None:
+            extra["shared"] = {**asdict(shared), "images": [image._asdict() for image in shared.images]}
+        print_result(json.dumps({**asdict(found), **extra}))
+    else:
+        lines = [_table(found, pixels)] + ([] if shared is None else _shared_lines(shared))
+        print_result("\n".join(lines))
+    sys.exit(1 if shared is not None and shared.images else 0)
 
 
 @click.command("verify", cls=Command)
@@ -110,7 +153,7 @@ def _verdict(found: Verification) -> str:
     return f"{found.store}: damaged: {found.num_damage:,} problems{more}; {checked} in {found.seconds:.1f} s"
 
 
-def _table(found: StoreInfo) -> str:
+def _table(found: StoreInfo, pixels: PixelStatistics | None) -> str:
     rows = [
         ("store", found.store if not found.shards else f"{found.store} ({len(found.shards):,} shards)"),
         ("records", f"{found.records:,}"),
@@ -124,6 +167,7 @@ def _table(found: StoreInfo) -> str:
         ("changed", f"{found.transcoded:,} transcoded, {found.resized:,} resized"),
         ("bytes", f"{found.num_bytes:,}" + _spread(", per record", found.record_bytes)),
         ("file bytes", f"{found.file_bytes:,}"),
+        *([] if pixels is None else _pixel_rows(pixels, found.records)),
         ("fingerprint", found.fingerprint),
         *((f"made {key}", _value(value)) for key, value in found.made.items()),
         *(
@@ -137,6 +181,36 @@ def _table(found: StoreInfo) -> str:
         rows.insert(1, ("format", "classic database"))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {one_line(text)}" for name, text in rows)
+
+
+def _pixel_rows(pixels: PixelStatistics, num_records: int) -> list[tuple[str, str]]:
+    def rgb(values: tuple[float, ...], decimals: int = 4) -> str:
+        return f"({', '.join(f'{value:.{decimals}f}' for value in values)})"
+
+    error = max(pixels.mean_error)
+    sample = f" (a sample, seed {pixels.seed})" if pixels.records + pixels.undecodable < num_records else ""
+    bad = f"; {pixels.undecodable:,} more cannot be decoded" if pixels.undecodable else ""
+    return [
+        ("pixel mean", f"{rgb(pixels.mean)}, R, G, B in 0 to 1{f'; standard error {error:.4f}' if error else ''}"),
+        ("pixel std", rgb(pixels.std)),
+        (
+            "pixels of",
+            f"{pixels.records:,} records{sample}, shorter side resized to {pixels.resize}, centre of "
+            f"{pixels.size} x {pixels.size}{bad}",
+        ),
+    ]
+
+
+def _shared_lines(shared: SharedImages) -> list[str]:
+    what = f"{shared.other}: {len(shared.images):,} images of {shared.store} are in it, too"
+    if not shared.images:
+        return [f"{shared.other}: no image of {shared.store} is in it"]
+    how = "same bytes" if shared.compared else "same checksums and lengths"
+    listed = [f"{name} is {other_name} there" for name, other_name in shared.images[:_LISTED]]
+    more = len(shared.images) - len(listed)
+    return [one_line(line) for line in (f"{what} ({how}):", *listed)] + (
+        [f"{more:,} more, listed with --json"] if more else []
+    )
 
 
 def _spread(of: str, spread: Spread | None) -> str:

@@ -19,7 +19,7 @@ from dali_lmdb.inspect.records import runs
 from dali_lmdb.store import FileStore, ShardedStore, Store, open_store
 from dali_lmdb.store.classic import database_file
 
-__all__ = ["Shard", "Spread", "StoreInfo", "info"]
+__all__ = ["Shard", "Spread", "StoreInfo", "class_records", "info"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,15 +91,15 @@ def info(path: str | os.PathLike[str]) -> StoreInfo:
         changes = store.column("change")
         num_bytes = store.column("num_bytes")
         uninspected = (kinds == Kind.UNKNOWN) & (heights == 0) & (widths == 0)
-        class_records = _class_records(store)
+        records_per_class = class_records(store)
         first = parts[0]
         return StoreInfo(
             store=str(path),
             format=first.meta.format if isinstance(first, FileStore) else None,
             records=len(store),
             classes=len(store.classes),
-            class_records=dict(zip(store.classes, class_records.tolist(), strict=True)),
-            per_class=_spread(class_records),
+            class_records=dict(zip(store.classes, records_per_class.tolist(), strict=True)),
+            per_class=_spread(records_per_class),
             height=_spread(heights[~uninspected]),
             width=_spread(widths[~uninspected]),
             kinds=_kinds(kinds),
@@ -119,7 +119,8 @@ def info(path: str | os.PathLike[str]) -> StoreInfo:
         )
 
 
-def _class_records(store: Store) -> npt.NDArray[np.int64]:
+def class_records(store: Store) -> npt.NDArray[np.int64]:
+    """Number of records of each class, int64 of shape (number of classes,)."""
     labels, num_classes = store.labels, len(store.classes)
     inside = labels[(labels >= 0) & (labels < num_classes)]  # `verify` reports others
     return np.bincount(inside, minlength=num_classes)
