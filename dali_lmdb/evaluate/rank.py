@@ -35,7 +35,7 @@ from dali_lmdb.train.precision import choose_precision
 from dali_lmdb.train.rank import run_started, show_progress
 from dali_lmdb.train.settings import TrainSettings
 
-__all__ = ["evaluate_checkpoint", "print_plainly"]
+__all__ = ["build_models", "evaluate_checkpoint", "print_plainly"]
 
 _log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def evaluate_checkpoint(settings: EvaluateSettings, *, say: Callable[[str], None
     training, classes = settings_of(content, settings), content["classes"]
     device = find_device(training.device, local_rank=ranks.local_rank, ranks_per_node=ranks.ranks_per_node)
     precision = choose_precision(training.precision, device=device)
-    models = _models(content, settings, training)
+    models = build_models(content, settings, training)
     loader = open_data(
         training, training=False, ranks=ranks, device=device, precision=precision, return_index=True
     )
@@ -93,7 +93,9 @@ def evaluate_checkpoint(settings: EvaluateSettings, *, say: Callable[[str], None
         return result
 
 
-def _models(content: dict[str, Any], settings: EvaluateSettings, training: TrainSettings) -> dict[str, nn.Module]:
+def build_models(
+    content: dict[str, Any], settings: EvaluateSettings, training: TrainSettings
+) -> dict[str, nn.Module]:
     """The models to evaluate, by the prefix of their figures; the averaged one is the last.
 
     Raises:
