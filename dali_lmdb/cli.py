@@ -41,6 +41,7 @@ _COMMANDS = {
     "evaluate": "dali_lmdb.evaluate.__main__:main",
     "export": "dali_lmdb.inspect.commands:export_command",
     "info": "dali_lmdb.inspect.commands:info_command",
+    "parity": "dali_lmdb.view.commands:parity_command",
     "preview": "dali_lmdb.view.commands:preview_command",
     "train": "dali_lmdb.train.__main__:main",
     "tune": "dali_lmdb.compare.commands:tune_command",

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dali_lmdb.images.opening import BadImageError, open_image, to_rgb
 
-__all__ = ["Cell", "draw_grid"]
+__all__ = ["Cell", "draw_grid", "enlarged"]
 
 _CELL = 232  # as wide as the names of ImageNet's validation images
 _LINE = 14
@@ -58,6 +58,12 @@ def draw_grid(cells: Sequence[tuple[Cell, Sequence[str]]], *, num_columns: int =
     output = io.BytesIO()
     picture.save(output, "PNG")
     return output.getvalue()
+
+
+def enlarged(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Small pixels enlarged by the largest whole factor with which they fit a usual cell; others as they are."""
+    factor = max(1, _CELL // max(pixels.shape))
+    return pixels.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
 def _image(shown: Cell, side: int) -> Image.Image:

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from functools import reduce
 from typing import Any, Literal
 
 import click
+import numpy as np
+from click.core import ParameterSource
 
-from dali_lmdb.cli import Command, option_of, print_progress, print_result
+from dali_lmdb.cli import Command, ProgressBar, option_of, print_progress, print_result
 from dali_lmdb.errors import one_line
-from dali_lmdb.plan.augment import Transform
+from dali_lmdb.plan.augment import TrainTransform, Transform
 from dali_lmdb.plan.order import Shuffle
 from dali_lmdb.store import Store, open_store
 from dali_lmdb.train.settings import TrainSettings
-from dali_lmdb.view.delivery import Way, way_of
+from dali_lmdb.view.delivery import DALI_ARGUMENTS, Shown, Way, deliver, way_of
+from dali_lmdb.view.parity import measure_parity
 from dali_lmdb.view.picture import check_picture, write_picture
+from dali_lmdb.view.predictions import Predictor
 from dali_lmdb.view.preview import preview
-from dali_lmdb.view.records import Named, checked, first_of_epoch, in_report
+from dali_lmdb.view.records import Named, check_any, checked, first_of_epoch, in_report, sample
+from dali_lmdb.view.report import Report
 
-__all__ = ["preview_command"]
+__all__ = ["parity_command", "preview_command"]
 
 _AT_LEAST_0, _AT_LEAST_1 = click.IntRange(min=0), click.IntRange(min=1)
 _Command = Callable[..., None]
@@ -136,6 +143,7 @@ def preview_command(
         else:
             shuffle: Shuffle = "full" if task == "train" else "none"
             chosen = first_of_epoch(opened, count, seed=seed, epoch=epoch, shuffle=shuffle, classes=classes)
+            check_any(opened, chosen)
         found = preview(
             opened,
             chosen,
@@ -164,3 +172,125 @@ def _named(store: Store, reports: Sequence[str], *, count: int) -> tuple[list[in
 
 def _described(ways: Sequence[Way], num_records: int) -> str:
     return f"{num_records} records, {' and '.join(way.name for way in ways)}"
+
+
+@click.command("parity", cls=Command)
+@click.argument("store", metavar="STORE")
+@click.option(
+    "--left", default="torch", show_default=True, metavar="WAY", help="torch, dali, dali:cpu or dali:gpu."
+)
+@click.option(
+    "--right",
+    default="dali",
+    show_default=True,
+    metavar="WAY",
+    help="Likewise; dali is on the GPU if there is one. Arguments of DaliLoader follow commas: "
+    f"dali:cpu,resize=dali ({', '.join(DALI_ARGUMENTS)}).",
+)
+@click.option(
+    "--task",
+    type=click.Choice(["train", "eval"]),
+    help="train: random crops and flips; eval: central crops.  [default: train; eval with --checkpoint]",
+)
+@click.option("--count", type=_AT_LEAST_1, default=256, show_default=True, help="Records, drawn by --seed.")
+@click.option("--all", "every", is_flag=True, help="Every record.")
+@click.option(
+    "--tolerance",  # on a CPU images differ by 0.7 at most, and a photo shifted by one pixel by 1.9 or more
+    type=click.FloatRange(min=0),
+    default=1.0,
+    show_default=True,
+    help="Largest mean difference of an image, in grey levels.",
+)
+@click.option(
+    "--checkpoint", metavar="FILE", help="Also compare the predictions of this model, as evaluate makes them."
+)
+@click.option("--plot", "plot_file", metavar="FILE", help="Draw the worst, as PNG: left, right and difference.")
+@click.option(
+    "--workers", type=_AT_LEAST_1, metavar="N", help="Threads or processes of each.  [default: all cores]"
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
+@_transform_options
+def parity_command(
+    store: str,
+    *,
+    left: str,
+    right: str,
+    task: Literal["train", "eval"] | None,
+    count: int,
+    every: bool,
+    tolerance: float,
+    checkpoint: str | None,
+    plot_file: str | None,
+    workers: int | None,
+    as_json: bool,
+    seed: int,
+    epoch: int,
+    **values: Any,
+) -> None:
+    """Compare the images that two ways of loading make of STORE: the same records, crops and flips.
+
+    Differences are in grey levels, 0 to 255. The exit code is 1 if the mean difference of an image is above
+    --tolerance, or if one way cannot decode what the other can.
+    """
+    ways = way_of(left), way_of(right)
+    if plot_file is not None:
+        check_picture(plot_file, option="--plot")
+    task = task or ("eval" if checkpoint is not None else "train")
+    with open_store(store) as opened:
+        predictor = None
+        if checkpoint is not None:
+            predictor = Predictor(checkpoint, opened, **_given(task, values))
+        settings = TrainSettings(train=store, val=store, **values) if predictor is None else predictor.settings
+        transform = _transform(settings, task=task)
+        records = list(range(len(opened))) if every else sample(opened, count, seed=seed)
+        check_any(opened, records)
+        left_images, right_images = (
+            deliver(opened, records, way, transform=transform, seed=seed, epoch=epoch, workers=workers)
+            for way in ways
+        )
+        with closing(left_images), closing(right_images), ProgressBar(quiet=as_json) as bar:
+            watched = _watched(left_images, bar, store=opened, total=len(records))
+            each = None if predictor is None else predictor.add
+            parity = measure_parity(watched, right_images, each=each)
+        report = Report(
+            store=opened,
+            ways=ways,
+            heading=f"{task}, {_size(transform, epoch)} pixels, epoch {epoch}, seed {seed}",
+            tolerance=tolerance,
+            parity=parity,
+            top1=None if predictor is None else predictor.top1(),
+        )
+        if plot_file is not None:
+            write_picture(plot_file, report.picture())
+        print_result(json.dumps(report.to_dict()) if as_json else report.text(), done=plot_file)
+    sys.exit(1 if report.is_beyond else 0)
+
+
+def _size(transform: Transform, epoch: int) -> int:
+    return transform.size_at(epoch) if isinstance(transform, TrainTransform) else transform.size
+
+
+def _watched(
+    delivered: Iterable[tuple[int, Shown]], bar: ProgressBar, *, store: Store, total: int
+) -> Iterator[tuple[int, Shown]]:
+    num_bytes = 0
+    for done, (record, shown) in enumerate(delivered, 1):
+        yield record, shown
+        num_bytes += int(store.gather("num_bytes", np.array([record]))[0])
+        bar.show("comparing", done, total, num_bytes)
+
+
+def _given(task: str, values: dict[str, Any]) -> dict[str, Any]:
+    """The options for evaluation that are on the command line; others are the checkpoint's.
+
+    Raises:
+        UsageError: there are options that have no effect on evaluation.
+    """
+    source = click.get_current_context().get_parameter_source
+    given = {name: value for name, value in values.items() if source(name) is ParameterSource.COMMANDLINE}
+    unfit = ["task"] if task == "train" else sorted(given.keys() - {"val_size", "val_resize", "interpolation"})
+    if unfit:
+        raise click.UsageError(
+            f"--checkpoint is for evaluation, which --{unfit[0].replace('_', '-')} does not fit"
+        )
+    return given

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from dali_lmdb.plan.augment import Transform
 from dali_lmdb.store import Store
 from dali_lmdb.threads import threads_per_rank
 
-__all__ = ["Pixels", "Shown", "Way", "deliver", "way_of"]
+__all__ = ["DALI_ARGUMENTS", "Pixels", "Shown", "Way", "deliver", "way_of"]
 
 Pixels = npt.NDArray[np.uint8]
 """An image as a model sees it, before it is normalised: RGB, of shape (height, width, 3)."""
@@ -26,7 +26,8 @@ Shown = Pixels | str
 
 _BATCH_SIZE = 32
 _DEVICES: dict[str, Device] = {"cpu": "cpu", "gpu": "cuda"}
-_KEYS = ("resize", "decode", "decode_device", "decode_scale")
+DALI_ARGUMENTS = ("resize", "decode", "decode_device", "decode_scale")
+"""Arguments of ``DaliLoader`` that a way's name may have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +56,10 @@ def way_of(name: str) -> Way:
         values[key] = value
     if backend == "torch" and not device and not values:
         return Way(name=name, backend="torch", device="cpu")
-    if backend != "dali" or device not in ("", *_DEVICES) or not set(values) <= set(_KEYS):
+    if backend != "dali" or device not in ("", *_DEVICES) or not set(values) <= set(DALI_ARGUMENTS):
         raise ValueError(
             f"{name!r}: no way of loading, expected torch, dali, dali:cpu or dali:gpu; the last three with any of "
-            f"{', '.join(f',{key}=...' for key in _KEYS)}"
+            f"{', '.join(f',{key}=...' for key in DALI_ARGUMENTS)}"
         )
     device = device or ("gpu" if torch.cuda.is_available() else "cpu")
     return Way(name=name, backend="dali", device=_DEVICES[device], dali=DaliSettings(**values))
@@ -74,7 +75,7 @@ def deliver(
     epoch: int,
     workers: int | None = None,
     batch_size: int = _BATCH_SIZE,
-) -> Iterator[tuple[int, Shown]]:
+) -> Generator[tuple[int, Shown], None, None]:
     """Yield each record with its image, or with the reason why it cannot be decoded.
 
     They come in the given order, but for those of batches with one that cannot be decoded, which are loaded again

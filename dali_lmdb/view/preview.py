@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dali_lmdb.errors import one_line
-from dali_lmdb.images.grid import Cell, draw_grid
+from dali_lmdb.images.grid import Cell, draw_grid, enlarged
 from dali_lmdb.plan.augment import Transform
 from dali_lmdb.store import Store
 from dali_lmdb.view.delivery import Shown, Way, deliver
@@ -16,7 +16,6 @@ from dali_lmdb.view.records import Named
 
 __all__ = ["Preview", "preview"]
 
-_CELL = 232  # of ``draw_grid``
 _COLUMNS = {1: 5, 2: 4}  # by number of pictures of a record
 
 
@@ -64,23 +63,20 @@ def preview(
     for record, label in zip(records, labels, strict=True):
         for way, shown in zip(ways, found, strict=True):
             what = one_line(f"record {record} ({way.name})")
-            cells.append((_cell(shown[record]), [one_line(store.classes[label]), what]))
-            if isinstance(shown[record], str):
-                missing.append(f"{store.where(record)}: {way.name}: {one_line(str(shown[record]))}")
-    for image in absent:
-        lines = [one_line(image.name), "not in the store"]
-        cells += [(one_line(image.reason), lines)] * len(ways)
-        missing.append(one_line(f"{image.name}: not in {store.path}: {image.reason}"))
+            image = shown[record]
+            if isinstance(image, str):
+                image = one_line(image)
+                missing.append(f"{store.where(record)}: {way.name}: {image}")
+            else:
+                image = enlarged(image)
+            cells.append((image, [one_line(store.classes[label]), what]))
+    for named in absent:
+        lines = [one_line(named.name), "not in the store"]
+        cells += [(one_line(named.reason), lines)] * len(ways)
+        missing.append(one_line(f"{named.name}: not in {store.path}: {named.reason}"))
     picture = draw_grid(cells, num_columns=_COLUMNS[len(ways)])
     return Preview(picture=picture, num_records=len(records), missing=missing)
 
 
 def _workers(way: Way) -> int | None:
     return 0 if way.backend == "torch" else None
-
-
-def _cell(shown: Shown) -> Cell:
-    if isinstance(shown, str):
-        return one_line(shown)
-    factor = max(1, _CELL // max(shown.shape))
-    return shown.repeat(factor, axis=0).repeat(factor, axis=1)

@@ -16,7 +16,7 @@ from dali_lmdb.plan.order import Shuffle, epoch_order
 from dali_lmdb.store import Store
 from dali_lmdb.store.regular import check_regular
 
-__all__ = ["Named", "checked", "first_of_epoch", "in_report", "sample"]
+__all__ = ["Named", "check_any", "checked", "first_of_epoch", "in_report", "sample"]
 
 _AT_ONCE = 8192  # positions of an epoch
 
@@ -40,6 +40,12 @@ def checked(store: Store, records: Sequence[int]) -> list[int]:
         if not 0 <= record < len(store):
             raise ValueError(f"{store.path}: no record {record}, expected 0 to {len(store) - 1}")
     return list(dict.fromkeys(records))
+
+
+def check_any(store: Store, records: Sequence[int]) -> None:
+    """Raise ValueError if there are no records."""
+    if not records:
+        raise ValueError(f"{store.path}: no records, expected some; choose another store or class")
 
 
 def sample(store: Store, count: int, *, seed: int) -> list[int]:
