@@ -50,7 +50,9 @@ def draw_grid(cells: Sequence[tuple[Cell, Sequence[str]]], *, num_columns: int =
         left = _GAP + number % num_columns * (side + _GAP)
         top = _GAP + number // num_columns * height
         image = _image(shown, side)
-        picture.paste(image, (left + (side - image.width) // 2, top + (side - image.height) // 2))
+        x, y = left + (side - image.width) // 2, top + (side - image.height) // 2
+        draw.rectangle((x - 1, y - 1, x + image.width, y + image.height), outline="lightgrey")
+        picture.paste(image, (x, y))
         if isinstance(shown, str):
             draw.text((left + _GAP, top + _GAP), textwrap.fill(shown, _TEXT_WIDTH), fill="black", font=font)
         for place, line in enumerate(lines):
