@@ -119,6 +119,7 @@ def test_the_command_names_causes_and_draws_the_worst(kinds_path, tmp_path):
     worst = sorted(means, key=lambda record: -means[record])[:8]
     assert [row["record"] for row in found["worst"]] == worst
     assert [row["mean"] for row in found["worst"]] == pytest.approx([means[record] for record in worst])
+    assert [found[name] for name in ("task", "size", "epoch", "seed")] == ["train", 64, 1, 3]
     said = {row["name"].split("/")[1]: row["cause"] for row in found["worst"]}
     assert (said["cmyk jpeg.jpg"], said["bmp.jpg"]) == ("CMYK JPEG", "not a JPEG but BMP")
     assert [row["name"] for row in found["worst"]] == [names[record] for record in worst]

@@ -255,7 +255,7 @@ def parity_command(
         report = Report(
             store=opened,
             ways=ways,
-            heading=f"{task}, {_size(transform, epoch)} pixels, epoch {epoch}, seed {seed}",
+            what={"task": task, "size": _size(transform, epoch), "epoch": epoch, "seed": seed},
             tolerance=tolerance,
             parity=parity,
             top1=None if predictor is None else predictor.top1(),

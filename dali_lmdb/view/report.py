@@ -31,8 +31,8 @@ class Report:
 
     store: Store
     ways: tuple[Way, Way]
-    heading: str
-    """What was compared."""
+    what: dict[str, Any]
+    """What was compared: ``task``, ``size``, ``epoch`` and ``seed``."""
     tolerance: float
     """Largest mean difference of an image, in grey levels."""
     parity: Parity
@@ -61,6 +61,7 @@ class Report:
             "store": str(self.store.path),
             "left": left,
             "right": right,
+            **self.what,
             "records": len(parity.records),
             "tolerance": self.tolerance,
             "num_beyond": parity.num_beyond(self.tolerance),
@@ -93,7 +94,8 @@ class Report:
         """Lines for people."""
         parity = self.parity
         left, right = (way.name for way in self.ways)
-        lines = [f"{self.store.path}: {len(parity.records)} records, {left} and {right}, {self.heading}"]
+        what = "{task}, {size} pixels, epoch {epoch}, seed {seed}".format(**self.what)
+        lines = [f"{self.store.path}: {len(parity.records)} records, {left} and {right}, {what}"]
         lines += ["difference of values, in grey levels:", *self._histogram()]
         lines.append(
             f"mean {parity.mean:.3f}; of an image at most {parity.means.max(initial=0):.3f}; "
