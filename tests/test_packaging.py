@@ -246,7 +246,7 @@ def test_requirements_have_no_upper_end():
 def test_scripts_can_be_run_directly():
     scripts = [*ROOT.glob("scripts/*.sh"), ROOT / ".ci" / "run"]
     runnable = [path for path in scripts if path.name != "venv.sh"]  # the others source it
-    assert len(runnable) == 3
+    assert len(runnable) == 4
     for path in runnable:
         assert os.access(path, os.X_OK), path
         assert path.read_text(encoding="utf-8").startswith("#!/usr/bin/env bash\n"), path
