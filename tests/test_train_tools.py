@@ -84,3 +84,17 @@ def test_a_run_too_short_for_a_trace_says_so_and_one_without_output_is_wrong_usa
     assert caplog.messages == ["--profile: no trace, since the run had no more than 5 steps"]
     result = invoke("--train", data.train, "--val", data.val, "--profile", "2")
     assert (result.exit_code, "--profile needs --output DIR" in result.output) == (2, True)
+
+
+def test_the_log_and_the_quarantine_may_be_in_the_output_folder_or_beside_it_before_it_exists(data, tmp_path):  # noqa: F811
+    log, quarantine = tmp_path / "runs" / "a.jsonl", tmp_path / "runs" / "a" / "bad.jsonl"
+    settings = tiny(
+        data, output=str(tmp_path / "runs" / "a"), log_json=str(log), quarantine=str(quarantine), resume=True
+    )
+    preflight.check(settings, world_size=1, ranks_per_node=1)
+    train(settings)
+    assert log.stat().st_size
+    assert quarantine.exists()
+    other = replace(settings, log_json=str(tmp_path / "other" / "a.jsonl"))
+    with pytest.raises(ValueError, match="create it first"):
+        preflight.check(other, world_size=1, ranks_per_node=1)

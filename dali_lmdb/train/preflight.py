@@ -165,17 +165,26 @@ def _check_weights(settings: TrainSettings, *, classes: list[str]) -> None:
 def _check_files(settings: TrainSettings) -> None:
     """Check that the log and the quarantine can be written, and create the output folders."""
     for option, name in (("--log-json", settings.log_json), ("--quarantine", settings.quarantine)):
-        if name is not None:
+        if name is not None and not _is_made_with_output(Path(name).parent, output=settings.output):
             check_file(Path(name), option=option)
     if settings.log_json is not None:
         _check_log(settings.log_json, settings=settings)
-    if settings.quarantine is not None:
-        check_quarantine(Path(settings.quarantine))
     if settings.tensorboard is not None and not scalars.has_tensorboard():
         raise ValueError("--tensorboard: TensorBoard is not installed; pip install 'dali-lmdb[tensorboard]'")
     for option, name in (("--output", settings.output), ("--tensorboard", settings.tensorboard)):
         if name is not None:
             _make_folder(name, option=option)
+    if settings.quarantine is not None:  # which may be in one of them
+        check_quarantine(Path(settings.quarantine))
+
+
+def _is_made_with_output(folder: Path, *, output: str | None) -> bool:
+    """Whether a folder is missing, and is the output folder or one above it."""
+    return (
+        output is not None
+        and not os.path.exists(folder)
+        and Path(output).absolute().is_relative_to(folder.absolute())
+    )
 
 
 def _make_folder(name: str, *, option: str) -> None:
