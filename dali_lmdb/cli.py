@@ -38,6 +38,7 @@ __all__ = [
 _COMMANDS = {
     "compare": "dali_lmdb.compare.__main__:main",
     "convert": "dali_lmdb.convert.__main__:main",
+    "doctor": "dali_lmdb.doctor.commands:doctor_command",
     "evaluate": "dali_lmdb.evaluate.__main__:main",
     "export": "dali_lmdb.inspect.commands:export_command",
     "info": "dali_lmdb.inspect.commands:info_command",

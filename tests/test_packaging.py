@@ -44,6 +44,7 @@ MAY_IMPORT = {
     },
     "plan": {"errors", "disk", "store"},
     "loaders": {"errors", "disk", "images", "decoding", "isolated", "store", "plan", "threads"},
+    "doctor": {"errors", "images", "decoding", "store", "loaders"},
     "train": {"errors", "disk", "store", "plan", "loaders", "torchrun", "threads"},
     "evaluate": {"errors", "disk", "images", "store", "plan", "loaders", "torchrun", "train"},
     "view": {"errors", "disk", "images", "store", "plan", "loaders", "threads", "train", "evaluate"},
@@ -98,7 +99,7 @@ def may_use(library, path):
     """Whether a library with one owner may be imported by a module."""
     return {
         "lmdb": path in ("store/writer.py", "store/structure.py"),
-        "nvidia": path in ("compare/dali_reader.py", "decoding/dali.py")
+        "nvidia": path in ("compare/dali_reader.py", "decoding/dali.py", "doctor/probe.py")
         or path in (f"loaders/{name}.py" for name in ("pipeline", "run", "probe", "versions")),
         "PIL": path.startswith("images/") or path == "loaders/pillow_batches.py",
         "simplejpeg": path == "images/checking.py",

@@ -10,7 +10,7 @@ from pathlib import Path
 from nvidia import dali
 from nvidia.dali import backend
 
-__all__ = ["has_fancy_windows", "nvimagecodec_version", "nvjpeg_version"]
+__all__ = ["has_fancy_windows", "load_nvjpeg", "nvimagecodec_version", "nvjpeg_version"]
 
 # What nvImageCodec's extension for nvJPEG opens, and where: first in LD_LIBRARY_PATH, then in its RUNPATH
 # ($ORIGIN/../../nvjpeg/lib), then where the system's linker looks.
@@ -29,12 +29,8 @@ def nvjpeg_version() -> tuple[int, int, int] | None:
 
     Not ``nvidia.dali.backend.GetNvjpegVersion``, which is -1 since DALI decodes through nvImageCodec.
     """
-    wheel = str(Path(dali.__file__).parents[1] / "nvjpeg" / "lib")
-    folders = [*filter(None, os.environ.get("LD_LIBRARY_PATH", "").split(":")), wheel]
-    paths = [path for folder in folders if (path := Path(folder, _NVJPEG)).is_file()]
-    try:
-        library = ctypes.CDLL(str(paths[0]) if paths else _NVJPEG)
-    except OSError:
+    library = load_nvjpeg()
+    if library is None:
         return None
     numbers = [ctypes.c_int() for _ in range(3)]
     for kind, number in enumerate(numbers):  # libraryPropertyType: MAJOR_VERSION, MINOR_VERSION, PATCH_LEVEL
@@ -42,6 +38,17 @@ def nvjpeg_version() -> tuple[int, int, int] | None:
             return None
     major, minor, patch = (number.value for number in numbers)
     return major, minor, patch
+
+
+def load_nvjpeg() -> ctypes.CDLL | None:
+    """The nvJPEG that nvImageCodec loads; None if it cannot be found."""
+    wheel = str(Path(dali.__file__).parents[1] / "nvjpeg" / "lib")
+    folders = [*filter(None, os.environ.get("LD_LIBRARY_PATH", "").split(":")), wheel]
+    paths = [path for folder in folders if (path := Path(folder, _NVJPEG)).is_file()]
+    try:
+        return ctypes.CDLL(str(paths[0]) if paths else _NVJPEG)
+    except OSError:
+        return None
 
 
 def has_fancy_windows(nvjpeg: tuple[int, ...] | None) -> bool:
