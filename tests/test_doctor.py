@@ -383,7 +383,7 @@ def test_the_page_cache_is_measured_and_compared_with_the_memory(own_store, tmp_
 
 def test_shards_and_what_is_no_store_have_their_line(image_folder, tmp_path):
     convert(image_folder, tmp_path / "x.lmdb", shards=2)
-    assert one(storage.store(tmp_path / "x.lmdb")).text == f"{tmp_path}/x.lmdb: 24 records, 3 classes"
+    assert one(storage.store(tmp_path / "x.lmdb")).text == f"{tmp_path}/x.lmdb: 24 records"
     assert one(storage.page_cache(tmp_path / "x.lmdb", Path("/"))).text.count(" MB") >= 1
     (tmp_path / "text.lmdb").write_text("no store")
     assert one(storage.store(tmp_path / "text.lmdb")).state == "warning"
