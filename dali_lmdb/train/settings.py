@@ -94,7 +94,7 @@ RANGES = {
     "hw_decoder_load": _FRACTION,
     "prefetch_queue_depth": Range(1),
     "readahead_bytes": Range(0),
-    "seed": Range(0),
+    "seed": Range(0, 2**63 - 1),
     "checkpoint_every": Range(0),
     "keep": Range(0),
     "log_every": Range(1),
