@@ -13,6 +13,7 @@ from test_train import data, one_thread, tiny  # noqa: F401  # fixtures
 from dali_lmdb.errors import StateError
 from dali_lmdb.train import checkpoint, preflight, train
 from dali_lmdb.train.__main__ import main
+from dali_lmdb.train.averaging import average_of
 from dali_lmdb.train.optimizer import build_optimizer
 from dali_lmdb.train.recipes import RECIPES
 from dali_lmdb.train.schedule import learning_rate, sizes
@@ -178,3 +179,11 @@ def test_a_wrong_config_file_is_wrong_usage(tmp_path, text, says):
     result = CliRunner().invoke(main, ["--config", str(tmp_path / "run.toml"), "--train", "x", "--val", "x"])
     assert result.exit_code == 2
     assert says in result.stderr
+
+
+def test_averaging_weights_reads_nothing_back_from_their_device():
+    model = torch.nn.Linear(2, 1, device="meta")  # where no value can be read
+    average = average_of(model, decay=0.9)
+    for _ in range(3):
+        average.update_parameters(model)
+    assert int(average.n_averaged) == 3

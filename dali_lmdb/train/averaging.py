@@ -18,9 +18,10 @@ def average_of(model: nn.Module, *, decay: float) -> AveragedModel:
             average of a short run is not that of its random weights.
     """
 
-    def update(averages: Tensors, values: Tensors, num_averaged: Tensor | int) -> None:
-        n = int(num_averaged)
+    def update(averages: Tensors, values: Tensors, _: Tensor | int) -> None:
+        n = int(average.n_averaged)  # on the CPU; to read the copy passed here would wait for the GPU in each step
         now = min(decay, (1 + n) / (10 + n))
         get_ema_multi_avg_fn(now)(averages, values, n)  # type: ignore[no-untyped-call]
 
-    return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
+    average = AveragedModel(model, multi_avg_fn=update, use_buffers=True)
+    return average
