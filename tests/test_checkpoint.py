@@ -146,3 +146,11 @@ def test_a_link_planted_where_a_checkpoint_is_written_is_not_followed(path, tmp_
     assert (tmp_path / "precious").read_text() == "30 hours of work"
     assert checkpoint.load(path)["epoch"] == 4
     assert not path.is_symlink()
+
+
+def test_a_missing_last_checkpoint_beside_others_is_not_taken_for_a_beginning(tmp_path):
+    (tmp_path / "best.pt").write_bytes(b"x")
+    with pytest.raises(StateError, match=r"last\.pt is missing, but best\.pt is there: copy that to last\.pt"):
+        checkpoint.check_folder(tmp_path, resume=True)
+    (tmp_path / "last.pt").write_bytes(b"x")
+    checkpoint.check_folder(tmp_path, resume=True)

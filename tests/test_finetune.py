@@ -107,9 +107,10 @@ def test_a_checkpoint_gives_its_averaged_weights_and_its_head_to_the_same_classe
         lambda state: {"model": state, "args": "x"},
         lambda state: {f"module.{name}": value for name, value in state.items()},
         lambda state: {f"module._orig_mod.{name}": value for name, value in state.items()},
+        lambda state: {f"_orig_mod.module.{name}": value for name, value in state.items()},
         lambda state: {name: value for name, value in state.items() if "num_batches" not in name},
     ],
-    ids=["state_dict", "model", "ddp", "compiled", "old"],
+    ids=["state_dict", "model", "ddp", "compiled", "compiled_ddp", "old"],
 )
 def test_state_dicts_are_recognised_as_they_are_usually_saved(tmp_path, wrap):
     state = model_of(3).state_dict()
@@ -363,5 +364,26 @@ def test_the_recipe_for_fine_tuning_begins_with_torchvisions_weights(data, tmp_p
     assert result.exit_code == 0, result.output
     settings = json.loads(log.read_text().splitlines()[0])["settings"]
     given = ("epochs", "batch_size")
+    assert settings["weights"] == "DEFAULT"
     expected = {name: value for name, value in RECIPES["finetune"].settings.items() if name not in given}
     assert {name: settings[name] for name in expected} == expected
+
+
+def test_a_recipes_weights_can_be_left_out_for_a_function(data, tmp_path, models_module):  # noqa: F811
+    log = tmp_path / "log"
+    arguments = [
+        "--train",
+        data.train,
+        "--val",
+        data.val,
+        "--recipe",
+        "finetune",
+        "--arch",
+        f"{models_module}:tiny",
+    ]
+    arguments += ["--weights", "none", "--epochs", 1, "--size", 32, "--device", "cpu", "--log-json", log]
+    result = CliRunner().invoke(
+        main, [str(argument) for argument in [*arguments, "--batch-size", 8, "--workers", 1]]
+    )
+    assert result.exit_code == 0, result.output
+    assert json.loads(log.read_text().splitlines()[0])["settings"]["weights"] is None

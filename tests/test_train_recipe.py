@@ -1,5 +1,6 @@
 """What the options of the recipe do to a training run."""
 
+import json
 import shutil
 from dataclasses import replace
 
@@ -187,3 +188,39 @@ def test_averaging_weights_reads_nothing_back_from_their_device():
     for _ in range(3):
         average.update_parameters(model)
     assert int(average.n_averaged) == 3
+
+
+def test_another_validation_size_than_a_recipes_has_its_own_resize(data, tmp_path):  # noqa: F811
+    def settings(*options):
+        log = tmp_path / f"{len(options)}.log"
+        arguments = [
+            "--train",
+            data.train,
+            "--val",
+            data.val,
+            "--recipe",
+            "rn50-16",
+            "--arch",
+            "resnet18",
+            "--size",
+            32,
+        ]
+        arguments += [
+            "--start-size",
+            32,
+            "--device",
+            "cpu",
+            "--epochs",
+            1,
+            "--lr-warmup-epochs",
+            0,
+            "--batch-size",
+            8,
+        ]
+        arguments += ["--workers", 1, "--log-json", log, *options]
+        result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+        assert result.exit_code == 0, result.output
+        return json.loads(log.read_text().splitlines()[0])["settings"]
+
+    assert settings("--val-size", "48")["val_resize"] is None
+    assert settings("--val-size", "48", "--val-resize", "60")["val_resize"] == 60

@@ -28,7 +28,7 @@ from dali_lmdb.loaders.base import Loader
 from dali_lmdb.torchrun import RankEnvironment
 from dali_lmdb.train.averaging import average_of
 from dali_lmdb.train.data import open_data
-from dali_lmdb.train.distributed import find_device, process_group
+from dali_lmdb.train.distributed import find_device, memory_errors, process_group
 from dali_lmdb.train.evaluation import evaluate
 from dali_lmdb.train.models import build_model
 from dali_lmdb.train.precision import choose_precision
@@ -68,7 +68,7 @@ def evaluate_checkpoint(settings: EvaluateSettings, *, say: Callable[[str], None
     loader = open_data(
         training, training=False, ranks=ranks, device=device, precision=precision, return_index=True
     )
-    with process_group(ranks, device=device), loader:
+    with memory_errors(batch_size=training.batch_size, then=""), process_group(ranks, device=device), loader:
         mapping = label_map(classes, loader.classes, path=training.val, allow_subset=settings.allow_subset)
         labels = torch.tensor(mapping, device=device)
         result: dict[str, Any] = {}

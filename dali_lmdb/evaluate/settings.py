@@ -86,6 +86,8 @@ def settings_of(content: dict[str, Any], settings: EvaluateSettings) -> TrainSet
         ValueError: they do not fit together, or this version does not know the model.
     """
     values = {name: content["settings"][name] for name in _OF_CHECKPOINT if name in content["settings"]}
+    if content["settings"].get("decode_device") == "cpu":  # perhaps since the GPU does not decode the images
+        values["decode_device"] = "cpu"
     if settings.val_size is not None:
         values["val_resize"] = None
     known = {field.name for field in fields(TrainSettings)}

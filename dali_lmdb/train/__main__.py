@@ -140,7 +140,10 @@ def _use_tuned(ctx: click.Context, param: click.Parameter, path: str | None) -> 
     help="Options for DALI from dali-lmdb tune --save; others rule.",
 )
 @_option("--arch", metavar="NAME", help="Any torchvision classification model, or MODULE:FUNCTION.")
-@_option("--weights", help="Weights to begin with: DEFAULT or another of torchvision's names, or a file.")
+@_option(
+    "--weights",
+    help="Weights to begin with: DEFAULT or another of torchvision's names, or a file; none: random ones.",
+)
 @_option("--backend", help="torch is the classic path: Pillow on the CPU.")
 @_option("--device", help="auto uses GPUs if there are any.")
 @_option("--precision", help="Precision on GPUs; CPUs use float32.")
@@ -217,10 +220,16 @@ def main(*, world_size: int, config: str | None, recipe: str | None, tuned: str 
     SIGTERM, SIGUSR1, SIGHUP or Ctrl-C, to this process or to any rank, ends the run after the step in progress,
     with a checkpoint and exit code 85 (Ctrl-C: 130); start it again with --resume. A second one stops it at once.
     """
-    del config, recipe, tuned  # they have set defaults
+    del config, tuned  # they have set defaults, as has the recipe
     for name in ("resume", "checkpoint_every", "keep", "profile"):
         if values[name] and values["output"] is None:
             raise click.UsageError(f"--{name.replace('_', '-')} needs --output DIR")
+    if values["weights"] == "none":
+        values["weights"] = None
+    if recipe is not None and values["val_size"] != RECIPES[recipe].settings.get("val_size"):
+        given = click.get_current_context().get_parameter_source("val_resize")
+        if given is not click.core.ParameterSource.COMMANDLINE:
+            values["val_resize"] = None  # the recipe's is for its own size
     settings = TrainSettings(**values)
     _run(settings, world_size=world_size)
 

@@ -113,11 +113,17 @@ def check_folder(folder: Path, *, resume: bool) -> None:
     old = folder / _NAME_OF_FORMAT_2
     if os.path.lexists(old):  # Path.exists raises where the name is too long
         raise StateError(f"{old}: of an earlier version, which this one cannot resume; choose another --output")
-    if resume or not os.path.isdir(folder):
+    if not os.path.isdir(folder):
         return
-    for path in (folder / FILE_NAME, folder / BEST_NAME, *sorted(folder.glob(_EPOCHS))):
-        if os.path.lexists(path):
-            raise StateError(f"{path} exists; resume that run with --resume, or choose another --output")
+    last, *others = (folder / FILE_NAME, folder / BEST_NAME, *sorted(folder.glob(_EPOCHS)))
+    found = [path for path in (last, *others) if os.path.lexists(path)]
+    if resume and found and found[0] != last:
+        raise StateError(
+            f"{last} is missing, but {found[-1].name} is there: copy that to {FILE_NAME} to resume from it, or "
+            "choose another --output"
+        )
+    if found and not resume:
+        raise StateError(f"{found[0]} exists; resume that run with --resume, or choose another --output")
 
 
 def save(path: Path, content: dict[str, Any], *, also: Sequence[str] = ()) -> None:

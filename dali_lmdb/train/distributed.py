@@ -32,7 +32,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from dali_lmdb import errors
-from dali_lmdb.errors import DaliLmdbError, DeviceError
+from dali_lmdb.errors import DaliLmdbError, DeviceError, DivergedError
 from dali_lmdb.threads import threads_per_rank
 from dali_lmdb.torchrun import RankEnvironment, join, sees_own_gpus
 from dali_lmdb.train import interruption
@@ -83,8 +83,13 @@ def find_device(name: str, *, local_rank: int, ranks_per_node: int) -> torch.dev
 
 
 @contextmanager
-def memory_errors(*, batch_size: int) -> Iterator[None]:
+def memory_errors(
+    *, batch_size: int, then: str = ", and --accumulate for as many records in a step"
+) -> Iterator[None]:
     """Turn torch's lack of memory, on a GPU or the CPU, into one line that names ``--batch-size``.
+
+    Args:
+        then: what else to do, as the end of a sentence.
 
     Raises:
         DeviceError: there was too little memory.
@@ -99,7 +104,7 @@ def memory_errors(*, batch_size: int) -> Iterator[None]:
         cause = f" ({tried[0].lower()})" if tried else ""
         raise DeviceError(
             f"--batch-size {batch_size}: {'the GPU' if on_gpu else 'this machine'} has too little memory{cause}; "
-            "use a smaller one, and --accumulate for as many records in a step"
+            f"use a smaller one{then}"
         ) from error
 
 
@@ -152,7 +157,9 @@ def run_rank(function: Callable[[], object], *, show_errors: bool) -> None:
     except SystemExit as end:
         _end_process(end.code if isinstance(end.code, int) else 1)
     except DaliLmdbError as error:
-        _end_process(1, f"Error: {error}\n" if show_errors else "")
+        # All ranks know that a loss is not finite; one says so.
+        is_said = isinstance(error, DivergedError) and int(os.environ.get("RANK", "0")) > 0
+        _end_process(1, f"Error: {error}\n" if show_errors and not is_said else "")
     except Exception:
         _end_process(1, traceback.format_exc() if show_errors else "")
 

@@ -474,9 +474,9 @@ class _Training:
         classes = self.train_loader.classes
         checkpoint.check_fits(content, arch=self.settings.arch, classes=classes, path=path)
         self.train_loader.load_state_dict(content["loader"])
-        for line in differences(content["settings"], self.settings, path=path):
-            if self.ranks.rank == 0:
-                _log.info("%s", line)
+        changes = differences(content["settings"], self.settings, path=path)
+        for line in changes if self.ranks.rank == 0 else ():
+            _log.info("%s", line)
         self.model.load_state_dict(content["model"])
         if self.ema is not None:
             if content.get("ema") is None:
@@ -492,7 +492,7 @@ class _Training:
         self.records_done, self.is_trained = content["records_done"], content["is_trained"]
         self.result, self.best = content["result"], content["best"]
         self.progress.restore(content["history"])
-        self._begin_log()
+        self._begin_log(changes)
         if self.ranks.rank != 0:
             return
         if self.epoch < self.settings.epochs:
@@ -501,14 +501,18 @@ class _Training:
             _log.info("training is complete, in %s; %s", path, describe(self.result))
             _log.info("best: %s, in %s", describe(self.best), path.with_name(checkpoint.BEST_NAME))
 
-    def _begin_log(self) -> None:
-        """Cut the log back to where the run resumes, or begin it with the settings."""
+    def _begin_log(self, changes: Sequence[str] = ()) -> None:
+        """Cut the log back to where the run resumes, or begin it with the settings.
+
+        Args:
+            changes: how the settings differ from the checkpoint's.
+        """
         self.progress.begin(epoch=self.epoch, records_done=self.records_done)
         if self.settings.resume and self.settings.output is not None:
             place = {"epoch": self.epoch, "step": self.step}
             self.log.cut(output=self.settings.output, **place)
             if not self.log.is_empty and self.epoch < self.settings.epochs:
-                self.log.write(resumed={**place, "world_size": self.ranks.world_size})
+                self.log.write(resumed={**place, "world_size": self.ranks.world_size, "changes": list(changes)})
         if not self.settings.resume or self.log.is_empty:
             self.log.write(settings=asdict(self.settings))
 

@@ -168,7 +168,7 @@ def _state_in(content: Any, path: Path) -> dict[str, Tensor]:
     if not isinstance(content, Mapping) or not content or not all(map(_is_entry, content.items())):
         raise StateError(f"{path}: holds no state dict, whose values are tensors; {_THEN}")
     state = dict(content)
-    for prefix in _PREFIXES:
+    for prefix in (*_PREFIXES, *_PREFIXES):  # in either order
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items()}
     return state
