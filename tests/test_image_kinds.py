@@ -16,6 +16,9 @@ from dali_lmdb.cli import main
 from dali_lmdb.convert import ConvertSettings, convert
 from dali_lmdb.errors import RecordError
 from dali_lmdb.images.agreement import dali_agrees
+from dali_lmdb.images.header import read_header
+from dali_lmdb.images.kinds import Kind
+from dali_lmdb.images.opening import BadImageError
 from dali_lmdb.inspect import info, verify
 from dali_lmdb.loaders.dali_loader import DaliLoader
 from dali_lmdb.loaders.torch_loader import TorchLoader
@@ -114,6 +117,36 @@ def test_what_pillow_does_not_decode_is_no_image_for_dali_either(tmp_path):
         ((images, _),) = loader
         assert (images == images[0]).all()
         assert "truncated" in loader.bad_records[0].cause
+
+
+def frames_of(*, bits):
+    """A JPEG with a frame header for each of some numbers of bits per sample."""
+    jpeg = saved(COLOR, "JPEG")
+    start, end = jpeg.index(b"\xff\xc0"), jpeg.index(b"\xff\xc4")
+    frame = jpeg[start:end]
+    return jpeg[:start] + b"".join(frame[:4] + bytes([depth]) + frame[5:] for depth in bits) + jpeg[end:]
+
+
+@pytest.mark.parametrize("bits", [[17], [255], [8, 17]])
+def test_a_jpeg_of_impossible_precision_has_a_damaged_header(bits):
+    assert dali_agrees(frames_of(bits=[16]))
+    assert read_header(frames_of(bits=[16])).kind == Kind.JPEG_CPU_ONLY
+    assert not dali_agrees(frames_of(bits=bits))
+    with pytest.raises(BadImageError, match=f"damaged header: a JPEG of {bits[-1]} bits per sample"):
+        read_header(frames_of(bits=bits))
+
+
+def test_a_stored_jpeg_of_impossible_precision_is_not_given_to_dali(tmp_path, monkeypatch):
+    """DALI rejects it, but in a batch of 32 or more that may crash the process."""
+    with monkeypatch.context() as patch:  # earlier versions stored it
+        patch.setattr("dali_lmdb.images.header._MAX_BITS", 255)
+        path = stored(tmp_path, {"good": saved(COLOR, "JPEG"), "bad": frames_of(bits=[255])})
+    with dali(path, transform=SHORT_SIDE, batch_size=2, on_bad="substitute") as loader:
+        encoded = loader._make_feed(loader.planner.plan(0, 0))[0]
+        assert [tensor.shape() == [0] for tensor in encoded] == [False, True]
+        ((images, _),) = loader
+        assert (images == images[0]).all()
+        assert [record.index for record in loader.bad_records] == [1]
 
 
 def test_info_counts_what_pillow_decodes_and_the_command_says_what_to_do(kinds_path, tmp_path):

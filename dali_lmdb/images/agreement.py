@@ -20,12 +20,13 @@ from typing import Any
 
 from PIL import TiffImagePlugin
 
+from dali_lmdb.images.header import has_impossible_samples
 from dali_lmdb.images.kinds import Kind
 from dali_lmdb.images.opening import BadImageError, open_image
 
 __all__ = ["DALI_AGREES", "dali_agrees"]
 
-DALI_AGREES = (*(kind for kind in Kind if kind.is_jpeg), Kind.WEBP)
+DALI_AGREES = (*(kind for kind in Kind if kind.is_jpeg and kind != Kind.JPEG_CPU_ONLY), Kind.WEBP)
 """Kinds whose files are all decoded to the same pixels."""
 
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -50,7 +51,10 @@ def dali_agrees(data: Any) -> bool:
         data: any file's bytes; the answer is False if it is not an image.
     """
     start = bytes(data[:16])
-    if start[:2] == b"\xff\xd8" or (start[:4], start[8:12]) == (b"RIFF", b"WEBP"):
+    if start[:2] == b"\xff\xd8":
+        # DALI rejects such a JPEG, too, but in a batch of 32 or more that may crash the process.
+        return not has_impossible_samples(data)
+    if (start[:4], start[8:12]) == (b"RIFF", b"WEBP"):
         return True
     if start.startswith(_PNG):
         return _png_agrees(data)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import struct
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 from dali_lmdb.images.kinds import Kind
 from dali_lmdb.images.opening import BadImageError, check_pixels, open_image
 
-__all__ = ["MAX_PIXELS", "Header", "read_header"]
+__all__ = ["MAX_PIXELS", "Header", "has_impossible_samples", "read_header"]
 
 MAX_PIXELS = 89_478_485
 """Default limit on height x width: Pillow's MAX_IMAGE_PIXELS, 256 MiB as 8-bit RGB."""
@@ -31,6 +32,7 @@ _SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # start of frame, with
 _BASELINE, _EXTENDED, _PROGRESSIVE = 0xC0, 0xC1, 0xC2
 _ALL_PROGRESSIVE = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
 _FRAME = struct.Struct(">BHHB")  # precision, height, width, components
+_MAX_BITS = 16  # per sample; table B.2
 _MAX_SCANS = 256  # where nvImageCodec stops; decoding a scan may take as long as decoding the image
 _MAX_SEGMENTS = 20_000  # 64 KiB each at most, so comments of 1.3 GB, or 78 tables for every scan
 
@@ -68,11 +70,24 @@ def _pillow_header(data: bytes, max_pixels: int | None) -> Header:
         return Header(_PILLOW_KINDS.get(image.format or "", Kind.OTHER), height, width)
 
 
-def _jpeg_header(data: bytes) -> Header:
-    """Walk the marker segments up to the start of the first scan; count the scans if there may be many."""
+def has_impossible_samples(data: Any) -> bool:
+    """Return whether a frame header before a JPEG's first scan claims more bits a sample than a JPEG can have."""
+    try:
+        return any(
+            marker in _SOF and length > 2 and data[position + 2] > _MAX_BITS
+            for marker, position, length in _segments(data)
+        )
+    except BadImageError:  # damaged further on
+        return False
+
+
+def _segments(data: Any) -> Iterator[tuple[int, int, int]]:
+    """Yield the marker segments of a JPEG up to the header of its first scan: (marker, position, length).
+
+    Raises:
+        BadImageError: it ends before, or a segment is damaged.
+    """
     position = 2
-    frame: Header | None = None
-    num_components, is_progressive = 0, False
     for _ in range(_MAX_SEGMENTS):
         found = _MARKER.search(data, position)
         position = len(data) if found is None else found.end()
@@ -82,20 +97,34 @@ def _jpeg_header(data: bytes) -> Header:
         length = int.from_bytes(data[position : position + 2], "big")
         if length < 2 or position + length > len(data):
             raise BadImageError("damaged header: a JPEG segment extends past the end")
-        if marker in _SOF and frame is None:
+        yield marker, position, length
+        if marker == _SOS:
+            return
+        position += length
+    raise BadImageError(f"damaged header: more than {_MAX_SEGMENTS} JPEG segments")
+
+
+def _jpeg_header(data: bytes) -> Header:
+    """Walk the marker segments up to the start of the first scan; count the scans if there may be many."""
+    frame: Header | None = None
+    num_components, is_progressive = 0, False
+    for marker, position, length in _segments(data):
+        if marker in _SOF:
             if length < 2 + _FRAME.size:
                 raise BadImageError("damaged header: a JPEG frame header is too short")
-            precision, height, width, num_components = _FRAME.unpack_from(data, position + 2)
-            frame = Header(_jpeg_kind(marker, precision, num_components), height, width)
-            is_progressive = marker in _ALL_PROGRESSIVE
+            precision, height, width, components = _FRAME.unpack_from(data, position + 2)
+            if precision > _MAX_BITS:
+                raise BadImageError(f"damaged header: a JPEG of {precision} bits per sample")
+            if frame is None:
+                frame = Header(_jpeg_kind(marker, precision, components), height, width)
+                num_components, is_progressive = components, marker in _ALL_PROGRESSIVE
         if marker == _SOS:
             if frame is None:
                 raise BadImageError("damaged header: JPEG image data without a frame header")
             if is_progressive or data[position + 2 : position + 3] != bytes([num_components]):
                 _check_scans(data, position + length)
-            return frame
-        position += length
-    raise BadImageError(f"damaged header: more than {_MAX_SEGMENTS} JPEG segments")
+    assert frame is not None, "the segments end without a scan"
+    return frame
 
 
 def _check_scans(data: bytes, position: int) -> None:
