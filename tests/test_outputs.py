@@ -83,14 +83,16 @@ def test_a_run_whose_log_cannot_be_written_ends_with_one_line(store_path, tmp_pa
 
 def test_a_run_whose_progress_cannot_be_printed_goes_on(store_path, tmp_path):
     done = train(store_path, "--log-json", "log", "--log-every", "1", folder=tmp_path, shell="exec > /dev/full;")
-    says = f"standard output: cannot be written: {NO_SPACE}; training continues\n"
-    assert (done.returncode, done.stderr) == (0, says)
+    says = f"standard output: cannot be written: {NO_SPACE}; training continues"
+    first, *warnings = done.stderr.splitlines()
+    assert (done.returncode, first) == (0, says)
+    assert all("waiting for data" in line for line in warnings)  # of a busy machine; Python prints them to stderr
     assert len((tmp_path / "log").read_text().splitlines()) == 1 + 6 + 1  # settings, steps, evaluation
 
 
 def test_a_log_without_room_holds_whole_lines(tmp_path):
     path = tmp_path / "log"
-    with largest_file(100), JsonLog(path, append=False) as log:
+    with largest_file(150), JsonLog(path, append=False) as log:
         log.write(epoch=0, step=1, loss=0.25)
         log.write(epoch=0, step=2, loss=0.25)
         with pytest.raises(StateError, match="log: cannot be written: File too large"):
