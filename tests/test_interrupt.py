@@ -76,6 +76,30 @@ def test_ctrl_c_ends_a_training_loop_at_once(store_path, kind, to_all):
     assert errors.rstrip().endswith("KeyboardInterrupt"), errors
 
 
+def test_a_worker_that_does_not_answer_does_not_keep_the_process_alive(store_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", LOOP, "workers", str(store_path)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert process.stdout.readline() == "training\n", process.stderr.read()
+        worker = max(session_of(process.pid))
+        assert worker != process.pid
+        os.kill(worker, signal.SIGSTOP)
+        os.kill(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=60)  # torch alone waits for 5 s
+        assert session_of(process.pid) == []
+    finally:
+        for pid in session_of(process.pid):
+            os.kill(pid, signal.SIGKILL)
+    assert process.returncode == -signal.SIGINT
+    assert errors.count("Traceback") == 1, errors
+
+
 def test_no_interrupt_is_lost_while_torch_takes_over_tensors_of_dali():
     script = """
 import signal

@@ -1,5 +1,6 @@
 """Pipes, devices and sockets in the place of files: refused at once, and never waited for."""
 
+import json
 import os
 import socket
 import subprocess
@@ -218,7 +219,7 @@ def test_a_log_that_is_a_pipe_needs_a_reader_from_the_start(pipe):
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     with JsonLog(pipe, append=False) as log:
         log.write(step=1)
-        assert os.read(reader, 100) == b'{"step": 1}\n'
+        assert json.loads(os.read(reader, 100))["step"] == 1
     os.close(reader)
     with JsonLog("/dev/null", append=True) as log:
         log.write(step=1)

@@ -9,8 +9,11 @@ import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from multiprocessing.connection import Listener
+from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
 from types import TracebackType
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import numpy.typing as npt
@@ -79,6 +82,7 @@ class _Run:
             worker_init_fn=_start_worker,
         )
         self._decoded: Iterator[Any] = iter(())
+        self._workers: list[BaseProcess] = []
         self._next_place: tuple[int, int] | None = None
 
     def seek(self, planner: Planner, epoch: int, position: int) -> None:
@@ -86,6 +90,8 @@ class _Run:
         if self._next_place != (epoch, position):
             self.steps.begin(planner.plans(epoch, position))
             self._decoded = iter(self._loader)
+            self._workers = list(getattr(self._decoded, "_workers", ()))
+            _alive.update(self._workers)
 
     def next(self) -> tuple[BatchPlan, DecodedBatch]:
         """The next planned batch, decoded."""
@@ -102,6 +108,7 @@ class _Run:
         stop = getattr(self._decoded, "_shutdown_workers", None)
         if stop is not None:
             stop()
+        _kill(self._workers)
 
 
 class TorchLoader(Loader):
@@ -218,6 +225,26 @@ class TorchLoader(Loader):
         run, self._run = self._run, None
         if run is not None:
             run.close()
+
+
+_alive: WeakSet[BaseProcess] = WeakSet()  # workers of this process's loaders
+
+
+def _kill(workers: Iterable[BaseProcess]) -> None:
+    """End workers that are still there: they ignore SIGTERM, by which torch and multiprocessing end processes."""
+    for worker in workers:
+        if worker.is_alive():
+            worker.kill()
+            worker.join()
+
+
+def _kill_at_exit() -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes it for a failure
+    _kill(list(_alive))
+
+
+# Before multiprocessing waits for all processes, however long that takes.
+Finalize(None, _kill_at_exit, exitpriority=1)
 
 
 def _check_temporary_folder() -> None:
