@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -45,13 +46,9 @@ def session_of(pid):
     return found
 
 
-@pytest.mark.parametrize(
-    ("kind", "to_all"),
-    [("dali", True), ("torch", True), ("workers", True), ("workers", False)],
-    ids=["dali", "torch", "workers", "workers-not-told"],
-)
-def test_ctrl_c_ends_a_training_loop_at_once(store_path, kind, to_all):
-    """A terminal interrupts the workers, too; ``kill -INT`` only the process that is named."""
+@contextmanager
+def training(kind, store_path):
+    """A process in the training loop; whatever is left of it in the end is killed."""
     process = subprocess.Popen(
         [sys.executable, "-c", LOOP, kind, str(store_path)],
         cwd=ROOT,
@@ -61,43 +58,46 @@ def test_ctrl_c_ends_a_training_loop_at_once(store_path, kind, to_all):
         text=True,
         start_new_session=True,
     )
-    try:
-        assert process.stdout.readline() == "training\n", process.stderr.read()
-        begin = time.monotonic()
-        (os.killpg if to_all else os.kill)(process.pid, signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
-        assert time.monotonic() - begin < MOST_SECONDS
-        assert session_of(process.pid) == []
-    finally:
-        for pid in session_of(process.pid):
-            os.kill(pid, signal.SIGKILL)
+    with process:
+        try:
+            assert process.stdout.readline() == "training\n", process.stderr.read()
+            yield process
+        finally:
+            for pid in session_of(process.pid):
+                os.kill(pid, signal.SIGKILL)
+
+
+def assert_ended_by_interrupt(process, errors):
     assert process.returncode == -signal.SIGINT
     assert errors.count("Traceback") == 1, errors
     assert errors.rstrip().endswith("KeyboardInterrupt"), errors
 
 
+@pytest.mark.parametrize(
+    ("kind", "to_all"),
+    [("dali", True), ("torch", True), ("workers", True), ("workers", False)],
+    ids=["dali", "torch", "workers", "workers-not-told"],
+)
+def test_ctrl_c_ends_a_training_loop_at_once(store_path, kind, to_all):
+    """A terminal interrupts the workers, too; ``kill -INT`` only the process that is named."""
+    with training(kind, store_path) as process:
+        begin = time.monotonic()
+        (os.killpg if to_all else os.kill)(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        assert time.monotonic() - begin < MOST_SECONDS
+        assert session_of(process.pid) == []
+    assert_ended_by_interrupt(process, errors)
+
+
 def test_a_worker_that_does_not_answer_does_not_keep_the_process_alive(store_path):
-    process = subprocess.Popen(
-        [sys.executable, "-c", LOOP, "workers", str(store_path)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        assert process.stdout.readline() == "training\n", process.stderr.read()
+    with training("workers", store_path) as process:
         worker = max(session_of(process.pid))
         assert worker != process.pid
         os.kill(worker, signal.SIGSTOP)
         os.kill(process.pid, signal.SIGINT)
         _, errors = process.communicate(timeout=60)  # torch alone waits for 5 s
         assert session_of(process.pid) == []
-    finally:
-        for pid in session_of(process.pid):
-            os.kill(pid, signal.SIGKILL)
-    assert process.returncode == -signal.SIGINT
-    assert errors.count("Traceback") == 1, errors
+    assert_ended_by_interrupt(process, errors)
 
 
 def test_no_interrupt_is_lost_while_torch_takes_over_tensors_of_dali():
