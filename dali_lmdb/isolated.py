@@ -5,6 +5,7 @@ Decoders are native code; on damaged files they may corrupt memory. So they work
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import mmap
@@ -102,7 +103,7 @@ class Isolated:
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
         self._memory: _SharedMemory | None = None
-        self._has_answered = False  # this process
+        self._is_ready = self._has_answered = False  # this process
         self._closed = False
         self._starting = threading.Lock()  # so that close() does not miss a process that is being started
 
@@ -164,7 +165,7 @@ class Isolated:
         self.end()
 
     def _ask(self, items: Sequence[Sample]) -> list[Answer]:
-        connection, memory = self._start()
+        connection, memory = self._wait_until_ready()
         places = memory.write([item.data for item in items])
         request = [(*place, item.note) for place, item in zip(places, items, strict=True)]
         try:
@@ -181,9 +182,10 @@ class Isolated:
             raise self._death(memory, len(items)) from error
         raise _raised(*reply["raised"])
 
-    def _start(self) -> tuple[Connection, _SharedMemory]:
-        if self._connection is not None and self._memory is not None:
-            return self._connection, self._memory
+    def start(self) -> None:
+        """Start the process if it does not run, without waiting until it is ready: it imports what it needs."""
+        if self._connection is not None:
+            return
         ours, theirs = socket.socketpair()
         memory = _SharedMemory(os.memfd_create("dali_lmdb items"))
         with theirs, self._starting:
@@ -202,10 +204,19 @@ class Isolated:
             )
         connection = Connection(ours.detach())
         self._connection, self._memory = connection, memory
-        self._has_answered = False
-        try:
+        self._is_ready = self._has_answered = False
+        with contextlib.suppress(OSError):  # it has died: that is told where its reply is awaited
             connection.send_bytes(pickle.dumps(sys.path))
             connection.send_bytes(self._first)
+
+    def _wait_until_ready(self) -> tuple[Connection, _SharedMemory]:
+        self.start()
+        connection, memory = self._connection, self._memory
+        assert connection is not None
+        assert memory is not None
+        if self._is_ready:
+            return connection, memory
+        try:
             reply = json.loads(connection.recv_bytes())
         except (OSError, EOFError, ValueError) as error:
             died = self._death(memory, 0)
@@ -214,7 +225,9 @@ class Isolated:
                 "of this process (ulimit -a)"
             ) from error
         if reply is not None:
+            self.end()
             raise _raised(*reply["raised"])
+        self._is_ready = True
         return connection, memory
 
     def _death(self, memory: _SharedMemory, num_items: int) -> _DiedError:

@@ -154,6 +154,23 @@ def test_threads_that_come_and_go_share_a_process():
         assert len(children() - before) == 1
 
 
+def test_the_files_of_a_conversion_share_a_process(tmp_path):
+    source = folder_of(tmp_path / "source", {f"{number}.jpg": jpeg(number) for number in range(4)})
+    seen, before = set(), children()
+    settings = ConvertSettings(check="decode")
+    convert(
+        source,
+        tmp_path / "s.lmdb",
+        settings=settings,
+        shards=4,
+        num_threads=1,
+        commit_records=1,
+        progress=lambda _: seen.update(children() - before),
+    )
+    assert len(seen) == 1
+    assert children() <= before
+
+
 def children():
     """Processes that this one has started and that still run, those of other tests too."""
     tasks = Path("/proc/self/task").iterdir()

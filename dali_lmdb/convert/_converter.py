@@ -21,12 +21,13 @@ import numpy as np
 from dali_lmdb.convert._files import Files, check_name, check_target
 from dali_lmdb.convert._job import Job, Share, Task, Written
 from dali_lmdb.convert._journal import RESUME, Journal, read_header
+from dali_lmdb.convert._reading import examination
 from dali_lmdb.convert._split import Split, SplitSource
 from dali_lmdb.convert.ranks import Ranks
 from dali_lmdb.convert.settings import ConvertProgress, ConvertSettings, Summary
 from dali_lmdb.convert.sources import open_source
 from dali_lmdb.convert.sources.base import Source
-from dali_lmdb.decoding.examiner import DESCRIPTORS
+from dali_lmdb.decoding.examiner import DESCRIPTORS, Examiner
 from dali_lmdb.disk import ensure_descriptors, os_errors, sync_folder
 from dali_lmdb.errors import ConversionError, DaliLmdbError
 from dali_lmdb.images.kinds import DecoderCounts
@@ -144,40 +145,50 @@ def _convert(
         raise ValueError(
             f"{ranks.world_size} ranks share shards, but shards is not given; give at least one per rank"
         )
-    source = source if isinstance(source, Source) else open_source(source)
-    parts = [_Part.of(target, shards)]
-    if split is not None:
-        source = SplitSource(source, split)
-        parts = [
-            _Part.of(target.with_name(f"{target.stem}-{name}{target.suffix}"), shards, split=split.identity(name))
-            for name in ("train", "val")
-        ]
-    task = _Conversion(
-        source=source,
-        target=target,
-        settings=settings,
-        ranks=ranks,
-        parts=parts,
-        is_set=shards is not None,
-        restart=restart,
-        num_threads=threads_to_convert(num_threads),
-        commit_records=commit_records,
-        progress=progress,
-    )
-    with os_errors(target, _CANNOT_ACCESS, ConversionError):
-        for part in parts:
-            check_target(part.target, part.files)
-        with contextlib.ExitStack() as journals:
-            jobs: list[Job] = []
-            task.on_all_ranks(lambda: jobs.extend(_jobs(task, journals)))
-            written = list(chain(*task.on_all_ranks(lambda: _write(task, jobs))))
-            _check_bad(task, written)
-            task.on_all_ranks(lambda: _finish(task, jobs, written))
-            task.on_all_ranks(lambda: _publish(task))
-            for job in jobs:
-                job.files.journal.unlink(missing_ok=True)
-            seconds = time.perf_counter() - begin
-            return [_summarise(part, kind=source.kind, seconds=seconds) for part in parts]
+    with Examiner(examination(settings)) as examiner:
+        if settings.decodes_all:
+            examiner.start()  # while the source is listed
+        source = source if isinstance(source, Source) else open_source(source)
+        parts = [_Part.of(target, shards)]
+        if split is not None:
+            source = SplitSource(source, split)
+            parts = [
+                _Part.of(
+                    target.with_name(f"{target.stem}-{name}{target.suffix}"), shards, split=split.identity(name)
+                )
+                for name in ("train", "val")
+            ]
+        task = _Conversion(
+            source=source,
+            target=target,
+            settings=settings,
+            examiner=examiner,
+            ranks=ranks,
+            parts=parts,
+            is_set=shards is not None,
+            restart=restart,
+            num_threads=threads_to_convert(num_threads),
+            commit_records=commit_records,
+            progress=progress,
+        )
+        with os_errors(target, _CANNOT_ACCESS, ConversionError):
+            return _run(task, begin)
+
+
+def _run(task: _Conversion, begin: float) -> list[Summary]:
+    for part in task.parts:
+        check_target(part.target, part.files)
+    with contextlib.ExitStack() as journals:
+        jobs: list[Job] = []
+        task.on_all_ranks(lambda: jobs.extend(_jobs(task, journals)))
+        written = list(chain(*task.on_all_ranks(lambda: _write(task, jobs))))
+        _check_bad(task, written)
+        task.on_all_ranks(lambda: _finish(task, jobs, written))
+        task.on_all_ranks(lambda: _publish(task))
+        for job in jobs:
+            job.files.journal.unlink(missing_ok=True)
+        seconds = time.perf_counter() - begin
+        return [_summarise(part, kind=task.source.kind, seconds=seconds) for part in task.parts]
 
 
 @dataclass(frozen=True, kw_only=True)

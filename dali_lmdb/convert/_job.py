@@ -21,6 +21,7 @@ from dali_lmdb.convert._journal import INDEX_ROW_COLUMNS, RESUME, ROW_SCHEMA, Jo
 from dali_lmdb.convert._reading import ReadImage, read_images
 from dali_lmdb.convert.settings import ConvertProgress, ConvertSettings
 from dali_lmdb.convert.sources.base import Item, Source
+from dali_lmdb.decoding.examiner import Examiner
 from dali_lmdb.disk import os_errors
 from dali_lmdb.errors import ConversionError, StoreError, one_line
 from dali_lmdb.store.fingerprint import Fingerprint
@@ -40,6 +41,7 @@ class Task:
 
     source: Source
     settings: ConvertSettings
+    examiner: Examiner
     restart: bool
     num_threads: int
     commit_records: int
@@ -222,6 +224,7 @@ class Job:
                 for image in read_images(
                     items,
                     self.task.settings,
+                    self.task.examiner,
                     num_threads=self.task.num_threads,
                     in_order=self.task.source.reads_in_order,
                 ):

@@ -19,7 +19,7 @@ from dali_lmdb.images.opening import BadImageError
 from dali_lmdb.images.reencoding import Change, needed_change
 from dali_lmdb.store.checksum import crc32
 
-__all__ = ["ReadImage", "read_images"]
+__all__ = ["ReadImage", "examination", "read_images"]
 
 _AHEAD_ITEMS, _AHEAD_BYTES = 2_048, 64 << 20  # read but not yet written, at most
 # Limits per task; the last image may exceed the bytes. With one image a task, handing over takes longer than
@@ -37,11 +37,12 @@ class ReadImage(NamedTuple):
 
 
 def read_images(
-    items: Iterable[Item], settings: ConvertSettings, *, num_threads: int, in_order: bool
+    items: Iterable[Item], settings: ConvertSettings, examiner: Examiner, *, num_threads: int, in_order: bool
 ) -> Iterator[ReadImage]:
     """Yield images in order; threads read and validate a bounded number of them ahead.
 
     Args:
+        examiner: of ``examination(settings)``; closed when this is left early, so that no thread waits for it.
         in_order: read in the calling thread, and only validate in the others.
     """
     items = map(_read_now, items) if in_order else iter(items)
@@ -50,8 +51,7 @@ def read_images(
     max_bytes = min(_BLOCK_BYTES, _AHEAD_BYTES // max_blocks)
     queue: deque[tuple[Future[list[ReadImage]], list[Item]]] = deque()
     mean_bytes = 1 << 20  # of an image; a guess at first, then a running mean
-    # The examiner ends first, so that no thread waits for it when this is left early.
-    with ThreadPoolExecutor(num_threads) as pool, Examiner(_examination(settings)) as examiner:
+    with ThreadPoolExecutor(num_threads) as pool:
 
         def start(block: list[Item]) -> tuple[Future[list[ReadImage]], list[Item]]:
             return pool.submit(_read_block, block, settings, examiner, max_bytes), block
@@ -70,9 +70,11 @@ def read_images(
                 for image in done:
                     mean_bytes = max(1, (15 * mean_bytes + len(image.data)) // 16)
                     yield image
-        finally:
+        except BaseException:
             for future, _ in queue:
                 future.cancel()
+            examiner.close()
+            raise
 
 
 def _read_now(item: Item) -> Item:
@@ -88,7 +90,8 @@ def _raise(error: Exception) -> NoReturn:
     raise error
 
 
-def _examination(settings: ConvertSettings) -> Examination:
+def examination(settings: ConvertSettings) -> Examination:
+    """What a conversion does with each image."""
     return Examination(
         certify=settings.decodes_all,
         transcode=settings.transcode,

@@ -5,9 +5,9 @@ Only those processes import DALI and run ``examination.py``.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -65,6 +65,13 @@ class Examiner:
         self._closed = False
         self._room = Room(_MOST_PIXELS)
 
+    def start(self) -> None:
+        """Start one process now, so that it is ready when the first images come."""
+        process = self._new()
+        self._idle.append(process)
+        with contextlib.suppress(OSError):  # as for lack of descriptors: it is told when images come
+            process.start()
+
     def examine(self, images: Sequence[tuple[Any, Header]]) -> list[Verdict]:
         """Examine images, whose headers ``read_header`` gave.
 
@@ -85,20 +92,24 @@ class Examiner:
             for answer, (_, header) in zip(answers, images, strict=True)
         ]
 
-    @contextmanager
+    @contextlib.contextmanager
     def _process(self) -> Iterator[Isolated]:
         """One that no other thread uses. Not one for each thread: ``verify`` has new threads for each file."""
         try:
             process = self._idle.pop()
         except IndexError:
-            process = Isolated("dali_lmdb.decoding.examination:examine", self._settings)
-            self._processes.append(process)
+            process = self._new()
         if self._closed:  # checked last, so that close() sees the process or this sees close()
             process.close()
         try:
             yield process
         finally:
             self._idle.append(process)
+
+    def _new(self) -> Isolated:
+        process = Isolated("dali_lmdb.decoding.examination:examine", self._settings)
+        self._processes.append(process)
+        return process
 
     def close(self) -> None:
         """End the processes, even in the middle of an image; no thread gets another one."""
@@ -128,7 +139,7 @@ class Room:
         self._size = self._left = pixels
         self._changed = threading.Condition()
 
-    @contextmanager
+    @contextlib.contextmanager
     def taken(self, pixels: int) -> Iterator[None]:
         """Wait for so many, or for all if that is less, and give them back in the end."""
         pixels = min(pixels, self._size)
