@@ -1,3 +1,4 @@
+import gc
 import logging
 import os
 import subprocess
@@ -23,6 +24,11 @@ def pytest_collection_modifyitems(items):
             _skip(items, "gpu", "needs an NVIDIA GPU, and torch sees none")
     if os.environ.get("DALI_LMDB_SOAK") != "1":
         _skip(items, "soak", "runs for minutes; set DALI_LMDB_SOAK=1")
+
+
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()  # torch, DALI and thousands of tests: collecting would look at them again and again
 
 
 def _skip(items, marker, reason):
