@@ -256,13 +256,29 @@ def test_accelerate_accumulates_no_gradients_over_the_end_of_an_epoch(loaders):
         accelerator.gradient_state._reset_state()
 
 
-def test_accelerate_drops_what_was_repeated_to_fill_the_last_batch(request, loaders):
+@pytest.mark.parametrize("last_batch", ["pad", "short", "drop"])
+def test_accelerate_gathers_as_much_for_the_last_batch_as_it_has_records(request, loaders, last_batch):
     accelerate = pytest.importorskip("accelerate", reason="Accelerate is not installed: pip install accelerate")
     path = request.getfixturevalue("store_path")
     kind = type(loaders()[1])
     make = dali if kind is DaliLoader else pillow
-    loader = make(path, transform=EvalTransform(size=8, resize=8), last_batch="pad")
+    loader = make(path, transform=EvalTransform(size=8, resize=8), last_batch=last_batch)
     accelerator = accelerate.Accelerator(cpu=True)
-    gathered = [accelerator.gather_for_metrics(records) for _, _, records in loader]
-    assert [len(records) for records in gathered] == [BATCH_SIZE] * STEPS + [NUM_RECORDS % BATCH_SIZE]
-    assert torch.cat(gathered).tolist() == list(range(NUM_RECORDS))
+    gathered, num_losses = [], 0
+    for images, _, records in loader:
+        gathered.append(accelerator.gather_for_metrics(records))
+        # As in transformers' Trainer: the batch's loss, once for each image of a usual batch.
+        num_losses += len(accelerator.gather_for_metrics(images.mean().repeat(BATCH_SIZE)))
+    num_records = BATCH_SIZE * STEPS if last_batch == "drop" else NUM_RECORDS
+    assert torch.cat(gathered).tolist() == list(range(num_records))
+    assert num_losses == num_records
+
+
+def test_a_rank_without_a_step_of_its_own_at_the_end_gathers_all_of_the_one_before(short_path):
+    transform, ends = EvalTransform(size=8, resize=8), []
+    for rank in range(2):
+        with TorchLoader(
+            short_path, transform=transform, batch_size=11, rank=rank, world_size=2, num_workers=0
+        ) as loader:
+            ends.append([(loader.end_of_dataloader, loader.remainder) for _ in loader])
+    assert ends == [[(True, 0)], [(False, 0), (True, SHORT_RECORDS % 22)]]

@@ -91,7 +91,7 @@ class Loader(DataLoaderInterface, ABC):
         planner: which records each step reads and how they are augmented.
         gpu_memory_bytes: estimate of the GPU memory that DALI holds while batches are made; 0 where it holds none.
         end_of_dataloader: whether the last batch was its epoch's last one; Accelerate's name.
-        remainder: number of different records in that one over all ranks, if some are repeated to fill it; else 0.
+        remainder: number of different records in that one over all ranks, if they do not fill it; else 0.
     """
 
     gpu_memory_bytes: int = 0
@@ -316,8 +316,8 @@ class Loader(DataLoaderInterface, ABC):
         """Tell Accelerate whether the step between two positions is this rank's last one of the epoch."""
         steps = self.planner.steps
         self.end_of_dataloader = steps.positions(end) is None
-        padded = self.end_of_dataloader and steps.last_batch == "pad"
-        self.remainder = (steps.num_positions - start) % steps.global_batch_size if padded else 0
+        left = steps.num_positions - start
+        self.remainder = left if self.end_of_dataloader and left < steps.global_batch_size else 0
         add_loader(self)  # for each batch, since another loader's pass may have been abandoned
 
     def _begin_pass(self, new: _Pass) -> None:
