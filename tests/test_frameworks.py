@@ -1,6 +1,7 @@
 """The loaders inside Lightning and Accelerate, unchanged; skipped where these are not installed."""
 
 import importlib.util
+import itertools
 import os
 import subprocess
 import sys
@@ -190,6 +191,21 @@ def test_two_lightning_ranks_validate_each_record_once_in_unequal_numbers_of_ste
     assert f"validated {SHORT_RECORDS}\n" in done.stdout, done.stdout + done.stderr
 
 
+def test_fabric_refuses_a_loader_and_saves_its_place_without_that(loaders, planned, tmp_path):
+    lightning = pytest.importorskip("lightning", reason="Lightning is not installed: pip install lightning")
+    fabric = lightning.Fabric(accelerator="cpu", devices=1)
+    fabric.launch()
+    train, _ = loaders()
+    with pytest.raises(TypeError, match="Only PyTorch DataLoader"):  # README says what to do instead
+        fabric.setup_dataloaders(train)
+    for step, _ in enumerate(train):
+        if step == 1:
+            fabric.save(tmp_path / "last.ckpt", {"loader": train})
+    again, _ = loaders()
+    fabric.load(tmp_path / "last.ckpt", {"loader": again})
+    assert [records.tolist() for _, _, records in again] == planned[2:STEPS]
+
+
 def accelerate_run(loaders, folder, *, stop_after=None):
     """A loop as Accelerate's documentation has it, from the saved state if there is one; the records of each step.
 
@@ -254,6 +270,34 @@ def test_accelerate_accumulates_no_gradients_over_the_end_of_an_epoch(loaders):
         assert not accelerator.gradient_state.in_dataloader
     finally:
         accelerator.gradient_state._reset_state()
+
+
+def trainer_run(loader, *, state=None, num_steps=NUM_EPOCHS * STEPS):
+    """A loop like that of transformers' Trainer: it takes a fixed number of batches and never asks for the end.
+
+    Returns:
+        Records of each step, and the loader's state after the last one.
+    """
+    done = 0
+    if state is not None:
+        loader.load_state_dict(state["loader"])
+        done = state["done"]
+    trained = []
+    for epoch in range(done // STEPS, NUM_EPOCHS):
+        loader.set_epoch(epoch)
+        batches = iter(loader)
+        for _, _, records in itertools.islice(batches, STEPS - (done + len(trained)) % STEPS):
+            trained.append(records.tolist())
+            if len(trained) == num_steps:
+                return trained, {"loader": loader.state_dict(), "done": done + len(trained)}
+    return trained, None
+
+
+@pytest.mark.parametrize("num_steps", [2, STEPS, STEPS + 1])
+def test_a_loop_that_takes_a_number_of_batches_goes_on_with_the_records_not_yet_seen(loaders, planned, num_steps):
+    trained, state = trainer_run(loaders()[0], num_steps=num_steps)
+    assert trained == planned[:num_steps]
+    assert trainer_run(loaders()[0], state=state)[0] == planned[num_steps:]
 
 
 @pytest.mark.parametrize("last_batch", ["pad", "short", "drop"])
