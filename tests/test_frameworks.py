@@ -1,4 +1,4 @@
-"""The loaders inside Lightning and Accelerate, unchanged; skipped where these are not installed."""
+"""The loaders inside Lightning, Fabric and Accelerate, unchanged; skipped where these are not installed."""
 
 import importlib.util
 import itertools

@@ -12,7 +12,8 @@ OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 # Options that go without saying.
 NOT_IN_README = {"--version"}
 
-# Options that README names and that are not ours: SLURM's, click's, torchrun's, docker's and PyTorch-LMDB's.
+# Options that README names and that are not ours: SLURM's, click's, torchrun's, docker's, PyTorch-LMDB's and those
+# of timm and torchvision's references.
 OTHERS_OPTIONS = {
     *("--nodes", "--ntasks-per-node", "--cpus-per-task", "--gpus-per-node", "--time", "--signal", "--requeue"),
     *("--open-mode", "--kill-on-bad-exit"),
@@ -20,6 +21,7 @@ OTHERS_OPTIONS = {
     *("--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id", "--max-restarts"),
     "--shm-size",
     *("--dataset", "--lmdb", "--wd", "--multiprocessing-distributed", "--rank", "--dist-url", "--gpu"),
+    *("--data-path", "--auto-augment", "--aa", "--train-interpolation", "--no-prefetcher"),
 }
 
 
