@@ -1,5 +1,6 @@
 """``doctor``: each check says ok, or what is wrong and what to do, whatever the machine."""
 
+import fcntl
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from dali_lmdb.doctor import examine, libraries, machine, storage
 from dali_lmdb.doctor.cgroup import cpu_limit, memory_limit, task_limit
 from dali_lmdb.doctor.probe import PROBES
 from dali_lmdb.doctor.processes import Reply, ask
+from dali_lmdb.errors import StoreError
 
 ROOT = Path(__file__).resolve().parents[1]
 GIB = 1 << 30
@@ -90,13 +92,13 @@ def probes(monkeypatch, tmp_path):
     """Lets processes have probes of a test's own, by way of their sys.path."""
     (tmp_path / "planted_boot.py").write_text(
         "import os, signal, sys, time\n"
-        "def main(name, answer):\n"
+        "def main(name, answer, store):\n"
         "    if name == 'hang': signal.pause()\n"
         "    if name == 'crash': os.kill(os.getpid(), signal.SIGSEGV)\n"
         "    if name == 'fail': raise ImportError('libcuda.so.1: no such file')\n"
         "    open(answer, 'w').write('{\"fine\": true}')\n"
     )
-    boot = "import sys; sys.path[:] = sys.argv[3:]; from planted_boot import main; main(*sys.argv[1:3])"
+    boot = "import sys; sys.path[:] = sys.argv[4:]; from planted_boot import main; main(*sys.argv[1:4])"
     monkeypatch.setattr("dali_lmdb.doctor.processes._BOOT", boot)
     monkeypatch.syspath_prepend(tmp_path)
 
@@ -123,6 +125,24 @@ def test_every_probe_that_is_asked_exists():
     asked = []
     examine(probe=lambda names: asked.extend(names) or {name: torch_with(gpus=[CARD], **DALI) for name in names})
     assert set(asked) == set(PROBES)
+
+
+def test_a_store_on_a_disk_that_does_not_answer_is_a_line(own_store):
+    before = signal.signal(signal.SIGIO, signal.SIG_IGN)  # says that somebody waits for the lease
+    try:
+        with open(own_store, "r+b") as file:
+            fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)  # others wait when they open the file
+            hung = ask(["store", "page cache"], store=own_store, timeout_s=3)
+    finally:
+        signal.signal(signal.SIGIO, before)
+    assert hung["store"] == hung["page cache"] == Reply(None, "did not answer within 3 s")
+    answered = ask(list(storage.CHECKS), store=own_store)
+    assert {reply.value[0]["state"] for reply in answered.values()} == {"ok"}
+    no = dict.fromkeys(PROBES, Reply(None, "no"))
+    found = {finding.name: finding for finding in examine(own_store, probe=lambda names: no | answered | hung)}
+    assert found["store"].state == "warning"
+    assert found["store"].text == f"{own_store}: its check did not answer within 3 s"
+    assert (found["page cache"].state, found["file system"].state) == ("unknown", "ok")
 
 
 # Libraries
@@ -387,6 +407,9 @@ def test_shards_and_what_is_no_store_have_their_line(image_folder, tmp_path):
     assert one(storage.page_cache(tmp_path / "x.lmdb", Path("/"))).text.count(" MB") >= 1
     (tmp_path / "text.lmdb").write_text("no store")
     assert one(storage.store(tmp_path / "text.lmdb")).state == "warning"
+    os.mkfifo(tmp_path / "pipe.lmdb")  # whose opening waits
+    with pytest.raises(StoreError, match="a pipe, expected a file"):
+        list(storage.page_cache(tmp_path / "pipe.lmdb", Path("/")))
 
 
 def test_an_interrupt_ends_the_processes_that_ask(probes):

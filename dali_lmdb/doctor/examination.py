@@ -3,33 +3,32 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from dali_lmdb.doctor import libraries, machine, storage
-from dali_lmdb.doctor.findings import Finding, unknown
+from dali_lmdb.doctor.findings import Check, Finding, found, unknown, warning
 from dali_lmdb.doctor.processes import Reply, ask
-from dali_lmdb.errors import one_line
 
 __all__ = ["examine"]
-
-Check = Callable[[], Iterable[Finding]]
 
 
 def examine(
     store: str | os.PathLike[str] | None = None,
     *,
     root: Path = Path("/"),
-    probe: Callable[[Sequence[str]], dict[str, Reply]] = ask,
+    probe: Callable[[Sequence[str]], dict[str, Reply]] | None = None,
 ) -> list[Finding]:
     """Check this machine and, if given, a store on it; raises nothing that a check may raise.
 
     Args:
         root: where ``proc``, ``sys`` and ``dev`` are.
-        probe: asks about libraries by name in processes of their own, see ``probe.py``.
+        probe: asks about libraries and the store by name in processes of their own, see ``probe.py``.
     """
-    found = probe(["torch", "dali"])
-    torch, dali = found["torch"], found["dali"]
+    probe = probe or partial(ask, store=store or "")
+    replies = probe(["torch", "dali", *([] if store is None else storage.CHECKS)])
+    torch, dali = replies["torch"], replies["dali"]
     gpu = probe(["gpu"])["gpu"] if dali.value and torch.value and torch.value["gpus"] else None
     checks: dict[str, Check] = {
         "versions": libraries.versions,
@@ -47,17 +46,15 @@ def examine(
         "shared memory": lambda: machine.shared_memory(root),
     }
     if store is not None:
-        path = Path(store)
-        checks |= {
-            "store": lambda: storage.store(path),
-            "file system": lambda: storage.file_system(path, root),
-            "page cache": lambda: storage.page_cache(path, root),
-        }
-    return [finding for name, check in checks.items() for finding in _found(name, check)]
+        checks |= {name: partial(_of_store, name, store, replies[name]) for name in storage.CHECKS}
+    return [finding for name, check in checks.items() for finding in found(name, check)]
 
 
-def _found(name: str, check: Check) -> list[Finding]:
-    try:
-        return list(check())
-    except Exception as error:
-        return [unknown(name, one_line(f"cannot be found out: {error or type(error).__name__}"))]
+def _of_store(name: str, store: str | os.PathLike[str], reply: Reply) -> list[Finding]:
+    """What a check of the store has found; why it did not end, if so."""
+    if reply.value is not None:
+        return [Finding(**values) for values in reply.value]
+    if name != "store":
+        return [unknown(name, f"cannot be found out: {reply.cause}")]
+    path = os.fspath(store)
+    return [warning(name, f"{path}: its check {reply.cause}", f"see whether its disk answers: ls -l {path}")]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Finding", "ok", "unknown", "warning"]
+from dali_lmdb.errors import one_line
+
+__all__ = ["Check", "Finding", "found", "ok", "unknown", "warning"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,3 +36,14 @@ def warning(name: str, text: str, remedy: str) -> Finding:
 def unknown(name: str, text: str) -> Finding:
     """What could not be found out."""
     return Finding(name=name, state="unknown", text=text)
+
+
+Check = Callable[[], Iterable[Finding]]
+
+
+def found(name: str, check: Check) -> list[Finding]:
+    """What a check finds; why it fails, if it does."""
+    try:
+        return list(check())
+    except Exception as error:
+        return [unknown(name, one_line(f"cannot be found out: {error or type(error).__name__}"))]

@@ -1,17 +1,19 @@
-"""What torch, DALI and the GPU say of themselves; runs in a process of its own, see ``processes.py``."""
+"""What torch, DALI, the GPU and a store say of themselves; runs in a process of its own, see ``processes.py``."""
 
 from __future__ import annotations
 
 import ctypes
 import json
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 __all__ = ["PROBES", "main"]
 
 
-def main(name: str, answer: str) -> None:
-    """Run a probe and write what it returns, as JSON, to the file ``answer``."""
-    value = PROBES[name]()
+def main(name: str, answer: str, store: str) -> None:
+    """Run a probe, or a check of a store, and write what it returns, as JSON, to the file ``answer``."""
+    value = PROBES[name]() if name in PROBES else _findings(name, Path(store))
     with open(answer, "w", encoding="utf-8") as file:
         json.dump(value, file)
 
@@ -77,6 +79,13 @@ def _gpu() -> dict[str, Any]:
         and library.nvjpegGetHardwareDecoderInfo(handle, ctypes.byref(engines), ctypes.byref(cores)) == 0
     )
     return {"engines": engines.value if known else 0, "cores_per_engine": cores.value if known else 0}
+
+
+def _findings(name: str, store: Path) -> list[dict[str, Any]]:
+    from dali_lmdb.doctor.findings import found
+    from dali_lmdb.doctor.storage import CHECKS
+
+    return [asdict(finding) for finding in found(name, lambda: CHECKS[name](store, Path("/")))]
 
 
 PROBES = {"torch": _torch, "dali": _dali, "gpu": _gpu}

@@ -1,4 +1,4 @@
-"""Ask about a library in a process of its own, since drivers hang and native code crashes."""
+"""Ask about a library or a store in a process of its own: drivers and disks hang, and native code crashes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -21,33 +22,40 @@ TIMEOUT_S = 120
 _END_S = 5  # a process that waits inside the driver does not end when it is killed
 
 # sys.path comes as arguments, so that the process finds this very package.
-_BOOT = "import sys; sys.path[:] = sys.argv[3:]; from dali_lmdb.doctor.probe import main; main(*sys.argv[1:3])"
+_BOOT = "import sys; sys.path[:] = sys.argv[4:]; from dali_lmdb.doctor.probe import main; main(*sys.argv[1:4])"
 
 
 class Reply(NamedTuple):
-    """The answer about a library."""
+    """The answer about a library or a store."""
 
-    value: dict[str, Any] | None
+    value: Any
     """What ``probe.py`` says; None if it failed."""
     cause: str = ""
     """Why it failed, in one line."""
 
 
-def ask(names: Sequence[str], *, timeout_s: float = TIMEOUT_S) -> dict[str, Reply]:
+def ask(
+    names: Sequence[str], *, store: str | os.PathLike[str] = "", timeout_s: float = TIMEOUT_S
+) -> dict[str, Reply]:
     """Run some of ``probe.PROBES``, each in a process of its own, at the same time.
 
     Args:
-        timeout_s: for each, while it is waited for.
+        store: what is asked about, if it is a store.
+        timeout_s: for all together.
     """
+    end = time.monotonic() + timeout_s
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as started:
-        processes = {name: _start(name, folder, started) for name in names}
-        return {name: _answer(name, folder, process, timeout_s) for name, process in processes.items()}
+        processes = {name: _start(name, folder, os.fspath(store), started) for name in names}
+        return {
+            name: _answer(name, folder, process, end=end, timeout_s=timeout_s)
+            for name, process in processes.items()
+        }
 
 
-def _start(name: str, folder: str, started: contextlib.ExitStack) -> subprocess.Popen[bytes]:
+def _start(name: str, folder: str, store: str, started: contextlib.ExitStack) -> subprocess.Popen[bytes]:
     with open(os.path.join(folder, f"{name}.log"), "wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-c", _BOOT, name, os.path.join(folder, name), *sys.path],
+            [sys.executable, "-c", _BOOT, name, os.path.join(folder, name), store, *sys.path],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -63,9 +71,9 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait(_END_S)
 
 
-def _answer(name: str, folder: str, process: subprocess.Popen[bytes], timeout_s: float) -> Reply:
+def _answer(name: str, folder: str, process: subprocess.Popen[bytes], *, end: float, timeout_s: float) -> Reply:
     try:
-        code = process.wait(timeout_s)
+        code = process.wait(max(0.0, end - time.monotonic()))
     except subprocess.TimeoutExpired:
         return Reply(None, f"did not answer within {timeout_s:g} s")
     if code == 0:

@@ -6,7 +6,7 @@ import ctypes
 import mmap
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy as np
 from dali_lmdb.doctor.findings import Finding, ok, unknown, warning
 from dali_lmdb.doctor.machine import available_memory, gigabytes
 
-__all__ = ["file_system", "page_cache", "store"]
+__all__ = ["CHECKS", "file_system", "page_cache", "store"]
 
 _NETWORK = re.compile(
     r"nfs4?|cifs|smb3?|smbfs|9p|afs|ceph|lustre|gpfs|beegfs\w*|glusterfs|panfs|pvfs2|orangefs|virtiofs|ncpfs|"
@@ -111,8 +111,12 @@ def _rotates(number: str, source: str, root: Path) -> bool | None:
 
 def page_cache(path: Path, root: Path) -> Iterator[Finding]:
     """How much of the store is in memory, and whether all of it could be."""
+    from dali_lmdb.errors import StoreError
+    from dali_lmdb.store.regular import check_regular
+
     files = _files(path)
-    size, memory = sum(file.stat().st_size for file in files), available_memory(root)
+    size = sum(check_regular(file, error=StoreError).st_size for file in files)
+    memory = available_memory(root)
     parts = [_cached_bytes(file) for file in files]
     cached = [part for part in parts if part is not None]
     is_known = len(cached) == len(parts)
@@ -151,3 +155,11 @@ def _cached_bytes(file: Path) -> int | None:
                 return None
             count += int(np.count_nonzero(pages & 1)) * mmap.PAGESIZE
     return min(count, size)
+
+
+CHECKS: dict[str, Callable[[Path, Path], Iterator[Finding]]] = {
+    "store": lambda path, root: store(path),
+    "file system": file_system,
+    "page cache": page_cache,
+}
+"""The checks, by name, called with the store and ``root``."""
