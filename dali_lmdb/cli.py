@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import math
 import os
 import signal
 import sys
@@ -26,6 +27,7 @@ from dali_lmdb.torchrun import RankEnvironment, ignored_variables
 
 __all__ = [
     "Command",
+    "FiniteRange",
     "ProgressBar",
     "interrupt_on_sigterm",
     "main",
@@ -140,6 +142,17 @@ def option_of(*settings: type[Any]) -> Callable[..., _Decorator]:
         )
 
     return option
+
+
+class FiniteRange(click.FloatRange):
+    """Numbers within limits, without inf and nan, which click takes to be inside."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return the number; a usage error if it is none, or outside."""
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
 
 
 def _choices(hint: Any) -> tuple[str, ...]:

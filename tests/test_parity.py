@@ -230,6 +230,8 @@ def test_predictions_that_differ_are_counted(kinds_path, model_path):
         (("--left", "torch:cpu"), 1, "no way of loading"),
         (("--right", "dali:cpu,resize=best"), 1, "resize is 'best', expected"),
         (("--right", "dali,size=3"), 1, "no way of loading"),
+        (("--tolerance", "nan"), 2, "nan is not a finite number"),
+        (("--tolerance", "inf"), 2, "inf is not a finite number"),
         (("--checkpoint", "no/such.pt"), 1, "no/such.pt: cannot be read"),
         (("--checkpoint", "x", "--task", "train"), 2, "--checkpoint is for evaluation, which --task does not fit"),
         (("--checkpoint", "x", "--hflip", "0"), 2, "--checkpoint is for evaluation, which --hflip does not fit"),

@@ -8,7 +8,7 @@ from typing import Literal
 
 import click
 
-from dali_lmdb.cli import Command, option_of, print_progress, print_result
+from dali_lmdb.cli import Command, FiniteRange, option_of, print_progress, print_result
 from dali_lmdb.compare.plot import plot
 from dali_lmdb.compare.settings import CompareSettings
 from dali_lmdb.compare.table import markdown, table
@@ -37,7 +37,7 @@ _AT_LEAST_1 = click.IntRange(min=1)
     help="Images per step, at most the record count.  [default: 256 on a GPU, else 64]",
 )
 @_option("--rounds", type=_AT_LEAST_1, help="Number of measured rounds.")
-@_option("--seconds", type=click.FloatRange(min=0, min_open=True), help="Length of each measurement, in seconds.")
+@_option("--seconds", type=FiniteRange(min=0, min_open=True), help="Length of each measurement, in seconds.")
 @_option("--workers", type=_AT_LEAST_1, help="DataLoader workers, and DALI threads.  [default: all cores]")
 @_option("--size", type=_AT_LEAST_1, help="Height and width of the images, in pixels.")
 @_option("--device", help="auto uses the GPU if there is one.")
@@ -45,7 +45,7 @@ _AT_LEAST_1 = click.IntRange(min=1)
 @_option("--decode-device", help="Where DALI decodes.  [default: with a GPU both are measured]")
 @_option(
     "--hw-decoder-load",
-    type=click.FloatRange(min=0, max=1),
+    type=FiniteRange(min=0, max=1),
     help="Fraction of a batch offered to the GPU's hardware JPEG engine.",
 )
 @_option("--arch", metavar="NAME", help="Also train this torchvision model: on one batch, and on what is loaded.")

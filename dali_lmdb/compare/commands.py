@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import click
 
-from dali_lmdb.cli import Command, option_of, print_progress, print_result
+from dali_lmdb.cli import Command, FiniteRange, option_of, print_progress, print_result
 from dali_lmdb.compare.settings import CompareSettings
 from dali_lmdb.compare.tuning import Tuning, Values, tune
 from dali_lmdb.loaders.tuned import check_target, write_tuned
@@ -22,7 +22,7 @@ _AT_LEAST_1 = click.IntRange(min=1)
 @click.argument("store", metavar="STORE")
 @click.option(
     "--minutes",
-    type=click.FloatRange(min=0, min_open=True),
+    type=FiniteRange(min=0, min_open=True),
     default=3.0,
     show_default=True,
     help="How long to search, in minutes.",
@@ -81,12 +81,17 @@ def _text(found: Tuning) -> str:
     return "\n".join([head, *rows, f"best: {_options(found.best)}", _verdict(found)])
 
 
+_SMALL_GAIN = 1.05
+
+
 def _verdict(found: Tuning) -> str:
     low, high = found.interval
     sure = f"{low:.2f} to {high:.2f} times the defaults' speed, with 99 % confidence"
     if found.chosen:
         return f"{sure}; use: {_options(found.chosen)}"
-    return f"{sure}: these options do not matter here; keep the defaults"
+    if high <= _SMALL_GAIN:
+        return f"{sure}: these options do not matter here; keep the defaults"
+    return f"{sure}: no gain is certain; keep the defaults, or search longer with --minutes"
 
 
 def _options(values: Values) -> str:

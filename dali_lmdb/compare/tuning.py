@@ -8,6 +8,7 @@ faster with 99 % confidence: the best of many measurements is partly the luckies
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import time
 from collections.abc import Callable
@@ -45,7 +46,7 @@ class Tuning(Measured):
     tried: list[tuple[Values, float]]
     """Each candidate and its images/s in its last window of the search, the fastest first."""
     best: Values
-    """The candidate that the search has found."""
+    """The candidate that the search has found, the defaults apart."""
     default_windows: list[Window]
     best_windows: list[Window]
     """Of turns; of each pair the first or the second is the default's."""
@@ -93,10 +94,10 @@ def tune(
 
     Raises:
         StoreError, RecordError, DeviceError: as ``compare_throughput``.
-        ValueError: ``minutes`` is not above 0.
+        ValueError: ``minutes`` is not above 0, or infinite.
     """
-    if not minutes > 0:
-        raise ValueError(f"minutes is {minutes}, expected more than 0")
+    if not 0 < minutes < math.inf:
+        raise ValueError(f"minutes is {minutes}, expected a finite number of more than 0")
     begin, say = time.monotonic(), progress or (lambda line: None)
     opened = open_store(store)
     settings = resolve(settings or CompareSettings(), opened)
@@ -117,8 +118,8 @@ def tune(
             speeds[place] = window.images_per_s
         running.sort(key=lambda place: -speeds[place])
         say(f"{len(running)} candidates: {speeds[running[0]]:,.0f} to {speeds[running[-1]]:,.0f} images/s")
-        running = running[: max(1, len(running) // 2)]
-    best = candidates[next((place for place in running if candidates[place]), running[0])]
+        running = running[: max(2, len(running) // 2)]  # of two, one at least is not the defaults
+    best = candidates[next(place for place in running if candidates[place])]
 
     defaults, bests = list[Window](), list[Window]()
     turn_s = 2 * first_s

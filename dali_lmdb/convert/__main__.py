@@ -15,6 +15,7 @@ import click
 
 from dali_lmdb.cli import (
     Command,
+    FiniteRange,
     ProgressBar,
     interrupt_on_sigterm,
     option_of,
@@ -104,7 +105,7 @@ _option = option_of(ConvertSettings)
 )
 @click.option(
     "--split",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    type=FiniteRange(0, 1, min_open=True, max_open=True),
     metavar="FRACTION",
     help="Make two stores, NAME-train.lmdb and NAME-val.lmdb, with this share of each class in the second.",
 )

@@ -13,7 +13,7 @@ import click
 import numpy as np
 from click.core import ParameterSource
 
-from dali_lmdb.cli import Command, ProgressBar, option_of, print_progress, print_result
+from dali_lmdb.cli import Command, FiniteRange, ProgressBar, option_of, print_progress, print_result
 from dali_lmdb.errors import one_line
 from dali_lmdb.plan.augment import TrainTransform, Transform
 from dali_lmdb.plan.order import Shuffle
@@ -196,7 +196,7 @@ def _described(ways: Sequence[Way], num_records: int) -> str:
 @click.option("--all", "every", is_flag=True, help="Every record.")
 @click.option(
     "--tolerance",  # on a CPU images differ by 0.7 at most, and a photo shifted by one pixel by 1.9 or more
-    type=click.FloatRange(min=0),
+    type=FiniteRange(min=0),
     default=1.0,
     show_default=True,
     help="Largest mean difference of an image, in grey levels.",
