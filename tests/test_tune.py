@@ -122,6 +122,25 @@ def test_a_loader_takes_what_was_found_for_arguments_at_their_defaults(store, tm
         assert (loader.graph.num_threads, loader.graph.prefetch_queue_depth) == (1, 4)
 
 
+@pytest.mark.parametrize(
+    ("began_with", "ranks", "num_threads"),
+    [
+        (CORES, 1, 12 * CORES),
+        (CORES, 2 * CORES, 12),  # a rank has a core at least
+        (4 * CORES, 1, 3 * CORES),  # a search on a larger machine
+        (1, 1, 12 * CORES),  # a search that was given few
+    ],
+)
+def test_each_rank_takes_its_share_of_the_threads(store, tmp_path, monkeypatch, began_with, ranks, num_threads):
+    path = tmp_path / "t.json"
+    write_tuned(path, {"num_threads": 12 * CORES}, machine={"cores": CORES, "workers": began_with})
+    assert read_tuned(path, ranks_per_node=ranks) == {"num_threads": num_threads}
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    transform = EvalTransform(size=16, resize=16)
+    with DaliLoader(store, transform=transform, batch_size=4, device="cpu", tuned=path) as loader:
+        assert loader.graph.num_threads == num_threads
+
+
 def test_another_number_of_cores_is_said(tmp_path, caplog):
     write_tuned(tmp_path / "t.json", {"num_threads": 3}, machine={"cores": CORES + 1})
     with caplog.at_level(logging.WARNING, logger="dali_lmdb"):
@@ -140,9 +159,14 @@ def test_another_number_of_cores_is_said(tmp_path, caplog):
         '{"format": "dali_lmdb tuned 1", "values": {"seed": 1}, "machine": {"cores": 1}}',
         '{"format": "dali_lmdb tuned 1", "values": {"num_threads": 0}, "machine": {"cores": 1}}',
         '{"format": "dali_lmdb tuned 1", "values": {"num_threads": "2"}, "machine": {"cores": 1}}',
+        '{"format": "dali_lmdb tuned 1", "values": {"num_threads": 2.5}, "machine": {"cores": 1}}',
+        '{"format": "dali_lmdb tuned 1", "values": {"prefetch_queue_depth": null}, "machine": {"cores": 1}}',
+        '{"format": "dali_lmdb tuned 1", "values": {"readahead_bytes": NaN}, "machine": {"cores": 1}}',
+        '{"format": "dali_lmdb tuned 1", "values": {}, "machine": {"cores": Infinity}}',
+        '{"format": "dali_lmdb tuned 1", "values": {}, "machine": {"cores": 1, "workers": 0}}',
         "\udcff",
     ],
-    ids=range(9),
+    ids=range(14),
 )
 def test_another_file_is_refused_in_one_line(store, tmp_path, text):
     path = tmp_path / "t.json"

@@ -63,7 +63,7 @@ def tune_command(
     settings = CompareSettings(task=task, batch_size=batch_size, workers=workers, size=size, device=device)
     found = tune(store, minutes=minutes, settings=settings, progress=print_progress)
     if save is not None:
-        write_tuned(save, found.chosen, machine=found.machine)
+        write_tuned(save, found.chosen, machine={**found.machine, "workers": found.settings.workers})
     print_result(json.dumps(found.to_dict()) if as_json else _text(found))
 
 

@@ -13,13 +13,20 @@ from dali_lmdb.disk import os_errors
 from dali_lmdb.errors import StateError
 from dali_lmdb.loaders.settings import DaliSettings
 from dali_lmdb.store.regular import check_regular
+from dali_lmdb.threads import threads_per_rank
 
-__all__ = ["TUNED", "check_target", "read_tuned", "with_tuned", "write_tuned"]
+__all__ = ["check_target", "read_tuned", "with_tuned", "write_tuned"]
 
 _log = logging.getLogger("dali_lmdb")
 
-TUNED = ("num_threads", "prefetch_queue_depth", "readahead_bytes", "decode_device", "hw_decoder_load")
-"""The arguments that such a file may hold."""
+_TUNED: dict[str, tuple[type, ...]] = {
+    "num_threads": (int,),
+    "prefetch_queue_depth": (int,),
+    "readahead_bytes": (int,),
+    "decode_device": (str,),
+    "hw_decoder_load": (int, float),
+}
+"""The arguments that such a file may hold, and the types of their values."""
 
 _FORMAT = "dali_lmdb tuned 1"
 _MAX_BYTES = 1 << 20
@@ -41,7 +48,8 @@ def write_tuned(path: str | os.PathLike[str], values: dict[str, Any], *, machine
     """Write arguments, by name; others are left at their defaults.
 
     Args:
-        machine: where they were found, in plain types.
+        machine: where they were found, in plain types: ``cores``, and ``workers``, the threads that are one rank's
+            share, with which the search began.
 
     Raises:
         StateError: the file cannot be written.
@@ -56,8 +64,14 @@ def write_tuned(path: str | os.PathLike[str], values: dict[str, Any], *, machine
             partial.unlink(missing_ok=True)
 
 
-def read_tuned(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_tuned(path: str | os.PathLike[str], *, ranks_per_node: int | None = None) -> dict[str, Any]:
     """Read arguments; log a warning if they were found with another number of cores.
+
+    ``num_threads`` is less than in the file if this rank's share of the cores is less than what the search began
+    with: otherwise 8 ranks would each take the threads that are right for one.
+
+    Args:
+        ranks_per_node: of ``threads_per_rank``.
 
     Raises:
         StateError: the file cannot be read, or is none of ``write_tuned``.
@@ -69,10 +83,16 @@ def read_tuned(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         content = json.loads(text)
         values, machine = content["values"], content["machine"]
-        if content["format"] != _FORMAT or not set(values) <= set(TUNED):
+        if content["format"] != _FORMAT or not set(values) <= set(_TUNED):
             raise ValueError("other entries")
+        for name, value in values.items():
+            if type(value) not in _TUNED[name]:
+                raise ValueError(f"{name} is {value!r}")
         DaliSettings(**values)
-        cores = int(machine["cores"])
+        cores, share = machine["cores"], threads_per_rank(ranks_per_node)
+        began_with = machine.get("workers", threads_per_rank(1))
+        if not (type(cores) is type(began_with) is int and min(cores, began_with) > 0):
+            raise ValueError(f"cores and workers are {cores!r} and {began_with!r}")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise StateError(f"{path}: not a file of dali-lmdb tune --save: {error}; run it again") from error
     if cores != len(os.sched_getaffinity(0)):
@@ -82,6 +102,8 @@ def read_tuned(path: str | os.PathLike[str]) -> dict[str, Any]:
             cores,
             len(os.sched_getaffinity(0)),
         )
+    if "num_threads" in values and share < began_with:
+        values["num_threads"] = max(1, values["num_threads"] * share // began_with)
     return dict(values)
 
 

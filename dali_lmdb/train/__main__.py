@@ -92,17 +92,15 @@ def _use_recipe(ctx: click.Context, param: click.Parameter, name: str | None) ->
     return name
 
 
-def _use_tuned(ctx: click.Context, param: click.Parameter, path: str | None) -> str | None:
-    """Make a file's values defaults, below those of a --config file."""
-    if path is None:
-        return path
+def _tuned_values(path: str, *, ranks_per_node: int) -> dict[str, Any]:
+    """A file's values for options that are neither given nor in a --config file or a recipe."""
     try:
-        found = read_tuned(path)
+        found = read_tuned(path, ranks_per_node=ranks_per_node)
     except StateError as error:
-        raise click.BadParameter(str(error), ctx=ctx, param=param) from error
+        raise click.BadParameter(str(error), param_hint="'--tuned'") from error
     values = {"workers" if name == "num_threads" else name: value for name, value in found.items()}
-    ctx.default_map = {**values, **(ctx.default_map or {})}
-    return path
+    source = click.get_current_context().get_parameter_source
+    return {name: value for name, value in values.items() if source(name) is click.core.ParameterSource.DEFAULT}
 
 
 @click.command(
@@ -135,8 +133,6 @@ def _use_tuned(ctx: click.Context, param: click.Parameter, path: str | None) -> 
 @click.option(
     "--tuned",
     metavar="FILE",
-    is_eager=True,
-    callback=_use_tuned,
     help="Options for DALI from dali-lmdb tune --save; others rule.",
 )
 @_option("--arch", metavar="NAME", help="Any torchvision classification model, or MODULE:FUNCTION.")
@@ -220,7 +216,7 @@ def main(*, world_size: int, config: str | None, recipe: str | None, tuned: str 
     SIGTERM, SIGUSR1, SIGHUP or Ctrl-C, to this process or to any rank, ends the run after the step in progress,
     with a checkpoint and exit code 85 (Ctrl-C: 130); start it again with --resume. A second one stops it at once.
     """
-    del config, tuned  # they have set defaults, as has the recipe
+    del config  # it has set defaults, as has the recipe
     for name in ("resume", "checkpoint_every", "keep", "profile"):
         if values[name] and values["output"] is None:
             raise click.UsageError(f"--{name.replace('_', '-')} needs --output DIR")
@@ -230,6 +226,9 @@ def main(*, world_size: int, config: str | None, recipe: str | None, tuned: str 
         given = click.get_current_context().get_parameter_source("val_resize")
         if given is not click.core.ParameterSource.COMMANDLINE:
             values["val_resize"] = None  # the recipe's is for its own size
+    if tuned is not None:
+        ranks = RankEnvironment.from_environment()
+        values |= _tuned_values(tuned, ranks_per_node=ranks.ranks_per_node if ranks else world_size)
     settings = TrainSettings(**values)
     _run(settings, world_size=world_size)
 
