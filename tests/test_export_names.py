@@ -10,6 +10,7 @@ from PIL import Image
 
 from dali_lmdb.convert import ConvertSettings, convert
 from dali_lmdb.convert.sources import open_source
+from dali_lmdb.inspect import export
 
 
 def command(*words, **options):
@@ -85,8 +86,11 @@ def test_the_extension_that_is_added_is_that_of_the_image(tmp_path):
     convert(write_parquet(tmp_path / "d.parquet", rows), tmp_path / "d.lmdb")
     assert command("export", "d.lmdb", "out", cwd=tmp_path).returncode == 0
     names = sorted(path.name for path in (tmp_path / "out").rglob("*.*"))
-    extensions = ["jpg", "png", "webp", "bmp", "tiff", "gif", "ppm"]
+    extensions = ["jpg", "png", "webp", "bmp", "tiff", "jpg", "ppm"]  # ImageFolder finds no .gif
     assert names == [f"{row:08}.{extension}" for row, extension in enumerate(extensions)]
+    for options, folder in (((), "out"), (("--tar",), "wds")):
+        export(tmp_path / "d.lmdb", tmp_path / f"{folder}2", tar=bool(options))
+        assert convert(tmp_path / f"{folder}2", tmp_path / f"{folder}.lmdb").records == len(rows)
 
 
 def test_two_records_that_an_extension_makes_one_file_are_refused(tmp_path):

@@ -201,6 +201,6 @@ def _extension(name: str, kind: int) -> str:
     extension, usual = PurePosixPath(name).suffix.lower(), extension_of(kind)
     if kind in _JPEG or extension == ".jpeg":
         return ".jpg"  # what readers ask for, as in to_tuple("jpg", "cls")
-    if is_image_name(extension) or (not usual and extension == extension_of(Kind.GIF)):
+    if is_image_name(extension) or (not usual and extension == ".gif"):
         return extension
     return usual or ".jpg"

@@ -28,13 +28,12 @@ _EXTENSIONS: dict[int, str] = {
     Kind.WEBP: ".webp",
     Kind.BMP: ".bmp",
     Kind.TIFF: ".tiff",
-    Kind.GIF: ".gif",
     Kind.PNM: ".ppm",
 }
 
 
 def extension_of(kind: int) -> str:
-    """The usual extension of a kind of image, with its dot; "" if the kind is unknown."""
+    """The usual extension of a kind of image, with its dot; "" if unknown, or none of ImageFolder's."""
     return _EXTENSIONS.get(kind, "")
 
 
@@ -45,8 +44,8 @@ def _missing_extension(store: Store, record: int, name: str, kind: int) -> str:
             kind = read_header(store.copy(record), max_pixels=None).kind
         except BadImageError:
             return ""
-    if kind == Kind.OTHER:  # converters only find the usual extensions; readers look at the contents
-        return ".jpg"
+    if kind in (Kind.OTHER, Kind.GIF):  # ImageFolder only finds its extensions; readers look at the contents
+        return "" if name.lower().endswith(".gif") else ".jpg"
     return "" if name.lower().endswith(extension_of(kind)) else extension_of(kind)
 
 
