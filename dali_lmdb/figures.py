@@ -20,7 +20,8 @@ def check_figure(path: Path) -> None:
     """Find what would stop ``save_figure``, before anything is measured.
 
     Raises:
-        ValueError: matplotlib is missing, or the file has an unknown suffix or no folder.
+        ValueError: matplotlib is missing, the file has an unknown suffix, or its folder does not exist or is not
+            writable.
     """
     try:
         import matplotlib  # noqa: F401
@@ -30,6 +31,10 @@ def check_figure(path: Path) -> None:
         raise ValueError(f"{path}: expected a name that ends in .png or .svg")
     if not path.parent.is_dir():
         raise ValueError(f"{path}: its folder does not exist; create it first")
+    if path.is_dir():
+        raise ValueError(f"{path}: a folder; give a file")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise ValueError(f"{path}: its folder is not writable; choose another")
 
 
 def save_figure(figure: Any, path: Path) -> None:

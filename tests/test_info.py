@@ -194,7 +194,10 @@ def test_without_matplotlib_one_line_says_how_to_get_it(monkeypatch, store_path,
     assert result.stderr == "Error: --plot needs matplotlib: pip install 'dali-lmdb[plot]'\n"
 
 
-def test_a_picture_in_a_missing_folder_is_refused_before_anything_is_decoded(store_path, tmp_path):
+def test_a_picture_that_cannot_be_written_is_refused_before_anything_is_decoded(store_path, tmp_path):
     pytest.importorskip("matplotlib", reason="needs the extra 'plot'")
     result = run(store_path, "--stats", "--plot", tmp_path / "none" / "x.png")
     assert result.stderr == f"Error: {tmp_path}/none/x.png: its folder does not exist; create it first\n"
+    (tmp_path / "x.png").mkdir()
+    result = run(store_path, "--stats", "--plot", tmp_path / "x.png")
+    assert result.stderr == f"Error: {tmp_path}/x.png: a folder; give a file\n"

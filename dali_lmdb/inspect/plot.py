@@ -59,7 +59,7 @@ def store_figure(path: str | os.PathLike[str]) -> Any:
         _sizes(sizes, figure, store.column("height"), store.column("width"))
         _bytes(num_bytes, store.column("num_bytes"))
         for axis in (classes, sizes, num_bytes):
-            axis.tick_params(colors=GREY)
+            axis.tick_params(which="both", colors=GREY)
             axis.title.set_color(GREY)
             axis.spines[["top", "right"]].set_visible(False)
             axis.spines[["left", "bottom"]].set_color(GREY)

@@ -36,10 +36,12 @@ def check_target(path: str | os.PathLike[str]) -> None:
     """Refuse a file that ``write_tuned`` must not replace, or cannot write.
 
     Raises:
-        StateError: it is something else than such a file, or its folder does not exist.
+        StateError: it is something else than such a file, or its folder does not exist or is not writable.
     """
     if not Path(path).parent.is_dir():
         raise StateError(f"{path}: its folder does not exist; create it first")
+    if not os.access(Path(path).parent, os.W_OK | os.X_OK):
+        raise StateError(f"{path}: its folder is not writable; choose another")
     if os.path.lexists(path):
         read_tuned(path)
 
