@@ -46,6 +46,18 @@ def test_channels_are_red_green_blue_in_0_to_1(tmp_path):
     np.testing.assert_allclose([found.mean, found.std], [(0.5, 0.2, 0), (0.5, 0, 0)], atol=1e-7)
 
 
+def test_the_middle_of_a_very_long_image_counts(tmp_path):
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    long = Image.new("RGB", (60_000, 1), (255, 0, 0))
+    long.paste((0, 51, 0), (29_990, 0, 30_010, 1))
+    long.save(tmp_path / "images" / "a" / "wide.png")
+    long.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "images" / "a" / "high.png")
+    convert(tmp_path / "images", tmp_path / "x.lmdb")
+    found = pixel_statistics(tmp_path / "x.lmdb")
+    assert (found.records, found.undecodable) == (2, 0)
+    np.testing.assert_allclose([found.mean, found.std], [(0, 0.2, 0), (0, 0, 0)], atol=1e-7)
+
+
 def test_a_sample_is_the_same_each_time_and_says_how_far_off_it_may_be(noise_path, store_path):
     found = pixel_statistics(store_path, num_records=8)
     assert found == pixel_statistics(store_path, num_records=8)

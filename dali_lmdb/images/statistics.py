@@ -9,6 +9,8 @@ from dali_lmdb.images.opening import crop, open_image, to_rgb
 
 __all__ = ["channel_sums"]
 
+_LONG, _KEPT = 32, 4  # multiples of the shorter side
+
 
 def channel_sums(
     data: bytes | memoryview, *, resize: int, size: int, max_pixels: int | None
@@ -28,6 +30,10 @@ def channel_sums(
     """
     image = to_rgb(open_image(data, max_pixels=max_pixels))
     short = min(image.size)
+    if max(image.size) > _LONG * short:  # resized as a whole, 1 x 60,000 pixels would take 12 GB
+        width, height = (min(side, _KEPT * short) for side in image.size)
+        top, left = (image.height - height) // 2, (image.width - width) // 2
+        image = crop(image, top=top, left=left, height=height, width=width)
     width, height = (resize * side // short for side in image.size)
     resized = image.resize((width, height), Image.Resampling.BILINEAR)
     top, left = round((height - size) / 2), round((width - size) / 2)
