@@ -10,6 +10,7 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+from damage import write_store
 
 from dali_lmdb.convert import convert
 from dali_lmdb.doctor import examine, libraries, machine, storage
@@ -405,6 +406,7 @@ def test_shards_and_what_is_no_store_have_their_line(image_folder, tmp_path):
     convert(image_folder, tmp_path / "x.lmdb", shards=2)
     assert one(storage.store(tmp_path / "x.lmdb")).text == f"{tmp_path}/x.lmdb: 24 records"
     assert one(storage.page_cache(tmp_path / "x.lmdb", Path("/"))).text.count(" MB") >= 1
+    assert one(storage.store(write_store(tmp_path / "empty.lmdb", []))).state == "warning"
     (tmp_path / "text.lmdb").write_text("no store")
     assert one(storage.store(tmp_path / "text.lmdb")).state == "warning"
     os.mkfifo(tmp_path / "pipe.lmdb")  # whose opening waits

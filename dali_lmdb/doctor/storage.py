@@ -33,7 +33,10 @@ def store(path: Path) -> Iterator[Finding]:
     try:
         with open_store(path) as opened:
             # Not the classes, for which all of a classic database would be read.
-            yield ok("store", f"{path}: {len(opened):,} records")
+            if len(opened):
+                yield ok("store", f"{path}: {len(opened):,} records")
+            else:
+                yield warning("store", f"{path}: no records", "convert a folder with images in it")
     except StoreError as error:
         text, _, remedy = str(error).rpartition("; ")
         yield warning("store", text or remedy, remedy if text else f"see what is wrong: dali-lmdb verify {path}")
