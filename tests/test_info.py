@@ -11,7 +11,7 @@ from PIL import Image
 from test_inspect import write_store
 
 from dali_lmdb.cli import main
-from dali_lmdb.convert import convert
+from dali_lmdb.convert import ConvertSettings, convert
 from dali_lmdb.errors import RecordError
 from dali_lmdb.inspect.pixels import pixel_statistics
 from dali_lmdb.inspect.shared import shared_images
@@ -115,8 +115,17 @@ def test_images_in_both_stores_are_listed_by_name_with_exit_code_1(leak):
 def test_stores_without_a_common_image_have_exit_code_0(store_path, noise_path):
     result = run(store_path, "--against", noise_path, "--json")
     assert result.exit_code == 0
-    shared = {"store": str(store_path), "other": str(noise_path), "images": [], "compared": True}
+    shared = {"store": str(store_path), "other": str(noise_path), "images": [], "compared": True, "changed": 0}
     assert json.loads(result.stdout)["shared"] == shared
+
+
+def test_images_whose_bytes_a_conversion_changed_are_mentioned(store_path, image_folder, tmp_path):
+    convert(image_folder, tmp_path / "x.lmdb", settings=ConvertSettings(resize=8))
+    result = run(store_path, "--against", tmp_path / "x.lmdb")
+    assert result.exit_code == 0
+    first, second = result.stdout.splitlines()[-2:]
+    assert first == f"{tmp_path}/x.lmdb: no image of {store_path} is in it"
+    assert second.startswith("note: 24 records of the two were re-encoded or resized; copies of their originals")
 
 
 def test_shards_are_searched_like_one_store(image_folder, store_path, tmp_path):

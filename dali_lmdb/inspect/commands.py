@@ -202,15 +202,24 @@ def _pixel_rows(pixels: PixelStatistics, num_records: int) -> list[tuple[str, st
 
 
 def _shared_lines(shared: SharedImages) -> list[str]:
-    what = f"{shared.other}: {len(shared.images):,} images of {shared.store} are in it, too"
-    if not shared.images:
-        return [f"{shared.other}: no image of {shared.store} is in it"]
     how = "same bytes" if shared.compared else "same checksums and lengths"
     listed = [f"{name} is {other_name} there" for name, other_name in shared.images[:_LISTED]]
     more = len(shared.images) - len(listed)
-    return [one_line(line) for line in (f"{what} ({how}):", *listed)] + (
-        [f"{more:,} more, listed with --json"] if more else []
-    )
+    if listed:
+        lines = [
+            f"{shared.other}: {len(shared.images):,} images of {shared.store} are in it, too ({how}):",
+            *listed,
+        ]
+    else:
+        lines = [f"{shared.other}: no image of {shared.store} is in it"]
+    if more:
+        lines.append(f"{more:,} more, listed with --json")
+    if shared.changed:
+        lines.append(
+            f"note: {shared.changed:,} records of the two were re-encoded or resized; copies of their originals "
+            "have other bytes, and are not found"
+        )
+    return [one_line(line) for line in lines]
 
 
 def _spread(of: str, spread: Spread | None) -> str:

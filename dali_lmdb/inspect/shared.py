@@ -38,6 +38,9 @@ class SharedImages:
     """In the order of ``store``."""
     compared: bool
     """Whether the bytes were compared, not only their checksums and lengths."""
+    changed: int
+    """Number of records of the two stores that a converter re-encoded or resized: copies of their originals have
+    other bytes, and are not found."""
 
 
 def shared_images(path: str | os.PathLike[str], other_path: str | os.PathLike[str]) -> SharedImages:
@@ -62,7 +65,10 @@ def shared_images(path: str | os.PathLike[str], other_path: str | os.PathLike[st
             records, others = records[same], others[same]
         names, other_names = store.names().take(records), other.names().take(others)
         images = [SharedImage(*pair) for pair in zip(names.to_pylist(), other_names.to_pylist(), strict=True)]
-        return SharedImages(store=str(path), other=str(other_path), images=images, compared=compared)
+        changed = sum(int(np.count_nonzero(one.column("change"))) for one in (store, other))
+        return SharedImages(
+            store=str(path), other=str(other_path), images=images, compared=compared, changed=changed
+        )
 
 
 def _keys(store: Store) -> npt.NDArray[np.uint64]:
