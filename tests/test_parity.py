@@ -180,6 +180,13 @@ def test_a_damaged_record_hides_no_other(tmp_path):
     assert [row["record"] for row in found["bad"]] == [1]
 
 
+def test_a_comparison_of_no_images_is_refused(tmp_path):
+    store = write_store(tmp_path / "x.lmdb", [DAMAGE["scan cut off"]] * 2)
+    done = run(store, "--size", 32, "--right", "dali:cpu")
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert f"{store}: no images to compare: none of 2 records can be decoded" in done.stderr
+
+
 @pytest.fixture(scope="module")
 def model_path(kinds_path, tmp_path_factory):
     """A checkpoint of random weights that predicts each class at times; the classes are in another order, and one

@@ -14,7 +14,7 @@ import numpy as np
 from click.core import ParameterSource
 
 from dali_lmdb.cli import Command, FiniteRange, ProgressBar, option_of, print_progress, print_result
-from dali_lmdb.errors import one_line
+from dali_lmdb.errors import RecordError, one_line
 from dali_lmdb.plan.augment import TrainTransform, Transform
 from dali_lmdb.plan.order import Shuffle
 from dali_lmdb.store import Store, open_store
@@ -252,6 +252,11 @@ def parity_command(
             watched = _watched(left_images, bar, store=opened, total=len(records))
             each = None if predictor is None else predictor.add
             parity = measure_parity(watched, right_images, each=each)
+        if len(parity.bad) == len(records):
+            raise RecordError(
+                f"{store}: no images to compare: none of {len(records)} records can be decoded; see why with: "
+                f"dali-lmdb verify --decode {store}"
+            )
         report = Report(
             store=opened,
             ways=ways,
