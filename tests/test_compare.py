@@ -30,6 +30,8 @@ from dali_lmdb.compare.throughput import (
     _reader_window,
     resolve,
 )
+from dali_lmdb.compare.transforms_v2 import V2Loader
+from dali_lmdb.compare.usage import storage_bytes
 from dali_lmdb.compare.window import Window, measure, warm_up_steps
 from dali_lmdb.convert import ConvertSettings, convert
 from dali_lmdb.errors import DeviceError, RecordError, SourceError, StoreNotFoundError
@@ -83,6 +85,7 @@ def test_every_backend_is_measured_in_every_round_and_training_too(store, folder
         assert found.base == ("torch" if found.backend in loading else "torch+model")
         assert 0 < found.cores < 2 * len(os.sched_getaffinity(0))
         assert found.memory_bytes > 50e6  # Python with torch
+        assert (found.read_bytes_per_image is None) == (storage_bytes() is None)
         for window in found.windows:
             assert window.cpu_s_per_image * window.images_per_s == pytest.approx(window.cores)
     dali, model, both = (found.images_per_s for found in result.measurements if found.backend in NAMED)
@@ -174,6 +177,19 @@ def test_workers_of_a_backend_are_gone_when_its_window_is_over(store):
         progress=lambda _: left.extend(multiprocessing.active_children()),
     )
     assert left == []
+
+
+def test_workers_of_torchvisions_parts_last_so_that_what_they_take_is_counted(store):
+    used = settings()
+    loader = V2Loader(
+        open_store(store), transform=used.transform, batch_size=4, num_workers=1, seed=0, device="cpu"
+    )
+    seen = []
+    for _ in range(2):
+        assert sum(len(labels) for _, labels in loader) == 8
+        seen.append([child.pid for child in multiprocessing.active_children()])
+    assert len(seen[0]) == 1
+    assert seen[0] == seen[1]
 
 
 @pytest.mark.parametrize("task", ["train", "eval"])

@@ -17,9 +17,10 @@ _COLUMNS: dict[str, Callable[[Measurement], str]] = {
     "to": lambda found: _limit(found, found.interval.high),
     "CPU ms": lambda found: f"{found.cpu_ms_per_image:.2f}",
     "cores": lambda found: f"{found.cores:.1f}",
-    "MB": lambda found: f"{found.memory_bytes / 1e6:,.0f}",
+    "MB": lambda found: _scaled(found.memory_bytes, 1e-6, digits=0),
+    "kB read": lambda found: _scaled(found.read_bytes_per_image, 1e-3, digits=1),
 }
-_WIDTHS = (10, 9, 9, 8, 7, 7, 9, 7, 8)
+_WIDTHS = (10, 9, 9, 8, 7, 7, 9, 7, 8, 10)
 
 
 def table(result: Comparison) -> str:
@@ -52,6 +53,10 @@ def markdown(result: Comparison) -> str:
     meanings = [f"* `{found.backend}`: {_meaning(found.backend, result)}" for found in result.measurements]
     notes = [f"* {note}" for note in _notes(result)]
     return "\n".join([*result.heading(*_description(result)).splitlines(), "", *lines, "", *meanings, *notes])
+
+
+def _scaled(value: float | None, scale: float, *, digits: int) -> str:
+    return "-" if value is None else f"{value * scale:,.{digits}f}"
 
 
 def _limit(found: Measurement, value: float) -> str:

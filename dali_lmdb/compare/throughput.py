@@ -111,9 +111,16 @@ class Measurement:
         return statistics.median(window.cores for window in self.windows)
 
     @property
-    def memory_bytes(self) -> int:
-        """The most of all rounds, see ``Window``."""
-        return max(window.memory_bytes for window in self.windows)
+    def memory_bytes(self) -> int | None:
+        """The highest peak of all rounds, see ``Window``; None if unknown."""
+        known = [window.memory_bytes for window in self.windows if window.memory_bytes is not None]
+        return max(known, default=None)
+
+    @property
+    def read_bytes_per_image(self) -> float | None:
+        """Bytes an image that came from storage, mean over the rounds, see ``Window``; None if unknown."""
+        known = [found for window in self.windows if (found := window.read_bytes_per_image) is not None]
+        return statistics.fmean(known) if len(known) == len(self.windows) else None
 
     @property
     def ratio(self) -> float:
@@ -139,6 +146,7 @@ class Measurement:
             "cpu_ms_per_image": self.cpu_ms_per_image,
             "cores": self.cores,
             "memory_bytes": self.memory_bytes,
+            "read_bytes_per_image": self.read_bytes_per_image,
         }
 
 

@@ -40,6 +40,7 @@ class V2Loader:
             shuffle=isinstance(transform, TrainTransform),
             drop_last=True,
             num_workers=num_workers,
+            persistent_workers=True,  # as TorchLoader's; what ended ones took could not be counted
             pin_memory=device == "cuda",
             worker_init_fn=_accept_deprecation,
             generator=torch.Generator().manual_seed(seed),

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dali_lmdb.compare.settings import CompareSettings
-from dali_lmdb.compare.usage import cpu_seconds, memory_bytes
+from dali_lmdb.compare.usage import MemoryPeak, cpu_seconds, free_unused_memory, storage_bytes
 
 __all__ = ["Window", "measure", "warm_up_steps"]
 
@@ -30,8 +30,10 @@ class Window(NamedTuple):
     """CPU time of this process and its workers, in seconds an image."""
     cores: float
     """CPU time divided by elapsed time."""
-    memory_bytes: int
-    """Memory of this process and its workers at the end, see ``usage.memory_bytes``."""
+    memory_bytes: int | None
+    """Peak memory of this process and its workers, see ``usage.MemoryPeak``; None if unknown."""
+    read_bytes_per_image: float | None = None
+    """Bytes an image that came from storage, not the page cache, see ``usage.storage_bytes``; None if unknown."""
     batch_s: tuple[float, ...] = ()
     """How long each burst took, in seconds."""
 
@@ -53,18 +55,30 @@ def measure(
         burst: number of batches that tend to arrive together.
         consume: is given each batch; None: nothing is done with them.
     """
+    free_unused_memory()
     numbers = _endless(batches, consume)
     try:
         for _ in range(warm_up_steps(settings.device, burst=burst)):
             next(numbers)
-        begin, cpu_begin = _now(settings.device), cpu_seconds()
-        num_images, ends = 0, [begin]
-        while ends[-1] - begin < settings.seconds:
-            num_images += sum(next(numbers) for _ in range(burst))
-            ends.append(time.perf_counter())
-        elapsed, cpu = _now(settings.device) - begin, cpu_seconds() - cpu_begin
-        batch_s = tuple(end - start for start, end in pairwise(ends))
-        return Window(num_images / elapsed, cpu / num_images, cpu / elapsed, memory_bytes(), batch_s)
+        with MemoryPeak() as memory:
+            read_begin = storage_bytes()
+            begin, cpu_begin = _now(settings.device), cpu_seconds()
+            num_images, ends = 0, [begin]
+            while ends[-1] - begin < settings.seconds:
+                num_images += sum(next(numbers) for _ in range(burst))
+                ends.append(time.perf_counter())
+            elapsed, cpu = _now(settings.device) - begin, cpu_seconds() - cpu_begin
+            read_end = storage_bytes()
+        return Window(
+            images_per_s=num_images / elapsed,
+            cpu_s_per_image=cpu / num_images,
+            cores=cpu / elapsed,
+            memory_bytes=memory.bytes,
+            read_bytes_per_image=(
+                None if read_begin is None or read_end is None else (read_end - read_begin) / num_images
+            ),
+            batch_s=tuple(end - start for start, end in pairwise(ends)),
+        )
     finally:
         numbers.close()
 
