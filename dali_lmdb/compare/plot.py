@@ -45,7 +45,9 @@ def _bars(axis: Any, group: list[Measurement], *, color: str, arch: str | None) 
     axis.barh(places, medians, xerr=[below, above], color=color, ecolor=GREY, capsize=3, height=0.65)
     furthest = max(median + more for median, more in zip(medians, above, strict=True))
     for place, found, more in zip(places, group, above, strict=True):
-        text = f"{found.images_per_s:,.0f}" + ("" if found.backend == found.base else f"  ({found.ratio:.2f} x)")
+        text = f"{found.images_per_s:,.0f}"
+        if found.backend != found.base:
+            text += f"  ({found.ratio:.2f} x)" if found.interval.differs else "  (not told apart)"
         axis.text(found.images_per_s + more + 0.015 * furthest, place, text, va="center", fontsize=8.5, color=GREY)
     base = next((found for found in group if found.backend == found.base), None)
     if base is not None:

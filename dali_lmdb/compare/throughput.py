@@ -174,16 +174,25 @@ class Comparison(Measured):
 
     @property
     def conclusion(self) -> str | None:
-        """What limits training, in a sentence; None without a model."""
-        speeds = {found.backend: found.images_per_s for found in self.measurements}
-        if "model" not in speeds or not (loaders := [name for name in ("dali", "torch") if name in speeds]):
+        """What limits training, in a sentence; None without a model and a loader."""
+        rounds = {found.backend: found.rounds for found in self.measurements}
+        if "model" not in rounds or not (loaders := [name for name in ("dali", "torch") if name in rounds]):
             return None
-        name, model = loaders[0], speeds["model"]
-        times = speeds[name] / model
-        limit = "the model" if times >= 1 else name
-        found = f"{name} gives {times:.2g} times what {self.settings.arch} takes here: {limit} is the limit"
-        trained = speeds.get(f"{name}+model")
-        return found if trained is None else f"{found}; training reaches {trained / model:.0%} of the model alone"
+        name, both = loaders[0], f"{loaders[0]}+model"
+        loading = _ratios(rounds[name], rounds["model"])
+        times = statistics.median(loading)
+        given = f"{name} gives {times:,.{0 if times >= 10 else 2}f} times what {self.settings.arch} takes here"
+        interval = interval_of(loading)
+        if interval.differs:
+            given += f": {'the model' if interval.low > 1 else name} is the limit"
+        else:
+            given += ", which is not told apart from 1: neither is shown to be the limit"
+        if both not in rounds:
+            return given
+        training = _ratios(rounds[both], rounds["model"])
+        if interval_of(training).differs:
+            return f"{given}; training reaches {statistics.median(training):.0%} of the model alone"
+        return f"{given}; training is not told apart from the model alone"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -450,6 +459,11 @@ def _measurements(rounds: list[Round]) -> list[Measurement]:
         windows = [one.windows[name] for one in rounds]
         found.append(Measurement(backend=name, windows=windows, ratios=ratios, base=base))
     return found
+
+
+def _ratios(rounds: list[float], others: list[float]) -> list[float]:
+    """Of each round's images/s."""
+    return [one / other for one, other in zip(rounds, others, strict=True)]
 
 
 def _base_of(name: str, names: list[str]) -> str:
