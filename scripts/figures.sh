@@ -23,6 +23,5 @@ done
 show() { printf '\n$ dali-lmdb %s\n' "${*//"$demo"/demo}"; "$python" -m dali_lmdb "$@"; }
 
 show compare "$demo/train.lmdb" --images "$demo/images/train" --plot .github/compare.png
-show compare "$demo/train.lmdb" --only torch,dali,model,torch+model,dali+model --arch resnet18 --size 96 --batch-size 32 --rounds 3
 show preview "$demo/train.lmdb" -o .github/preview.png --backend both --count 4 --size 72 --color-jitter 0.4 --random-erase 0.25
 show info "$demo/train.lmdb"

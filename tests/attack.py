@@ -59,7 +59,7 @@ ATTACKS = {
             *("train", "--train", "STORE", "--val", "STORE", "--on-bad", "substitute", "--epochs", "1"),
             *("--arch", "squeezenet1_1", "--batch-size", "16", "--output", "OUT", *_TRAINING),
         ),
-        dali_lmdb("compare", "STORE", "--rounds", "1", "--seconds", "0.1", *_TRAINING),
+        dali_lmdb("compare", "STORE", "--arch", "none", "--rounds", "1", "--seconds", "0.1", *_TRAINING),
     ],
 }
 """What is done to a folder of images, by name."""

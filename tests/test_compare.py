@@ -34,13 +34,13 @@ from dali_lmdb.compare.transforms_v2 import V2Loader
 from dali_lmdb.compare.usage import storage_bytes
 from dali_lmdb.compare.window import Window, measure, warm_up_steps
 from dali_lmdb.convert import ConvertSettings, convert
-from dali_lmdb.errors import DeviceError, RecordError, SourceError, StoreNotFoundError
+from dali_lmdb.errors import DeviceError, RecordError, SourceError, StoreError, StoreNotFoundError
 from dali_lmdb.loaders.folder import FolderStore, open_data
 from dali_lmdb.store import open_store
 
 NUM_CLASSES, PER_CLASS = 2, 5
 QUICK = CompareSettings(
-    batch_size=4, rounds=2, seconds=0.05, workers=1, size=16, device="cpu", only=("torch", "dali")
+    batch_size=4, rounds=2, seconds=0.05, workers=1, size=16, device="cpu", only=("torch", "dali"), arch=None
 )
 ALL = replace(QUICK, only=())
 
@@ -73,8 +73,9 @@ def settings(**overrides):
 
 
 def test_every_backend_is_measured_in_every_round_and_training_too(store, folder):
-    used = replace(ALL, arch="resnet18", size=32)
+    used = replace(ALL, arch="auto", size=32, batch_size=None)
     result = compare_throughput(store, images=folder, settings=used)
+    assert (result.settings.arch, result.settings.train_batch_size) == ("resnet18", 8)
     loading = ["files", "torch", "torch-v2", "dali", "dali-image", "reader", "decode"]
     training = ["model", "torch+model", "dali+model"]
     assert [found.backend for found in result.measurements] == loading + training
@@ -475,6 +476,39 @@ def test_settings_out_of_range_are_refused(wrong):
         settings(**wrong)
 
 
+def test_a_model_is_trained_unless_there_is_nothing_to_train(store):
+    def arch(**chosen):
+        return resolve(CompareSettings(device="cpu", **chosen), open_store(store)).arch
+
+    assert arch() == arch(only=("dali", "model")) == "resnet18"
+    assert arch(only=("dali", "torch")) is arch(task="eval") is arch(arch=None) is None
+    with pytest.raises(ValueError, match="only: model cannot be measured here, only torch, torch-v2, dali"):
+        compare_throughput(store, settings=settings(arch="auto", task="eval", only=("model",)))
+
+
+def test_a_model_trains_in_steps_that_a_cpu_takes_in_time(store):
+    many = RepeatedStore(open_store(store), times=100)
+
+    def sizes(**chosen):
+        used = resolve(CompareSettings(**{"device": "cpu", **chosen}), many)
+        return used.batch_size, used.for_training.batch_size
+
+    assert sizes() == (64, 8)
+    assert sizes(batch_size=32) == (32, 32)
+    assert sizes(batch_size=32, train_batch_size=4) == (32, 4)
+
+
+def test_a_model_that_cannot_be_trained_costs_only_its_rows(store):
+    # BatchNorm refuses one value per channel, which is what an image of 32 pixels leaves at the end.
+    used = settings(arch="resnet18", size=32, train_batch_size=1, rounds=1, only=("torch", "model", "torch+model"))
+    result = compare_throughput(store, settings=used)
+    assert [found.backend for found in result.measurements] == ["torch"]
+    assert list(result.failed) == ["model", "torch+model"]
+    assert "more than 1 value per channel" in result.failed["model"]
+    with pytest.raises(StoreError, match="model cannot be measured: Expected more than 1 value"):
+        compare_throughput(store, settings=replace(used, only=("model",)))
+
+
 def test_a_model_must_exist_and_be_trained():
     with pytest.raises(ValueError, match="no classification model 'resnet1'; did you mean"):
         settings(arch="resnet1")
@@ -573,11 +607,12 @@ def test_a_picture_that_cannot_be_written_is_refused_before_anything_is_measured
 
 
 def test_command_prints_one_json_object(store):
-    result = run(store, "--task", "eval", "--json", "--only", "torch,dali", *QUICK_OPTIONS)
+    result = run(store, "--task", "eval", "--json", "--only", "torch,dali", *QUICK_OPTIONS)  # trains nothing
     assert result.exit_code == 0, result.output
     values = json.loads(result.stdout)
     assert values["settings"] == {
         "batch_size": 4,
+        "train_batch_size": 4,
         "rounds": 1,
         "seconds": 0.05,
         "workers": 1,

@@ -34,7 +34,7 @@ _AT_LEAST_1 = click.IntRange(min=1)
 @_option(
     "--batch-size",
     type=_AT_LEAST_1,
-    help="Images per step, at most the record count.  [default: 256 on a GPU, else 64]",
+    help="Images per step, at most the record count.  [default: 256 on a GPU; else 64, and 8 to train]",
 )
 @_option("--rounds", type=_AT_LEAST_1, help="Number of measured rounds.")
 @_option("--seconds", type=FiniteRange(min=0, min_open=True), help="Length of each measurement, in seconds.")
@@ -48,7 +48,12 @@ _AT_LEAST_1 = click.IntRange(min=1)
     type=FiniteRange(min=0, max=1),
     help="Fraction of a batch offered to the GPU's hardware JPEG engine.",
 )
-@_option("--arch", metavar="NAME", help="Also train this torchvision model: on one batch, and on what is loaded.")
+@_option(
+    "--arch",
+    metavar="NAME",
+    help="torchvision model to train too, on one batch and on what is loaded; none: only load; auto: resnet18, "
+    "but none with --task eval.",
+)
 @click.option("--only", metavar="NAME,...", help="Measure only these of the names below.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 @click.option("--markdown", "as_markdown", is_flag=True, help="Print the table as Markdown.")
@@ -67,7 +72,7 @@ def main(
     decode: Decode,
     decode_device: DecodeDevice | None,
     hw_decoder_load: float,
-    arch: str | None,
+    arch: str,
     only: str | None,
     as_json: bool,
     as_markdown: bool,
@@ -93,7 +98,7 @@ def main(
         decode=decode,
         decode_device=decode_device,
         hw_decoder_load=hw_decoder_load,
-        arch=arch,
+        arch=None if arch == "none" else arch,
         only=() if only is None else tuple(name.strip() for name in only.split(",")),
     )
     found = compare_throughput(store, images=images, settings=settings, progress=_report)

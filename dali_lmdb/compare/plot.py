@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from dali_lmdb.compare.settings import CompareSettings
 from dali_lmdb.compare.throughput import Comparison, Measurement
 from dali_lmdb.figures import GREY, save_figure
 
@@ -32,12 +33,12 @@ def plot(result: Comparison, path: Path) -> None:
     figure = Figure(figsize=(8, 0.42 * sum(heights) + 1.3), layout="constrained")
     axes = figure.subplots(len(groups), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
     for axis, group, color in zip(axes, groups, _COLORS, strict=False):
-        _bars(axis, group, color=color, arch=result.settings.arch)
+        _bars(axis, group, color=color, settings=result.settings)
     figure.supxlabel(_caption(result), fontsize=7.5, color=GREY)
     save_figure(figure, path)
 
 
-def _bars(axis: Any, group: list[Measurement], *, color: str, arch: str | None) -> None:
+def _bars(axis: Any, group: list[Measurement], *, color: str, settings: CompareSettings) -> None:
     medians = [found.images_per_s for found in group]
     below = [median - min(found.rounds) for median, found in zip(medians, group, strict=True)]
     above = [max(found.rounds) - median for median, found in zip(medians, group, strict=True)]
@@ -55,8 +56,10 @@ def _bars(axis: Any, group: list[Measurement], *, color: str, arch: str | None) 
     axis.set_yticks(places, [found.backend for found in group])
     axis.invert_yaxis()
     axis.set_xlim(0, 1.25 * furthest)
-    is_training = "model" in group[0].backend
-    axis.set_xlabel(f"images/s, training {arch}" if is_training else "images/s, loading", color=GREY)
+    what = "loading"
+    if "model" in group[0].backend:
+        what = f"training {settings.arch}, batches of {settings.train_batch_size}"
+    axis.set_xlabel(f"images/s, {what}", color=GREY)
     axis.tick_params(colors=GREY)
     axis.spines[["top", "right"]].set_visible(False)
     axis.spines[["left", "bottom"]].set_color(GREY)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from dali_lmdb.loaders.settings import DaliSettings, Decode, DecodeDevice, Dtype, Layout
@@ -22,9 +22,11 @@ class CompareSettings:
 
     batch_size: int | None = None
     """Images per step, at most the number of records in the store; None: 256 on a GPU, else 64."""
+    train_batch_size: int | None = None
+    """The same for the steps of a model; None: ``batch_size`` if that is given or on a GPU, else 8."""
     rounds: int = 5
     """Number of measured windows of each backend."""
-    seconds: float = 2.0
+    seconds: float = 1.5
     """Length of a window, in seconds; it ends with a batch, so it is a little longer."""
     workers: int | None = None
     """DataLoader worker processes, and threads of DALI's pipeline; None: the cores this process may use."""
@@ -40,13 +42,14 @@ class CompareSettings:
     """Fraction of a batch that DALI offers to the GPU's hardware JPEG engine."""
     task: Literal["train", "eval"] = "train"
     """``"train"``: shuffled, random crops and flips; ``"eval"``: in order, central crops."""
-    arch: str | None = None
-    """torchvision classification model to train: alone, on one batch, and on what ``torch`` and ``dali`` load."""
+    arch: str | None = "auto"
+    """torchvision classification model to train: alone, on one batch, and on what ``torch`` and ``dali`` load;
+    None: no training. ``"auto"``: resnet18, and None with task ``"eval"``."""
     only: tuple[str, ...] = ()
     """Names of the backends to measure; empty: all that can be."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "rounds", "size", "workers"):
+        for name in ("batch_size", "train_batch_size", "rounds", "size", "workers"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} is {value}, expected at least 1")
         if not self.seconds > 0:
@@ -55,11 +58,16 @@ class CompareSettings:
             raise ValueError(f"device is {self.device!r}, expected 'auto', 'cuda' or 'cpu'")
         if self.task not in ("train", "eval"):
             raise ValueError(f"task is {self.task!r}, expected 'train' or 'eval'")
-        if self.arch is not None:
+        if self.arch not in ("auto", None):
             check_arch(self.arch)
             if self.task == "eval":
                 raise ValueError("arch needs task 'train'")
         _ = self.dali  # raises ValueError for a bad value
+
+    @property
+    def for_training(self) -> CompareSettings:
+        """The same, with the batch size of a model's steps."""
+        return replace(self, batch_size=self.train_batch_size)
 
     @property
     def dali(self) -> DaliSettings:

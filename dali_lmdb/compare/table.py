@@ -65,7 +65,7 @@ def _limit(found: Measurement, value: float) -> str:
 
 def _description(result: Comparison) -> list[str]:
     settings = result.settings
-    model = [] if settings.arch is None else [f"trained: {settings.arch}"]
+    model = [] if settings.arch is None else [f"trained: {settings.arch}, batches of {settings.train_batch_size}"]
     lines = [
         f"{settings.task}, {settings.size} x {settings.size}, batches of {settings.batch_size}, "
         f"{settings.workers} workers or threads, {settings.rounds} rounds of {settings.seconds:g} s",

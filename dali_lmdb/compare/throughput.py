@@ -2,7 +2,7 @@
 
 Each round has one window of time for each backend, in an order that is reversed from round to round. All
 windows of a round use the same plan: same records, same crops, same flips; only those not made of this package's
-loaders draw their own. A warm-up round comes first.
+loaders draw their own. A warm-up round of short windows comes first.
 
 This compares loading from the page cache: if data are missing from it, the first backend of a round reads
 them from disk and the others do not.
@@ -69,13 +69,19 @@ BACKENDS = {
 }
 """The backends that can be measured, in the order of the table."""
 
-# References, which are not this package's: one that fails costs only its row.
-_REFERENCES = ("torch-v2", "reader", "decode")
+# References, which are not this package's, and models, which a GPU may lack the memory for: one that fails costs
+# only its row.
+_MAY_FAIL = ("torch-v2", "reader", "decode", "model", "torch+model", "dali+model")
 _IMAGE_FOLDER = ("files", "reader")
 
 # At an epoch's end a DataLoader's prefetched batches run out, which happens every few steps with some hundred
 # records and is negligible with ImageNet. Smaller data sets are repeated to make this many steps.
 _EPOCH_STEPS = 1000
+
+_WARM_UP_SHARE = 0.25  # of a window's seconds, in the warm-up round
+
+# ResNet-18 takes 5 s for 64 images on two cores, and no more images/s than with 8.
+_TRAIN_BATCH_SIZE_CPU = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +165,7 @@ class Comparison(Measured):
     decoding: dict[str, dict[str, str]]
     """By backend, the ``decode`` and ``decode_device`` that a ``DaliLoader`` chose."""
     failed: dict[str, str]
-    """Why a reference was not measured, by backend; empty if all were."""
+    """Why a reference or a model was not measured, by backend; empty if all were."""
     measurements: list[Measurement]
 
     def to_dict(self) -> dict[str, Any]:
@@ -227,6 +233,7 @@ def compare_throughput(
 
     Raises:
         StoreError, SourceError: the data cannot be opened, or the folder does not hold the store's records.
+        StoreError: all that should be measured failed.
         RecordError: an image cannot be decoded.
         DeviceError: ``device="cuda"`` without a usable GPU.
         ValueError: ``decode_device="gpu"`` on the CPU, or ``only`` names what is not measured with these settings.
@@ -234,18 +241,20 @@ def compare_throughput(
     opened = open_store(store)
     settings = resolve(settings or CompareSettings(), opened)
     data = _data_by_backend(opened, images, settings)
-    model = None if settings.arch is None else Model(settings, num_classes=len(opened.classes))
     rounds, failed = [], dict[str, str]()
     for number in range(settings.rounds + 1):
         windows = {}
+        used = settings if number else replace(settings, seconds=_WARM_UP_SHARE * settings.seconds)
         for backend in list(reversed(data) if number % 2 else data):
             try:
-                windows[backend] = _window(backend, data[backend], settings, number=number, model=model)
-            except RuntimeError as error:
-                if backend not in _REFERENCES:
+                windows[backend] = _window(backend, data[backend], used, number=number)
+            except (RuntimeError, ValueError) as error:
+                if backend not in _MAY_FAIL:
                     raise
                 failed[backend] = _cause(error)
                 del data[backend]
+                if not data:
+                    raise StoreError(f"{store}: {backend} cannot be measured: {failed[backend]}") from error
         rounds.append(Round(number=number, windows=windows))
         if progress is not None:
             progress(rounds[-1])
@@ -265,7 +274,9 @@ def compare_throughput(
 
 
 def resolve(settings: CompareSettings, store: Store) -> CompareSettings:
-    """Replace None and ``"auto"``, and limit the batch size to the store's records.
+    """Replace None and ``"auto"``, and limit the batch sizes to the store's records.
+
+    ``arch`` is None if no model is trained.
 
     Raises:
         StoreError, DeviceError, ValueError: as ``compare_throughput``.
@@ -280,9 +291,19 @@ def resolve(settings: CompareSettings, store: Store) -> CompareSettings:
     if chosen == "cpu" and settings.decode_device == "gpu":
         raise ValueError("decode_device is 'gpu' with device 'cpu', expected 'cpu' or None")
     batch_size = settings.batch_size or (256 if chosen == "cuda" else 64)
+    train_batch_size = settings.train_batch_size or settings.batch_size
+    if train_batch_size is None:
+        train_batch_size = batch_size if chosen == "cuda" else _TRAIN_BATCH_SIZE_CPU
+    arch = settings.arch
+    if arch == "auto":
+        arch = "resnet18" if settings.task == "train" else None
+    if settings.only and not any("model" in name for name in settings.only):
+        arch = None
     return replace(
         settings,
         batch_size=min(batch_size, len(store)),
+        train_batch_size=min(train_batch_size, len(store)),
+        arch=arch,
         workers=settings.workers or threads_per_rank(),
         device=chosen,
     )
@@ -339,9 +360,7 @@ def _open_images(path: str | os.PathLike[str], store: Store) -> FolderStore:
     return folder
 
 
-def _window(
-    backend: str, data: Store, settings: CompareSettings, *, number: int, model: Model | None = None
-) -> Window:
+def _window(backend: str, data: Store, settings: CompareSettings, *, number: int) -> Window:
     """One round's window of a backend."""
     assert settings.batch_size is not None
     assert settings.workers is not None
@@ -364,13 +383,16 @@ def _window(
             device="cuda" if settings.device == "cuda" else "cpu",
         )
         return measure(loader, settings, burst=settings.workers)
-    if backend == "model":
-        assert model is not None
-        return measure(model.batches(), settings, burst=1, consume=model)
+    # A model is made for its window: its memory must not count for what is measured after it.
+    burst, model = 1 if _uses_dali_loader(backend) else settings.workers, None
+    if "model" in backend:
+        settings = settings.for_training
+        burst, model = 1, Model(settings, num_classes=len(data.classes))
+        if backend == "model":
+            return measure(model.batches(), settings, burst=burst, consume=model)
     with _open_loader(backend, data, settings) as loader_of_ours:
         loader_of_ours.set_epoch(number)
-        burst = 1 if _uses_dali_loader(backend) or backend.endswith("+model") else settings.workers
-        return measure(loader_of_ours, settings, burst=burst, consume=model if "model" in backend else None)
+        return measure(loader_of_ours, settings, burst=burst, consume=model)
 
 
 def _dali_arguments(settings: CompareSettings) -> dict[str, Any]:
@@ -400,7 +422,7 @@ def _in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
         return pool.submit(function, *arguments).result()
 
 
-def _cause(error: RuntimeError) -> str:
+def _cause(error: Exception) -> str:
     """What went wrong, on one line; DALI's messages begin with a traceback."""
     text = str(error)
     return one_line(text.partition("encountered:\n\n")[2].partition("\n")[0] or text)

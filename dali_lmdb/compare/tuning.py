@@ -100,7 +100,7 @@ def tune(
         raise ValueError(f"minutes is {minutes}, expected a finite number of more than 0")
     begin, say = time.monotonic(), progress or (lambda line: None)
     opened = open_store(store)
-    settings = resolve(settings or CompareSettings(), opened)
+    settings = resolve(replace(settings or CompareSettings(), arch=None), opened)
     data = repeated(opened, settings)
     search_s = _SEARCH_SHARE * 60 * minutes
     measurements = search_s / _RUNGS / _OVERHEAD  # of one second, in a rung

@@ -56,6 +56,8 @@ def measure(
         consume: is given each batch; None: nothing is done with them.
     """
     free_unused_memory()
+    if settings.device == "cuda":
+        torch.cuda.empty_cache()
     numbers = _endless(batches, consume)
     try:
         for _ in range(warm_up_steps(settings.device, burst=burst)):
