@@ -26,6 +26,7 @@ from dali_lmdb.errors import DaliLmdbError, one_line
 from dali_lmdb.torchrun import RankEnvironment, ignored_variables
 
 __all__ = [
+    "LINE_INTERVAL_S",
     "Command",
     "FiniteRange",
     "ProgressBar",
@@ -50,7 +51,9 @@ _COMMANDS = {
     "tune": "dali_lmdb.compare.commands:tune_command",
     "verify": "dali_lmdb.inspect.commands:verify_command",
 }
-_LINE_INTERVAL_S = 10  # between progress lines if stderr is not a terminal
+LINE_INTERVAL_S = 10
+"""Between progress lines if stderr is not a terminal."""
+
 _INTERRUPTED = 130  # a shell's exit code for a command ended by Ctrl-C: 128 + SIGINT
 
 
@@ -252,7 +255,7 @@ class ProgressBar:
 
     def _line(self, phase: str, done: int, total: int, num_bytes: int) -> None:
         now = time.monotonic()
-        if now - self._last < _LINE_INTERVAL_S:
+        if now - self._last < LINE_INTERVAL_S:
             return
         self._last = now
         rate = num_bytes / 1e6 / (now - self._begin)

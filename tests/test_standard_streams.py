@@ -129,7 +129,7 @@ def test_a_reader_that_went_away_is_no_message(store_path):
 
 PROGRESS = """
 from dali_lmdb import cli
-cli._LINE_INTERVAL_S = 0
+cli.LINE_INTERVAL_S = 0
 with cli.ProgressBar() as bar:
     bar.show("writing", 1, 2, 3)
     bar.show("writing", 2, 2, 3)

@@ -9,7 +9,7 @@ what every result contains, ``table`` and ``plot`` show it. The commands are ``d
 """
 
 from dali_lmdb.compare.settings import CompareSettings
-from dali_lmdb.compare.throughput import BACKENDS, Comparison, Measurement, Round, compare_throughput
+from dali_lmdb.compare.throughput import BACKENDS, Comparison, Measurement, Round, Turn, compare_throughput
 from dali_lmdb.compare.tuning import Tuning, tune
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Measurement",
     "Round",
     "Tuning",
+    "Turn",
     "compare_throughput",
     "tune",
 ]

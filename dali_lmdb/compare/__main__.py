@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import sys
+import time
 from pathlib import Path
 from typing import Literal
 
 import click
 
-from dali_lmdb.cli import Command, FiniteRange, option_of, print_progress, print_result
+from dali_lmdb.cli import LINE_INTERVAL_S, Command, FiniteRange, option_of, print_progress, print_result
 from dali_lmdb.compare.plot import plot
 from dali_lmdb.compare.settings import CompareSettings
 from dali_lmdb.compare.table import markdown, table
-from dali_lmdb.compare.throughput import BACKENDS, Round, compare_throughput
+from dali_lmdb.compare.throughput import BACKENDS, Round, Turn, compare_throughput
 from dali_lmdb.figures import check_figure
 from dali_lmdb.loaders.settings import Decode, DecodeDevice
+from dali_lmdb.train.progress import TerminalLine, duration, is_terminal
 
 __all__ = ["main"]
 
@@ -101,17 +104,62 @@ def main(
         arch=None if arch == "none" else arch,
         only=() if only is None else tuple(name.strip() for name in only.split(",")),
     )
-    found = compare_throughput(store, images=images, settings=settings, progress=_report)
+    with _Progress() as progress:
+        found = compare_throughput(
+            store, images=images, settings=settings, progress=progress.round_done, on_window=progress.begin_window
+        )
     if plot_file is not None:
         plot(found, Path(plot_file))
     show = (lambda result: json.dumps(result.to_dict())) if as_json else markdown if as_markdown else table
     print_result(show(found))
 
 
-def _report(done: Round) -> None:
-    what = f"round {done.number}" if done.number else "warm-up"
-    speeds = [f"{name} {done.images_per_s[name]:,.0f}" for name in BACKENDS if name in done.images_per_s]
-    print_progress(f"{what}: {'  '.join(speeds)} images/s")
+class _Progress:
+    """A line for each round on stderr, and what is being measured.
+
+    On a terminal that is one line, rewritten for each window; elsewhere a line every 10 seconds at most.
+    """
+
+    def __init__(self) -> None:
+        self._line = TerminalLine(sys.stderr) if is_terminal(sys.stderr) else None
+        self._said_s = self._round_began_s = time.monotonic()
+        self._round_s: float | None = None
+
+    def begin_window(self, turn: Turn) -> None:
+        text = f"{_name(turn.number, turn.rounds)}: {turn.place} of {turn.num_backends}, {turn.backend}"
+        now = time.monotonic()
+        if self._round_s is not None:
+            left_s = self._round_s * (turn.rounds + 1 - turn.number) - (now - self._round_began_s)
+            text += f"  ETA {duration(max(0.0, left_s))}"
+        if self._line is not None:
+            self._line.show(text)
+        elif now - self._said_s >= LINE_INTERVAL_S:
+            self._said_s = now
+            print_progress(text)
+
+    def round_done(self, done: Round) -> None:
+        now = time.monotonic()
+        if done.number:  # the warm-up is shorter
+            self._round_s = now - self._round_began_s
+        self._said_s = self._round_began_s = now
+        if self._line is not None:
+            self._line.erase()
+        speeds = [f"{name} {done.images_per_s[name]:,.0f}" for name in BACKENDS if name in done.images_per_s]
+        print_progress(f"{_name(done.number)}: {'  '.join(speeds)} images/s")
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._line is not None:
+            self._line.erase()
+
+
+def _name(number: int, rounds: int | None = None) -> str:
+    """Of a round."""
+    if number == 0:
+        return "warm-up"
+    return f"round {number}" if rounds is None else f"round {number}/{rounds}"
 
 
 if __name__ == "__main__":

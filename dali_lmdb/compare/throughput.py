@@ -48,6 +48,7 @@ __all__ = [
     "Comparison",
     "Measurement",
     "Round",
+    "Turn",
     "compare_throughput",
     "open_dali",
     "repeated",
@@ -216,12 +217,26 @@ class Round:
         return {backend: window.images_per_s for backend, window in self.windows.items()}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """A window that begins, passed to the ``on_window`` callback."""
+
+    backend: str
+    number: int
+    """The round: 0 for the warm-up, then from 1 to ``rounds``."""
+    rounds: int
+    place: int
+    """Of this window in its round, from 1 to ``num_backends``."""
+    num_backends: int
+
+
 def compare_throughput(
     store: str | os.PathLike[str],
     *,
     images: str | os.PathLike[str] | None = None,
     settings: CompareSettings | None = None,
     progress: Callable[[Round], None] | None = None,
+    on_window: Callable[[Turn], None] | None = None,
 ) -> Comparison:
     """Measure the images/s that each backend delivers to a consumer: one that does nothing with them, or a model.
 
@@ -230,6 +245,7 @@ def compare_throughput(
         images: the image folder that the store was made from, to measure ``files`` and ``reader`` too.
         settings: by default ``CompareSettings()``.
         progress: called after every round.
+        on_window: called before every window.
 
     Raises:
         StoreError, SourceError: the data cannot be opened, or the folder does not hold the store's records.
@@ -245,7 +261,18 @@ def compare_throughput(
     for number in range(settings.rounds + 1):
         windows = {}
         used = settings if number else replace(settings, seconds=_WARM_UP_SHARE * settings.seconds)
-        for backend in list(reversed(data) if number % 2 else data):
+        order = list(reversed(data) if number % 2 else data)
+        for place, backend in enumerate(order, start=1):
+            if on_window is not None:
+                on_window(
+                    Turn(
+                        backend=backend,
+                        number=number,
+                        rounds=settings.rounds,
+                        place=place,
+                        num_backends=len(order),
+                    )
+                )
             try:
                 windows[backend] = _window(backend, data[backend], used, number=number)
             except (RuntimeError, ValueError) as error:
