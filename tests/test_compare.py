@@ -105,6 +105,8 @@ def test_without_an_image_folder_only_the_store_is_read(store):
 def test_only_some_can_be_measured_and_the_first_is_the_base_without_torch(store):
     result = compare_throughput(store, settings=settings(rounds=1, only=("decode", "dali")))
     assert [(found.backend, found.base) for found in result.measurements] == [("dali", "dali"), ("decode", "dali")]
+    with pytest.raises(ValueError, match=r"only: '', modle cannot be measured here, .* decode, model, torch"):
+        compare_throughput(store, settings=settings(only=("", "modle"), arch="auto"))
     with pytest.raises(ValueError, match="files, tarot cannot be measured here, only torch, torch-v2, dali"):
         compare_throughput(store, settings=settings(only=("dali", "files", "tarot")))
 
@@ -372,13 +374,15 @@ def test_the_reader_goes_on_without_an_end(folder):
 def test_a_reader_that_fails_costs_only_its_row(tmp_path):
     images = make_folder(tmp_path / "images")
     Image.new("L", (40, 30)).save(images / "class1" / "4.jpg", "GIF")  # which DALI does not decode, Pillow does
+    Image.new("L", (40, 30)).save(images / "class1" / "3.jpg", "TIFF")  # which torchvision does not decode
     convert(images, tmp_path / "gif.lmdb")
     seen = []
-    used = settings(only=("files", "torch", "dali", "reader", "decode"))
+    used = settings(only=("files", "torch", "torch-v2", "dali", "reader", "decode"))
     result = compare_throughput(tmp_path / "gif.lmdb", images=images, settings=used, progress=seen.append)
     assert [found.backend for found in result.measurements] == ["files", "torch", "dali"]
-    assert list(result.failed) == ["reader", "decode"]
+    assert list(result.failed) == ["torch-v2", "reader", "decode"]
     assert "\n" not in result.failed["reader"]
+    assert result.failed["torch-v2"].startswith("RuntimeError: decode_image")
     assert f"reader: not measured: {result.failed['reader']}" in table(result).splitlines()
     assert f"* reader: not measured: {result.failed['reader']}" in markdown(result).splitlines()
 
@@ -480,8 +484,10 @@ def test_a_model_is_trained_unless_there_is_nothing_to_train(store):
     def arch(**chosen):
         return resolve(CompareSettings(device="cpu", **chosen), open_store(store)).arch
 
-    assert arch() == arch(only=("dali", "model")) == "resnet18"
-    assert arch(only=("dali", "torch")) is arch(task="eval") is arch(arch=None) is None
+    assert arch() == "resnet18"
+    assert arch(task="eval") is arch(arch=None) is None
+    loading = compare_throughput(store, settings=settings(arch="auto", rounds=1, only=("dali",)))
+    assert loading.settings.arch is None
     with pytest.raises(ValueError, match="only: model cannot be measured here, only torch, torch-v2, dali"):
         compare_throughput(store, settings=settings(arch="auto", task="eval", only=("model",)))
 

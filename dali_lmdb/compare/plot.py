@@ -45,17 +45,18 @@ def _bars(axis: Any, group: list[Measurement], *, color: str, settings: CompareS
     places = range(len(group))
     axis.barh(places, medians, xerr=[below, above], color=color, ecolor=GREY, capsize=3, height=0.65)
     furthest = max(median + more for median, more in zip(medians, above, strict=True))
+    base = next(found for found in group if found.backend == found.base)
     for place, found, more in zip(places, group, above, strict=True):
         text = f"{found.images_per_s:,.0f}"
         if found.backend != found.base:
             text += f"  ({found.ratio:.2f} x)" if found.interval.differs else "  (not told apart)"
-        axis.text(found.images_per_s + more + 0.015 * furthest, place, text, va="center", fontsize=8.5, color=GREY)
-    base = next((found for found in group if found.backend == found.base), None)
-    if base is not None:
-        axis.axvline(base.images_per_s, color=GREY, linestyle="--", linewidth=1)
+        # Right of the reference line, which would cross it.
+        left = max(found.images_per_s + more, base.images_per_s) + 0.015 * furthest
+        axis.text(left, place, text, va="center", fontsize=8.5, color=GREY)
+    axis.axvline(base.images_per_s, color=GREY, linestyle="--", linewidth=1)
     axis.set_yticks(places, [found.backend for found in group])
     axis.invert_yaxis()
-    axis.set_xlim(0, 1.25 * furthest)
+    axis.set_xlim(0, 1.35 * furthest)
     what = "loading"
     if "model" in group[0].backend:
         what = f"training {settings.arch}, batches of {settings.train_batch_size}"

@@ -60,7 +60,9 @@ def _scaled(value: float | None, scale: float, *, digits: int) -> str:
 
 
 def _limit(found: Measurement, value: float) -> str:
-    return f"{min(value, 99.99):.2f}" if len(found.rounds) > 1 and found.backend != found.base else "-"
+    if len(found.rounds) < 2 or found.backend == found.base:
+        return "-"
+    return f"{value:.2f}" if value < 100 else ">99"
 
 
 def _description(result: Comparison) -> list[str]:

@@ -257,6 +257,8 @@ def compare_throughput(
     opened = open_store(store)
     settings = resolve(settings or CompareSettings(), opened)
     data = _data_by_backend(opened, images, settings)
+    if not any("model" in backend for backend in data):
+        settings = replace(settings, arch=None)
     rounds, failed = [], dict[str, str]()
     for number in range(settings.rounds + 1):
         windows = {}
@@ -303,8 +305,6 @@ def compare_throughput(
 def resolve(settings: CompareSettings, store: Store) -> CompareSettings:
     """Replace None and ``"auto"``, and limit the batch sizes to the store's records.
 
-    ``arch`` is None if no model is trained.
-
     Raises:
         StoreError, DeviceError, ValueError: as ``compare_throughput``.
     """
@@ -324,8 +324,6 @@ def resolve(settings: CompareSettings, store: Store) -> CompareSettings:
     arch = settings.arch
     if arch == "auto":
         arch = "resnet18" if settings.task == "train" else None
-    if settings.only and not any("model" in name for name in settings.only):
-        arch = None
     return replace(
         settings,
         batch_size=min(batch_size, len(store)),
@@ -343,7 +341,8 @@ def _data_by_backend(
     folder = None if images is None else _open_images(images, store)
     names = [name for name in BACKENDS if _can_be_measured(name, settings, has_images=folder is not None)]
     if unknown := [name for name in settings.only if name not in names]:
-        raise ValueError(f"only: {', '.join(unknown)} cannot be measured here, only {', '.join(names)}")
+        shown = ", ".join(name or "''" for name in unknown)
+        raise ValueError(f"only: {shown} cannot be measured here, only {', '.join(names)}")
     data: dict[str, Store] = {}
     for name in names:
         if settings.only and name not in settings.only:
@@ -450,8 +449,10 @@ def _in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _cause(error: Exception) -> str:
-    """What went wrong, on one line; DALI's messages begin with a traceback."""
-    text = str(error)
+    """What went wrong, on one line; DALI's messages begin with a traceback, a worker's end with one."""
+    text = str(error).strip()
+    if "\nOriginal Traceback" in text:
+        return one_line(text.rpartition("\n")[2])
     return one_line(text.partition("encountered:\n\n")[2].partition("\n")[0] or text)
 
 
