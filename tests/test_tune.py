@@ -57,6 +57,21 @@ def test_candidates_are_halved_and_the_best_takes_turns_with_the_defaults(found)
         assert 4 * len(window.batch_s) / sum(window.batch_s) == pytest.approx(window.images_per_s, rel=0.1)
 
 
+@pytest.mark.parametrize("window_s", [1, 15])
+def test_the_time_is_kept_even_if_batches_are_slow(store, monkeypatch, window_s):
+    now = [0.0]
+
+    def measure(data, settings, values, *, seconds):
+        now[0] += max(window_s, 1.5 * seconds)
+        return Window(100 + len(values), 0.001, 1.0, 0, (0.01,))
+
+    monkeypatch.setattr("dali_lmdb.compare.tuning.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("dali_lmdb.compare.tuning._window", measure)
+    found = tune(store, minutes=3, settings=QUICK)
+    assert now[0] < 1.5 * 180
+    assert (len(found.tried) == 4) == (window_s == 15)
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_candidates_begin_with_the_defaults_and_each_change_of_them_alone(device):
     used = CompareSettings(workers=4, batch_size=4, device=device)

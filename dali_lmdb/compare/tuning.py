@@ -102,28 +102,32 @@ def tune(
     opened = open_store(store)
     settings = resolve(replace(settings or CompareSettings(), arch=None), opened)
     data = repeated(opened, settings)
-    search_s = _SEARCH_SHARE * 60 * minutes
+    total_s = 60 * minutes
+    search_s = _SEARCH_SHARE * total_s
     measurements = search_s / _RUNGS / _OVERHEAD  # of one second, in a rung
     first_s = min(_FIRST_WINDOW_S, measurements / _LEAST_CANDIDATES)
     candidates = _candidates(settings, limit=max(_LEAST_CANDIDATES, int(measurements / first_s)))
     _window(data, settings, {}, seconds=first_s)  # warms up the page cache and the processor
+    # A batch of large photos takes longer than a window should.
+    search_s = min(search_s, total_s - 2 * _LEAST_PAIRS * (time.monotonic() - begin))
 
     speeds: dict[int, float] = {}
     running = list(range(len(candidates)))
     for rung in range(_RUNGS):
+        end = begin + search_s * (rung + 1) / _RUNGS
         for place in running:
-            if rung and time.monotonic() - begin > search_s:
+            if len(speeds) >= _LEAST_CANDIDATES and time.monotonic() > end:
                 break
             window = _window(data, settings, candidates[place], seconds=first_s * 2**rung)
             speeds[place] = window.images_per_s
-        running.sort(key=lambda place: -speeds[place])
+        running = sorted(set(running) & speeds.keys(), key=lambda place: -speeds[place])
         say(f"{len(running)} candidates: {speeds[running[0]]:,.0f} to {speeds[running[-1]]:,.0f} images/s")
         running = running[: max(2, len(running) // 2)]  # of two, one at least is not the defaults
     best = candidates[next(place for place in running if candidates[place])]
 
     defaults, bests = list[Window](), list[Window]()
     turn_s = 2 * first_s
-    while len(bests) < _LEAST_PAIRS or time.monotonic() - begin < 60 * minutes - 2 * turn_s:
+    while len(bests) < _LEAST_PAIRS or time.monotonic() - begin < total_s - 2 * turn_s:
         order = [(defaults, {}), (bests, best)]
         for windows, values in reversed(order) if len(bests) % 2 else order:
             windows.append(_window(data, settings, values, seconds=turn_s))
