@@ -8,7 +8,7 @@ import page_cache
 import pytest
 
 from dali_lmdb.compare import CompareSettings
-from dali_lmdb.compare.usage import memory_bytes, storage_bytes
+from dali_lmdb.compare.usage import free_unused_memory, memory_bytes, storage_bytes
 from dali_lmdb.compare.window import measure
 
 MEBIBYTE = 1 << 20
@@ -22,17 +22,19 @@ def test_memory_is_the_peak_of_a_window_not_what_is_left_at_its_end():
     def batches():
         for _ in range(4):  # the warm-up and the first step of the window
             yield None, range(4)
-        held, until = np.ones(64 * MEBIBYTE, np.uint8), time.monotonic() + 0.5
+        held, until = np.ones(512 * MEBIBYTE, np.uint8), time.monotonic() + 0.5
         while time.monotonic() < until:
             yield None, range(4)
         del held
         while True:
             yield None, range(4)
 
+    free_unused_memory()  # of earlier tests, as it does itself
     before = memory_bytes()
     found = measure(batches(), settings(seconds=1.0), burst=1).memory_bytes
-    assert 60 * MEBIBYTE < found - before < 100 * MEBIBYTE
-    assert memory_bytes() - before < 20 * MEBIBYTE
+    # What earlier tests have left running may use some more, or less.
+    assert 400 * MEBIBYTE < found - before < 620 * MEBIBYTE
+    assert memory_bytes() - before < 100 * MEBIBYTE
 
 
 @pytest.fixture
@@ -67,5 +69,6 @@ def test_bytes_of_a_window_are_what_was_not_in_the_page_cache_read_or_mapped(col
             yield None, range(4)
 
     one_step = settings(seconds=1e-9)
-    assert measure(batches(), one_step, burst=1).read_bytes_per_image == 8 * MEBIBYTE / 4
-    assert measure(batches(), one_step, burst=1).read_bytes_per_image == 0
+    # Pages of this process's own libraries may be read meanwhile.
+    assert 2 * MEBIBYTE <= measure(batches(), one_step, burst=1).read_bytes_per_image < 2.5 * MEBIBYTE
+    assert measure(batches(), one_step, burst=1).read_bytes_per_image < MEBIBYTE / 2
