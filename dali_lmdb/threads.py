@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 
-__all__ = ["threads_per_rank", "threads_to_convert", "threads_to_read"]
+__all__ = ["MAX_THREADS", "threads_per_rank", "threads_to_convert", "threads_to_read"]
+
+MAX_THREADS = 1024
+"""More than a process can use anywhere; with a mistyped 100,000 DALI aborts the process."""
 
 
 def threads_per_rank(ranks_per_node: int | None = None) -> int:
@@ -22,23 +25,23 @@ def threads_to_convert(given: int | None = None) -> int:
     """``given``, or all cores, at least 2, so that one thread reads while another validates.
 
     Raises:
-        ValueError: ``given`` is below 1.
+        ValueError: ``given`` is not 1 to ``MAX_THREADS``.
     """
-    return _at_least_one(given, default=max(2, _num_cores()))
+    return _in_range(given, default=max(2, _num_cores()))
 
 
 def threads_to_read(given: int | None = None) -> int:
     """``given``, or all cores, at least 4, since threads that read a whole store often wait for the disk.
 
     Raises:
-        ValueError: ``given`` is below 1.
+        ValueError: ``given`` is not 1 to ``MAX_THREADS``.
     """
-    return _at_least_one(given, default=max(4, _num_cores()))
+    return _in_range(given, default=max(4, _num_cores()))
 
 
-def _at_least_one(given: int | None, *, default: int) -> int:
-    if given is not None and given < 1:
-        raise ValueError(f"num_threads is {given}, expected at least 1")
+def _in_range(given: int | None, *, default: int) -> int:
+    if given is not None and not 1 <= given <= MAX_THREADS:
+        raise ValueError(f"num_threads is {given}, expected 1 to {MAX_THREADS}")
     return default if given is None else given
 
 

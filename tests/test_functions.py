@@ -19,13 +19,14 @@ def test_the_functions_do_what_readme_shows(images, tmp_path, monkeypatch, capsy
     assert sorted(os.listdir("copy/ant")) == sorted(os.listdir("images/ant"))
 
 
-def test_a_number_of_threads_below_one_is_refused(images, store_path, tmp_path):
+def test_a_number_of_threads_that_no_process_can_have_is_refused(images, store_path, tmp_path):
     for call in (
         lambda: convert(images, tmp_path / "x.lmdb", num_threads=0),
         lambda: export(store_path, tmp_path / "out", num_threads=0),
         lambda: verify(store_path, num_threads=0),
         lambda: verify(store_path, num_threads=-1, decode=True),
+        lambda: verify(store_path, num_threads=1025),
     ):
-        with pytest.raises(ValueError, match=r"num_threads is (0|-1), expected at least 1"):
+        with pytest.raises(ValueError, match=r"num_threads is (0|-1|1025), expected 1 to 1024"):
             call()
     assert [path.name for path in tmp_path.iterdir()] == ["images"]

@@ -174,11 +174,16 @@ def test_only_pictures_are_written_over(noise_path, tmp_path):
     arguments = ("--size", 16, "--backend", "torch", "--count", 1)
     before = noise_path.read_bytes()
     refused = run(noise_path, noise_path, *arguments)
+    assert (refused.exit_code, "ends with .png" in refused.stderr) == (1, True)
+    assert noise_path.read_bytes() == before
+    notes = tmp_path / "notes.png"
+    notes.write_text("notes")
+    refused = run(noise_path, notes, *arguments)
     assert (refused.exit_code, refused.stderr.endswith("exists and is not a PNG; choose another file\n")) == (
         1,
         True,
     )
-    assert noise_path.read_bytes() == before
+    assert notes.read_text() == "notes"
     (tmp_path / "link.png").symlink_to(noise_path)
     assert run(noise_path, tmp_path / "link.png", *arguments).exit_code == 1
     assert run(noise_path, tmp_path / "no/grid.png", *arguments).exit_code == 1

@@ -173,6 +173,7 @@ def test_another_number_of_cores_is_said(tmp_path, caplog):
         '{"format": "dali_lmdb tuned 2", "values": {}, "machine": {"cores": 1}}',
         '{"format": "dali_lmdb tuned 1", "values": {"seed": 1}, "machine": {"cores": 1}}',
         '{"format": "dali_lmdb tuned 1", "values": {"num_threads": 0}, "machine": {"cores": 1}}',
+        '{"format": "dali_lmdb tuned 1", "values": {"num_threads": 100000}, "machine": {"cores": 1}}',
         '{"format": "dali_lmdb tuned 1", "values": {"num_threads": "2"}, "machine": {"cores": 1}}',
         '{"format": "dali_lmdb tuned 1", "values": {"num_threads": 2.5}, "machine": {"cores": 1}}',
         '{"format": "dali_lmdb tuned 1", "values": {"prefetch_queue_depth": null}, "machine": {"cores": 1}}',
@@ -181,7 +182,7 @@ def test_another_number_of_cores_is_said(tmp_path, caplog):
         '{"format": "dali_lmdb tuned 1", "values": {}, "machine": {"cores": 1, "workers": 0}}',
         "\udcff",
     ],
-    ids=range(14),
+    ids=range(15),
 )
 def test_another_file_is_refused_in_one_line(store, tmp_path, text):
     path = tmp_path / "t.json"
@@ -194,6 +195,13 @@ def test_another_file_is_refused_in_one_line(store, tmp_path, text):
     result = CliRunner().invoke(tune_command, [str(store), "--save", str(path)])
     assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
     assert path.read_bytes() == text.encode(errors="surrogateescape")
+
+
+def test_the_classic_backend_takes_no_options_of_dali(store, tmp_path):
+    tuned = write(tmp_path / "t.json", num_threads=3)
+    options = ["--train", str(store), "--val", str(store), "--backend", "torch", "--tuned", str(tuned)]
+    result = CliRunner().invoke(train, options)
+    assert (result.exit_code, "--tuned holds options of DALI" in result.stderr) == (2, True)
 
 
 def test_training_takes_what_was_found(store, tmp_path):

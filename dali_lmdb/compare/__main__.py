@@ -13,7 +13,7 @@ import click
 from dali_lmdb.cli import LINE_INTERVAL_S, Command, FiniteRange, option_of, print_progress, print_result
 from dali_lmdb.compare.plot import plot
 from dali_lmdb.compare.settings import CompareSettings
-from dali_lmdb.compare.table import markdown, table
+from dali_lmdb.compare.table import markdown, speed, table
 from dali_lmdb.compare.throughput import BACKENDS, Round, Turn, compare_throughput
 from dali_lmdb.figures import check_figure
 from dali_lmdb.loaders.settings import Decode, DecodeDevice
@@ -144,7 +144,7 @@ class _Progress:
         self._said_s = self._round_began_s = now
         if self._line is not None:
             self._line.erase()
-        speeds = [f"{name} {done.images_per_s[name]:,.0f}" for name in BACKENDS if name in done.images_per_s]
+        speeds = [f"{name} {speed(done.images_per_s[name])}" for name in BACKENDS if name in done.images_per_s]
         print_progress(f"{_name(done.number)}: {'  '.join(speeds)} images/s")
 
     def __enter__(self) -> _Progress:

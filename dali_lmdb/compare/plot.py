@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dali_lmdb.compare.settings import CompareSettings
+from dali_lmdb.compare.table import speed
 from dali_lmdb.compare.throughput import Comparison, Measurement
 from dali_lmdb.figures import GREY, save_figure
 
@@ -47,7 +48,7 @@ def _bars(axis: Any, group: list[Measurement], *, color: str, settings: CompareS
     furthest = max(median + more for median, more in zip(medians, above, strict=True))
     base = next(found for found in group if found.backend == found.base)
     for place, found, more in zip(places, group, above, strict=True):
-        text = f"{found.images_per_s:,.0f}"
+        text = speed(found.images_per_s)
         if found.backend != found.base:
             text += f"  ({found.ratio:.2f} x)" if found.interval.differs else "  (not told apart)"
         # Right of the reference line, which would cross it.

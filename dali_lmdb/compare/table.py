@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 from dali_lmdb.compare.throughput import BACKENDS, Comparison, Measurement
 
-__all__ = ["markdown", "table"]
+__all__ = ["markdown", "speed", "table"]
 
 _COLUMNS: dict[str, Callable[[Measurement], str]] = {
-    "images/s": lambda found: f"{found.images_per_s:,.0f}",
-    "min": lambda found: f"{min(found.rounds):,.0f}",
-    "max": lambda found: f"{max(found.rounds):,.0f}",
+    "images/s": lambda found: speed(found.images_per_s),
+    "min": lambda found: speed(min(found.rounds)),
+    "max": lambda found: speed(max(found.rounds)),
     "ratio": lambda found: f"{found.ratio:.2f}",
     "from": lambda found: _limit(found, found.interval.low),
     "to": lambda found: _limit(found, found.interval.high),
@@ -21,6 +21,11 @@ _COLUMNS: dict[str, Callable[[Measurement], str]] = {
     "kB read": lambda found: _scaled(found.read_bytes_per_image, 1e-3, digits=1),
 }
 _WIDTHS = (10, 9, 9, 8, 7, 7, 9, 7, 8, 10)
+
+
+def speed(images_per_s: float) -> str:
+    """Images/s, with a decimal where they are few, as in training on CPUs."""
+    return f"{images_per_s:,.0f}" if images_per_s >= 100 else f"{images_per_s:.1f}"
 
 
 def table(result: Comparison) -> str:

@@ -16,6 +16,7 @@ from dali_lmdb.loaders.bad import OnBad
 from dali_lmdb.loaders.prefetch import READAHEAD_BYTES
 from dali_lmdb.plan.augment import EvalTransform, TrainTransform, Transform
 from dali_lmdb.plan.order import LastBatch, Shuffle
+from dali_lmdb.threads import MAX_THREADS
 
 if TYPE_CHECKING:
     import torch
@@ -134,8 +135,8 @@ class DaliSettings:
 
     def __post_init__(self) -> None:
         for name in ("num_threads", "prefetch_queue_depth"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} is {value}, expected at least 1")
+            if (value := getattr(self, name)) is not None and not 1 <= value <= MAX_THREADS:
+                raise ValueError(f"{name} is {value}, expected 1 to {MAX_THREADS}")
         if self.readahead_bytes < 0:
             raise ValueError(f"readahead_bytes is {self.readahead_bytes}, expected at least 0, which turns it off")
         if not 0 <= self.hw_decoder_load <= 1:

@@ -227,6 +227,8 @@ def main(*, world_size: int, config: str | None, recipe: str | None, tuned: str 
         if given is not click.core.ParameterSource.COMMANDLINE:
             values["val_resize"] = None  # the recipe's is for its own size
     if tuned is not None:
+        if values["backend"] != "dali":
+            raise click.UsageError("--tuned holds options of DALI; leave it out with this --backend")
         ranks = RankEnvironment.from_environment()
         values |= _tuned_values(tuned, ranks_per_node=ranks.ranks_per_node if ranks else world_size)
     settings = TrainSettings(**values)

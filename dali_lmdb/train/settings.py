@@ -11,6 +11,7 @@ from dali_lmdb.loaders.backends import Backend
 from dali_lmdb.loaders.bad import OnBad
 from dali_lmdb.loaders.settings import DaliSettings, Decode, DecodeDevice
 from dali_lmdb.plan.augment import EvalTransform, Interpolation, TrainTransform
+from dali_lmdb.threads import MAX_THREADS
 from dali_lmdb.train import checkpoint, models, schedule, weights
 from dali_lmdb.train.schedule import Scheduler
 
@@ -90,9 +91,9 @@ RANGES = {
     "hue": Range(0, 0.5),
     "grayscale": _FRACTION,
     "random_erase": _FRACTION,
-    "workers": Range(0),
+    "workers": Range(0, MAX_THREADS),
     "hw_decoder_load": _FRACTION,
-    "prefetch_queue_depth": Range(1),
+    "prefetch_queue_depth": Range(1, MAX_THREADS),
     "readahead_bytes": Range(0),
     "seed": Range(0, 2**63 - 1),
     "checkpoint_every": Range(0),

@@ -18,9 +18,11 @@ def check_picture(path: str, *, option: str) -> None:
     """Find what would stop ``write_picture``, before any image is loaded.
 
     Raises:
-        ValueError: the file has no folder, or something else than a PNG has its name.
+        ValueError: the file is not named ``.png`` or has no folder, or something else than a PNG has its name.
         StateError: it is not accessible.
     """
+    if not path.lower().endswith(".png"):
+        raise ValueError(f"{option} {path}: expected a name that ends with .png, since the picture is a PNG")
     folder = Path(path).absolute().parent
     if not folder.is_dir():
         raise ValueError(f"{option} {path}: no folder {folder}; create it first")
