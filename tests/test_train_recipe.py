@@ -78,12 +78,21 @@ def test_compiling_without_a_compiler_is_refused(data, monkeypatch):  # noqa: F8
 
 
 def test_settings_given_now_rule_over_the_checkpoints_and_are_said(data, tmp_path, caplog):  # noqa: F811
-    settings = tiny(data, batch_size=24, output=str(tmp_path))
+    val = tmp_path / "val.lmdb"
+    shutil.copy(data.val, val)
+    settings = tiny(data, val=str(val), batch_size=24, output=str(tmp_path / "run"))
     train(settings)
+    shutil.copy(data.train, val)
     caplog.set_level("INFO", logger="dali_lmdb")
     changed = replace(settings, resume=True, epochs=2, lr=3.0, momentum=0.5, weight_decay=0.25)
     train(changed)
-    for line in ("lr 0.02 -> 3.0 ", "epochs 1 -> 2 ", "momentum 0.9 -> 0.5 ", "weight_decay 0.0001 -> 0.25 "):
+    for line in (
+        "lr 0.02 -> 3.0 ",
+        "epochs 1 -> 2 ",
+        "momentum 0.9 -> 0.5 ",
+        "weight_decay 0.0001 -> 0.25 ",
+        "val holds ",
+    ):
         assert any(message.startswith(line) for message in caplog.messages), line
     groups = checkpoint.load(changed.checkpoint_path)["optimizer"]["param_groups"]
     assert [(group["momentum"], group["weight_decay"]) for group in groups] == [(0.5, 0.25), (0.5, 0.0)]

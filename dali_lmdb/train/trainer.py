@@ -442,6 +442,7 @@ class _Training:
             "history": asdict(self.progress.history),
             "loader": self.train_loader.state_dict(),
             "classes": list(self.train_loader.classes),
+            "val_fingerprint": self.val_loader.store.fingerprint,
             "settings": asdict(self.settings),
         }
         if not _all_finite(content["model"].values()):
@@ -475,6 +476,9 @@ class _Training:
         checkpoint.check_fits(content, arch=self.settings.arch, classes=classes, path=path)
         self.train_loader.load_state_dict(content["loader"])
         changes = differences(content["settings"], self.settings, path=path)
+        val_fingerprint = self.val_loader.store.fingerprint
+        if content.get("val_fingerprint", val_fingerprint) != val_fingerprint:
+            changes.append(f"val holds other records than before, by which {checkpoint.BEST_NAME} was chosen")
         for line in changes if self.ranks.rank == 0 else ():
             _log.info("%s", line)
         self.model.load_state_dict(content["model"])
